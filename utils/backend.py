@@ -1,0 +1,72 @@
+"""Which framework Keras computes with in this process. Import before anything imports Keras."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.settings import require
+
+# Asks a framework, in a process of its own, whether it sees an accelerator.
+PROBES = {
+    "jax": "import jax; print(jax.default_backend() != 'cpu')",
+    "torch": "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())",
+    "tensorflow": "import tensorflow as tf; print(bool(tf.config.list_physical_devices('GPU')))",
+}
+# From the fastest on a CPU to the slowest, as measured by tests/benchmarks.
+FASTEST_ON_CPU = ("tensorflow", "jax", "torch")
+
+
+def use_backend(name: str) -> str:
+    """Make Keras use a backend, before Keras is imported.
+
+    Args:
+        name: ``"tensorflow"``, ``"jax"``, ``"torch"``, or ``"auto"``: the first installed one that
+            sees an accelerator, else the installed one that is fastest on a CPU.
+
+    Returns:
+        The name of the backend taken.
+
+    Raises:
+        InputError: The backend is unknown or not installed.
+    """
+    require(
+        name in ("auto", *PROBES),
+        f"BACKEND must be auto, {', '.join(PROBES)}; it is {name!r}.",
+    )
+    chosen = _best_backend() if name == "auto" else name
+    require(_installed(chosen), f"BACKEND {chosen} is not installed: pip install {chosen}.")
+    os.environ["KERAS_BACKEND"] = chosen
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    if chosen != "tensorflow" and "tensorflow" not in sys.modules:
+        # Keras imports TensorFlow, if it can, merely to save a model: seconds, and GPU memory.
+        sys.modules["tensorflow"] = None
+    return chosen
+
+
+def _best_backend() -> str:
+    installed = [name for name in FASTEST_ON_CPU if _installed(name)]
+    if _may_have_accelerator():
+        for name in PROBES:
+            if name in installed and _sees_accelerator(name):
+                return name
+    return installed[0] if installed else "torch"
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _may_have_accelerator() -> bool:
+    return sys.platform == "darwin" or any(
+        Path(device).exists() for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")
+    )
+
+
+def _sees_accelerator(name: str) -> bool:
+    answer = subprocess.run(
+        [sys.executable, "-c", PROBES[name]], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip().endswith("True")

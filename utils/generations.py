@@ -1,0 +1,124 @@
+"""Texts that were generated: what decided each, a log of them, and generating what it lacks.
+
+A line of ``generations.jsonl`` is a request, which holds all that decides a text, with the
+untouched and the steered text. The same request is shown again, not generated again.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.autoencoder import load_autoencoder
+from utils.language_model import load_language_model
+from utils.settings import InputError
+from utils.steering import Clamp, generate, steered
+
+
+def list_requests(settings: Any, catalogue: Any, feature: int) -> list[dict[str, Any]]:
+    """All that decides a text, for each strength once; ``maximum`` is what strengths multiply."""
+    summary = catalogue.summary
+    return [
+        {
+            "prompt": settings.prompt,
+            "feature": feature,
+            "strength": strength,
+            "maximum": float(catalogue.features.loc[feature, "max_activation"]),
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": float(settings.temperature),
+            "seed": settings.seed,
+            "autoencoder_fingerprint": summary["autoencoder_fingerprint"],
+            "model_name": summary["model_name"],
+            "layer": summary["layer"],
+            "outlier_norm": summary["outlier_norm"],
+        }
+        for strength in dict.fromkeys(map(float, settings.strength))
+    ]
+
+
+def key(request: dict[str, Any]) -> str:
+    return json.dumps(request, sort_keys=True)
+
+
+def open_log(folder: str) -> Path:
+    """The file of the records, made if it is not there.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    log = Path(folder) / "generations.jsonl"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to {log}: {error.strerror}. Choose another --influence-dir."
+        ) from error
+    return log
+
+
+def read_records(log: Path) -> dict[str, dict[str, Any]]:
+    """The records of a log by the `key` of their request; torn lines are passed over."""
+    recorded = {}
+    # Not splitlines(): JSON strings may hold characters that it takes for line ends.
+    for line in log.read_text("utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+            if {"untouched", "steered"} <= record.keys():
+                recorded[key(record["request"])] = record
+        except (ValueError, KeyError, AttributeError):
+            continue
+    return recorded
+
+
+def append_record(log: Path, record: dict[str, Any]) -> None:
+    """Add a line to the log, after ending the line that a killed process left torn."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    with log.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
+def load_models(catalogue: Any, autoencoder_path: Path) -> tuple[Any, Any]:
+    """The language model that the analysis names, and the autoencoder."""
+    summary = catalogue.summary
+    print(f"Loading {summary['model_name']}, to be changed after block {summary['layer']}.")
+    language_model = load_language_model(summary["model_name"], summary["layer"], summary["dtype"])
+    return language_model, load_autoencoder(autoencoder_path)
+
+
+def generate_records(
+    requests: list[dict], recorded: dict[str, dict], models: tuple | None, log: Path
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each request: as recorded, else generated now and recorded at once."""
+    untouched = None
+    for request in requests:
+        if key(request) in recorded:
+            yield {**recorded[key(request)], "was_recorded": True}
+            continue
+        if untouched is None:
+            untouched = generate_text(models, request, steer=False)
+        steered = generate_text(models, request, steer=True)
+        record = {"request": request, "untouched": untouched, "steered": steered}
+        append_record(log, record)
+        yield record
+
+
+def generate_text(models: tuple, request: dict[str, Any], steer: bool) -> str:
+    """The continuation that a request asks for, or the untouched one."""
+    language_model, autoencoder = models
+    clamp = Clamp(request["feature"], request["strength"], request["maximum"])
+    steering = steered(
+        language_model, request["layer"], autoencoder, [clamp], request["outlier_norm"]
+    )
+    with steering if steer else contextlib.nullcontext():
+        return generate(
+            language_model,
+            request["prompt"],
+            request["max_new_tokens"],
+            temperature=request["temperature"],
+            seed=request["seed"],
+        )

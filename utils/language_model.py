@@ -1,0 +1,193 @@
+"""The language model: loading it, and reading and changing its residual stream.
+
+"Layer L" is the output of decoder block L, counted from 0, wherever it is captured or replaced.
+Shapes: tokens (batch, context), residual (batch, context, d_model).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from utils import embedded
+from utils.corpus import separator_token
+from utils.settings import InputError, hub_token, require
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer, in evaluation mode on one device."""
+
+    name: str
+    revision: str | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return self.model.get_decoder().layers
+
+    @property
+    def d_model(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def bos(self) -> int:
+        """The token every context begins with: BOS, or EOS for a tokenizer without one."""
+        return separator_token(self.tokenizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+
+def read_config(name: str, layer: int, dtype: str = "auto") -> PreTrainedConfig:
+    """The configuration of a model, once ``layer`` and ``dtype`` are known to fit; no weights.
+
+    Args:
+        name: A hub name, a folder in the hub's layout, or ``"embedded"``.
+        layer: The layer to be used.
+        dtype: One of `DTYPES`.
+
+    Raises:
+        InputError: No access to the model, a layer out of range, or an unknown dtype.
+    """
+    require(dtype in DTYPES, f"DTYPE must be one of {', '.join(DTYPES)}; it is {dtype!r}.")
+    try:
+        config = AutoConfig.from_pretrained(_source(name), token=hub_token())
+    except (OSError, ValueError) as error:
+        raise _access_error(name, error) from None
+    n_layers = config.get_text_config().num_hidden_layers
+    require(
+        0 <= layer < n_layers,
+        f"LAYER must be between 0 and {n_layers - 1} for {name}; it is {layer}.",
+    )
+    return config
+
+
+def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageModel:
+    """Load a model and its tokenizer; ``"auto"`` is bfloat16 where the device computes in it.
+
+    Raises:
+        InputError: As for `read_config`.
+    """
+    config = read_config(name, layer, dtype)
+    device = pick_device()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
+        model = AutoModelForCausalLM.from_pretrained(
+            _source(name), dtype=resolve_dtype(dtype, device), token=hub_token()
+        )
+    except (OSError, ValueError) as error:
+        raise _access_error(name, error) from None
+    model.requires_grad_(False)
+    revision = getattr(config, "_commit_hash", None)
+    return LanguageModel(name, revision, model.eval().to(device), tokenizer)
+
+
+def _source(name: str) -> str:
+    return str(embedded.model_folder()) if name == "embedded" else name
+
+
+def _access_error(name: str, error: Exception) -> InputError:
+    if Path(name).exists():
+        return InputError(f"{name} is not a model folder in the hub's layout: {error}")
+    reason = str(error).strip().splitlines()[0]
+    return InputError(
+        f"Cannot load the model {name}: {reason}\n"
+        f"If it is gated, accept its licence at https://huggingface.co/{name}, make a token at "
+        "https://huggingface.co/settings/tokens and put HF_TOKEN=... into .env "
+        f"(a token is {'set' if hub_token() else 'not set'} now).\n"
+        "Without a token or a network: --model-name embedded --dataset embedded."
+    )
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this process (of this local rank under torchrun), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn a name of `DTYPES` into a torch dtype for a device."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu":
+        # Without these instructions bfloat16 is emulated, several times slower than float32.
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16
+
+
+class _Stopped(Exception):
+    """Ends a forward pass at the block that was asked for."""
+
+
+@contextlib.contextmanager
+def replaced_residual(
+    block: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it as it is.
+
+    The hook comes off when the block is left, by an exception too.
+    """
+
+    def hook(_module, _inputs, output):
+        residual = output[0] if isinstance(output, tuple) else output
+        changed = replace(residual)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+    """The residual stream after block ``layer``; the blocks above it are not run.
+
+    Args:
+        tokens: Token ids, shape (batch, context), without padding.
+
+    Returns:
+        Shape (batch, context, d_model), in the model's dtype, on its device.
+    """
+    captured = []
+
+    def capture_and_stop(residual):
+        captured.append(residual)
+        raise _Stopped
+
+    with (
+        replaced_residual(language_model.blocks[layer], capture_and_stop),
+        contextlib.suppress(_Stopped),
+    ):
+        language_model.model(tokens.to(language_model.device), use_cache=False, logits_to_keep=1)
+    return captured[0]

@@ -1,0 +1,55 @@
+"""The report of an analysis: its plots, and the features that one page shows."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils import plots
+from utils.browser import write_report
+from utils.catalogue import Catalogue
+
+N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
+
+
+def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int) -> None:
+    """Draw the plots of a saved catalogue and write ``report.html``, the last file of a run."""
+    catalogue = Catalogue(folder)
+    shown = {
+        "random": draw_features(catalogue.features, seed),
+        "selected": catalogue.propose(n_selected)["feature"].tolist(),
+    }
+    write_report(
+        folder / "report.html",
+        catalogue.summary,
+        catalogue.features,
+        catalogue.examples_of([*shown["random"], *shown["selected"]]),
+        draw_plots(catalogue, l0_counts),
+        shown,
+    )
+
+
+def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
+    """Living features drawn at random, all alike."""
+    alive = features[~features["dead"]]["feature"].to_numpy()
+    drawn = np.random.default_rng(seed).permutation(alive)[:N_RANDOM]
+    return sorted(drawn.tolist())
+
+
+def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
+    """Draw every plot into the catalogue's folder; returns their paths by caption."""
+    folder, features, summary = catalogue.folder, catalogue.features, catalogue.summary
+    plots.plot_density_histogram(
+        features["frequency"].to_numpy(), summary["n_tokens"], folder / "density.png"
+    )
+    plots.plot_l0_histogram(l0_counts, folder / "l0.png")
+    plots.plot_fidelity(summary, folder / "fidelity.png")
+    drawn = {
+        "How often features fire": folder / "density.png",
+        "How many features a token has": folder / "l0.png",
+        "What the model loses with the reconstruction": folder / "fidelity.png",
+    }
+    if features["umap_x"].notna().any():
+        plots.plot_umap(features, folder / "umap.png")
+        drawn = {"Features by the direction they write": folder / "umap.png", **drawn}
+    return drawn

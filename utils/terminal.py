@@ -1,0 +1,91 @@
+"""What the terminal shows: a feature with its examples, and two texts side by side."""
+
+import itertools
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+
+def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) -> str:
+    """A feature's label, frequency and top examples, as lines of at most ``width`` characters."""
+    row = catalogue.features.loc[feature]
+    examples = catalogue.examples_of([feature])
+    top = examples[examples["bucket"] == 0]
+    lines = [
+        f"Feature {feature}: {one_line(str(row['label']))}",
+        f"  active on {100 * row['frequency']:.2g}% of tokens, at most {row['max_activation']:.3g}",
+    ]
+    for example in top.sort_values("rank").head(n_examples).itertuples():
+        text = mark_peak(list(example.pieces), int(example.peak), width - 10)
+        lines.append(f"{example.activation:8.3g}  {text}")
+    return "\n".join(lines)
+
+
+def mark_peak(pieces: Sequence[str], peak: int, width: int) -> str:
+    """One line of the text around the token ``pieces[peak]``, which is put in « »."""
+    pieces = [one_line(piece) for piece in pieces]
+    left, right = "".join(pieces[:peak]), "".join(pieces[peak + 1 :])
+    word = pieces[peak].lstrip() or pieces[peak]
+    left += pieces[peak][: len(pieces[peak]) - len(word)]
+    room = max(2, width - len(word) - 2)
+    # What the token means to the model comes from the left, so that side gets more of the line.
+    kept_right = min(len(right), max(room // 3, room - len(left)))
+    kept_left = room - kept_right
+    if len(left) > kept_left:
+        left = "…" + left[len(left) - kept_left + 1 :]
+    if len(right) > kept_right:
+        right = right[: max(0, kept_right - 1)] + "…"
+    return f"{left}«{word}»{right}"
+
+
+def one_line(text: str) -> str:
+    """Text as it can be printed within a line: line breaks as ⏎, control characters as spaces."""
+    return "".join(c if c.isprintable() else " " for c in text.replace("\n", "⏎"))
+
+
+def show_record(record: dict[str, Any], width: int) -> str:
+    """The two texts of a record under their titles, as lines of at most ``width`` characters."""
+    feature, strength = record["request"]["feature"], record["request"]["strength"]
+    title = f"feature {feature} at {strength:g} × its maximum"
+    if strength == 0:
+        title = f"feature {feature} at 0: ablation"
+    if record.get("was_recorded"):
+        title += " (recorded)"
+    return side_by_side(("untouched", title), (record["untouched"], record["steered"]), width)
+
+
+def side_by_side(
+    titles: tuple[str, str], texts: tuple[str, str], width: int, narrowest: int = 28
+) -> str:
+    """Two columns, or one text under the other where columns would be under ``narrowest`` wide."""
+    column = (width - 3) // 2
+    stacked = column < narrowest
+    column = width if stacked else column
+    blocks = []
+    for title, text in zip(titles, texts, strict=True):
+        heading = wrap(title, column)
+        blocks.append([*heading, "─" * column, *wrap(text, column)])
+    if stacked:
+        rows = [*blocks[0], "", *blocks[1]]
+    else:
+        pairs = itertools.zip_longest(*blocks, fillvalue="")
+        rows = [f"{left}{' ' * (column - cells(left))} │ {right}" for left, right in pairs]
+    return "\n".join(rows)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines that take at most ``width`` columns of a terminal; line breaks of the text are kept."""
+    lines = []
+    for line in map(one_line, text.strip().split("\n")):
+        # A NUL after each wide character makes the length of a line its width; a character cut
+        # from its NUL at the end of a line takes the column that is left for it.
+        spaced = "".join(c + "\0" if cells(c) == 2 else c for c in line)
+        wrapped = textwrap.wrap(spaced, width - ("\0" in spaced))
+        lines += [row.replace("\0", "") for row in wrapped] or [""]
+    return lines if any(lines) else ["(nothing: the text ends)"]
+
+
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes: a wide character (Chinese, emoji) takes two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
