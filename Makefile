@@ -22,7 +22,7 @@ demo: .venv/installed
 	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature Japan \
 	    --strength 0 1 2 --autoencoder-dir $(DEMO)/autoencoder \
 	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
-	@echo "\nRead the features in $(DEMO)/analysis/report.html, then steer with one of your own:"
+	@printf "\n%s\n" "Read the features in $(DEMO)/analysis/report.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py --autoencoder-dir $(DEMO)/autoencoder --analysis-dir" \
 	    "$(DEMO)/analysis --prompt 'I think that' --feature music --strength 1 2"
 

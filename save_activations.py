@@ -28,6 +28,7 @@ DTYPE = "auto"  # auto (bfloat16 where the device has it), bfloat16, float16, fl
 DATASET = "monology/pile-uncopyrighted"  # hub name, a file or folder of text, or "embedded"
 N_TOKENS = 100_000_000  # positions to save, all processes together
 CONTEXT_LENGTH = 1_024  # tokens the model sees together, the first of them BOS
+OUTLIER_FACTOR = 3.0  # leave out of training what has more than so many times the median norm
 
 # --- writing
 ACTIVATIONS_DIR = "data/activations"  # folder to write to
@@ -66,7 +67,8 @@ def main() -> None:
 
         # 4. Run the model over the contexts, stopped at the layer, into shards.
         language_model = load_language_model(settings.model_name, settings.layer, settings.dtype)
-        extraction.run(language_model, corpus)
+        extraction.begin(language_model, corpus)
+        extraction.run()
 
     # 5. Say what was kept, and what was left out and why.
     for reason, count in corpus.skipped.items():
@@ -77,6 +79,10 @@ def main() -> None:
 def check(settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(settings, "n_tokens", "tokens_per_shard", "contexts_per_batch")
+    require(
+        settings.outlier_factor > 1,
+        f"OUTLIER_FACTOR must be greater than 1; it is {settings.outlier_factor}.",
+    )
     require(
         settings.context_length >= 2,
         f"CONTEXT_LENGTH must be at least 2, for BOS and a token; it is {settings.context_length}.",

@@ -30,7 +30,7 @@ DECODER_NORM: float | None = None  # norm of decoder rows at the start; None: 0.
 # --- training
 N_PASSES = 3.0  # passes over the activations; more than one only where data is scarce
 BATCH_SIZE = 4_096  # tokens per step
-LEARNING_RATE: float | None = None  # peak; None: 5e-5 (l1), 2e-4 · √(16,384 / N_LATENTS) (topk)
+LEARNING_RATE: float | None = None  # peak; None: 5e-5 (l1), 1e-3 · √(4,096 / N_LATENTS) (topk)
 LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
@@ -55,7 +55,8 @@ def main() -> None:
     check(settings)
     backend = use_backend(settings.backend)
     from utils import training
-    from utils.activations import ActivationStore, ShuffledBatches
+    from utils.activations import ActivationStore
+    from utils.batches import ShuffledBatches
     from utils.fidelity import measure_fidelity
     from utils.plots import plot_training_curves
 

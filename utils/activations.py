@@ -1,4 +1,4 @@
-"""Activations on disk: the format, its writer, its memory-mapped reader, shuffled batches.
+"""Activations on disk: the format, its writer, its memory-mapped reader.
 
 A folder holds, for each shard n, arrays whose first axis is the context:
 
@@ -12,11 +12,10 @@ and a manifest, which alone says that a shard is whole: it is written after the 
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from utils.settings import InputError, require
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
-OUTLIER_FACTOR = 10  # a norm above this many medians is an outlier
-POOL_BYTES = 512 * 2**20  # rows shuffled together are held in memory up to this size
 
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
@@ -247,10 +244,6 @@ class ActivationStore:
             return range(self.n_contexts)
         return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
 
-    def kept_per_context(self) -> np.ndarray:
-        """Number of kept positions of each context, shape (n_contexts,)."""
-        return np.concatenate([shard["kept"].sum(axis=1) for shard in self.shards])
-
     def verify(self) -> None:
         """Check every shard against its checksums, with a progress bar."""
         for shard in tqdm(self.shards, desc="checking shards", unit="shard", leave=False):
@@ -264,13 +257,24 @@ class ActivationStore:
         )
         return range(n_train), range(n_train, self.n_contexts)
 
-    def kept_rows(self, contexts: np.ndarray | range) -> np.ndarray:
+    def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
         """The kept activations of some contexts, shape (rows, d_model), in the storage dtype."""
-        rows = [self["activations"][c][self["kept"][c]] for c in contexts]
-        rows = np.concatenate(rows) if rows else np.empty((0, self.d_model), np.float16)
-        if not np.isfinite(rows).all():
-            self._raise_not_finite(contexts)
-        return rows
+        return self.kept_spans((context, 0, self.context_length) for context in contexts)
+
+    def kept_spans(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
+        """The kept activations of spans (context, start, length), shape (rows, d_model).
+
+        Raises:
+            InputError: One is NaN or infinite; names the shard and the place.
+        """
+        rows = []
+        for context, start, length in spans:
+            shard, row = self.locate(context)
+            kept = shard["kept"][row, start : start + length]
+            rows.append(shard["activations"][row, start : start + length][kept])
+            if not np.isfinite(rows[-1]).all():
+                self._raise_not_finite(context)
+        return np.concatenate(rows) if rows else np.empty((0, self.d_model), np.float16)
 
     def batches(self, contexts: range, batch_size: int) -> Iterator[np.ndarray]:
         """Kept activations in order, about ``batch_size`` rows at a time, float32."""
@@ -279,14 +283,12 @@ class ActivationStore:
             chosen = range(start, min(start + per_batch, contexts.stop))
             yield self.kept_rows(chosen).astype(np.float32)
 
-    def _raise_not_finite(self, contexts) -> None:
-        for context in contexts:
-            bad = ~np.isfinite(self["activations"][context]).all(axis=-1)
-            if bad.any():
-                shard, row = self.locate(context)
-                path = shard_path(self.folder, "activations", shard.number)
-                at = f"context {row}, position {int(bad.argmax())}"
-                raise damaged_shard(path, f"holds NaN or infinity at {at}")
+    def _raise_not_finite(self, context: int) -> None:
+        shard, row = self.locate(context)
+        bad = ~np.isfinite(shard["activations"][row]).all(axis=-1)
+        path = shard_path(self.folder, "activations", shard.number)
+        at = f"context {row}, position {int(bad.argmax())}"
+        raise damaged_shard(path, f"holds NaN or infinity at {at}")
 
 
 class ContextArray:
@@ -298,88 +300,6 @@ class ContextArray:
     def __getitem__(self, context: int) -> np.ndarray:
         shard, row = self._store.locate(context)
         return shard[self._array][row]
-
-
-class ShuffledBatches:
-    """Kept activations in a random order that depends on the seed and the step alone.
-
-    Contexts are permuted over the whole set in each pass; the rows of as many contexts as fit into
-    `POOL_BYTES` are then shuffled together, while a thread reads the next ones. Memory does not
-    grow with the data, and the batches from any step on can be made without the earlier ones.
-
-    Args:
-        store: The activations.
-        contexts: The contexts to draw from.
-        batch_size: Rows a batch.
-        seed: Decides the order.
-        pool_bytes: Size of the rows shuffled together.
-    """
-
-    def __init__(
-        self,
-        store: ActivationStore,
-        contexts: range,
-        batch_size: int,
-        seed: int,
-        pool_bytes: int = POOL_BYTES,
-    ):
-        self.store, self.batch_size, self.seed = store, batch_size, seed
-        self._contexts = np.asarray(contexts)
-        self._kept = store.kept_per_context()[self._contexts]
-        self.n_rows = int(self._kept.sum())
-        require(
-            batch_size <= self.n_rows,
-            f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
-            f"it is {batch_size:,}.",
-        )
-        itemsize = store.shards[0]["activations"].itemsize
-        self._pool_contexts = max(
-            1, pool_bytes // (store.context_length * store.d_model * itemsize)
-        )
-
-    def n_steps(self, n_passes: float) -> int:
-        """Whole batches in ``n_passes`` passes over the rows."""
-        return int(n_passes * self.n_rows) // self.batch_size
-
-    def from_step(self, step: int) -> Iterator[np.ndarray]:
-        """Batches without end, shape (batch_size, d_model) float32, raw, from ``step`` on."""
-        skip = step * self.batch_size
-        carried = np.empty((0, self.store.d_model), np.float32)
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            places = self._pools_from(skip)
-            upcoming = reader.submit(self._read_pool, *next(places))
-            while True:
-                pool = upcoming.result()
-                upcoming = reader.submit(self._read_pool, *next(places))
-                at = self.batch_size - len(carried)
-                if len(pool) < at:
-                    carried = np.concatenate([carried, pool])
-                    continue
-                yield np.concatenate([carried, pool[:at]]).astype(np.float32)
-                while at + self.batch_size <= len(pool):
-                    yield pool[at : at + self.batch_size].astype(np.float32)
-                    at += self.batch_size
-                carried = pool[at:].astype(np.float32)
-
-    def _pools_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
-        """Yield (pass, number, contexts, rows to skip) of each pool, ``skip`` rows into the run."""
-        n_pass, skip = divmod(skip, self.n_rows)
-        while True:
-            order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._contexts))
-            for number, start in enumerate(range(0, len(order), self._pool_contexts)):
-                chosen = order[start : start + self._pool_contexts]
-                rows = int(self._kept[chosen].sum())
-                if skip >= rows:
-                    skip -= rows
-                    continue
-                yield n_pass, number, self._contexts[chosen], skip
-                skip = 0
-            n_pass += 1
-
-    def _read_pool(self, n_pass: int, number: int, contexts: np.ndarray, skip: int) -> np.ndarray:
-        rows = self.store.kept_rows(contexts)
-        order = np.random.default_rng([self.seed, n_pass, number]).permutation(len(rows))
-        return rows[order[skip:]]
 
 
 # --------------------------------------------------------------------------------------- manifest

@@ -15,7 +15,7 @@ PROBES = {
     "tensorflow": "import tensorflow as tf; print(bool(tf.config.list_physical_devices('GPU')))",
 }
 # From the fastest on a CPU to the slowest, as measured by tests/benchmarks.
-FASTEST_ON_CPU = ("tensorflow", "jax", "torch")
+FASTEST_ON_CPU = ("torch", "tensorflow", "jax")
 
 
 def use_backend(name: str) -> str:

@@ -148,16 +148,17 @@ def feature_table(
     """One row a feature; ``places`` (n_latents, 2) is the map of `map_directions`."""
     features = pd.DataFrame(found.statistics())
     features.insert(0, "feature", np.arange(len(features)))
-    peaks = _peak_tokens(examples, len(features), pieces)
-    features["peak_tokens"] = peaks
-    features["label"] = [make_label(tokens) for tokens in peaks]
+    features["peak_tokens"], features["peak_shares"] = _peak_tokens(examples, len(features), pieces)
+    features["label"] = features["peak_tokens"].map(make_label)
     features[["promoted_tokens", "suppressed_tokens"]] = promoted
     features["umap_x"], features["umap_y"] = places.T
     return features
 
 
-def _peak_tokens(examples: pyarrow.Table, n_features: int, pieces: list[str]) -> list[list[str]]:
-    """The tokens at the peaks of each feature's highest examples, the commonest first."""
+def _peak_tokens(
+    examples: pyarrow.Table, n_features: int, pieces: list[str]
+) -> tuple[list[list[str]], list[list[float]]]:
+    """The tokens at the peaks of each feature's highest examples, commonest first, and shares."""
     top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
     feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
     tokens = top["tokens"].combine_chunks().flatten().to_numpy()
@@ -165,12 +166,19 @@ def _peak_tokens(examples: pyarrow.Table, n_features: int, pieces: list[str]) ->
     counts = [Counter() for _ in range(n_features)]
     for number, token in zip(feature, at_peak, strict=True):
         counts[number][pieces[token]] += 1
-    return [[token for token, _ in count.most_common(N_PROMOTED)] for count in counts]
+    commonest = [count.most_common(N_PROMOTED) for count in counts]
+    return (
+        [[token for token, _ in pairs] for pairs in commonest],
+        [
+            [n / count.total() for _, n in pairs]
+            for pairs, count in zip(commonest, counts, strict=True)
+        ],
+    )
 
 
 def make_label(peak_tokens: list[str], n_words: int = 3) -> str:
     """The commonest peak tokens in words: a name to know a feature by until it has a better one."""
-    shown = [token.strip() or repr(token)[1:-1].replace(" ", "␣") for token in peak_tokens]
+    shown = [token.strip() or ("↵" if "\n" in token else "␣") for token in peak_tokens]
     return ", ".join(list(dict.fromkeys(shown))[:n_words])
 
 
@@ -256,39 +264,39 @@ class Catalogue:
     def search(self, words: str, n: int) -> pd.DataFrame:
         """The features that best fit some words, with a column ``match``, best first.
 
-        A feature fits as much as the words are among the tokens at its peaks, and, at half the
-        weight, among those it promotes. Dead features never fit.
+        A feature fits by the share of its highest examples that peak at one of the words, and a
+        little by the share of the tokens it promotes that are one. Dead features never fit.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
-        match = [
-            share_of(wanted, row.peak_tokens) + 0.5 * share_of(wanted, row.promoted_tokens)
-            for row in alive[["peak_tokens", "promoted_tokens"]].itertuples()
-        ]
-        found = alive.assign(match=match)
+        peaks = alive.apply(lambda row: share_at(wanted, row), axis=1)
+        promoted = alive["promoted_tokens"].map(lambda tokens: share_of(wanted, tokens))
+        found = alive.assign(match=peaks + 0.2 * promoted)
         return found[found["match"] > 0].nlargest(n, "match")
 
     def propose(self, n: int) -> pd.DataFrame:
-        """Features likely to steer well, best first.
+        """Features that stand out, strongest first: easy to name, and likely to steer well.
 
-        Those that fire on few kinds of token, neither rarely nor everywhere, and promote tokens
-        like the ones they fire on: what they detect is what they say.
+        Those whose highest examples peak at whole words, and that are neither rare nor everywhere.
         """
-        alive = self.features[~self.features["dead"]]
-        frequent = alive[alive["frequency"].between(2e-4, 2e-2)]
-        agreement = [
-            share_of(words_of(row.peak_tokens), row.promoted_tokens)
-            for row in frequent[["peak_tokens", "promoted_tokens"]].itertuples()
-        ]
-        return frequent.assign(match=agreement).nlargest(n, "match")
+        features = self.features
+        common = features[features["frequency"].between(5e-4, 2e-2)]
+        words = common.apply(lambda row: share_at(words_of(row.peak_tokens), row), axis=1)
+        return common.assign(match=words * common["max_activation"]).nlargest(n, "match")
 
 
 def words_of(tokens: list[str]) -> set[str]:
-    """Tokens that are words of three letters or more, in lower case."""
-    words = (token.strip().lower() for token in tokens)
-    return {word for word in words if len(word) > 2 and word.isalpha()}
+    """Tokens that begin a word of four letters or more, in lower case."""
+    words = (token.strip().lower() for token in tokens if token[:1].isspace())
+    return {word for word in words if len(word) > 3 and word.isalpha()}
 
 
 def share_of(wanted: set[str], tokens: list[str]) -> float:
     """Share of ``tokens`` that are one of the wanted words."""
     return sum(token.strip().lower() in wanted for token in tokens) / max(1, len(tokens))
+
+
+def share_at(wanted: set[str], feature) -> float:
+    """Share of a feature's highest examples that peak at one of the wanted words."""
+    peaks = zip(feature.peak_tokens, feature.peak_shares, strict=True)
+    return sum(share for token, share in peaks if token.strip().lower() in wanted)

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from utils.activations import (
-    OUTLIER_FACTOR,
     Shard,
     ShardWriter,
     bytes_per_token,
@@ -65,6 +64,7 @@ class Extraction:
         self.folder, self.settings, self.ranks = folder, settings, ranks
         self.manifest_path = folder / ranks.manifest_name
         self.manifest = read_json(self.manifest_path) if self.manifest_path.exists() else None
+        self.damaged: list[int] = []
         per_batch = settings.contexts_per_batch * settings.context_length
         batches = max(1, settings.tokens_per_shard // per_batch)
         self.contexts_per_shard = batches * settings.contexts_per_batch
@@ -100,12 +100,15 @@ class Extraction:
 
     # ---- running
 
-    def run(self, language_model: LanguageModel, corpus: Corpus) -> None:
-        """Make all shards that are not there yet."""
+    def begin(self, language_model: LanguageModel, corpus: Corpus) -> None:
+        """Take up an earlier run's manifest, or set the outlier norm on the first batch."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
         if self.manifest["outlier_norm"] is None:
             self._calibrate()
+
+    def run(self) -> None:
+        """Make all shards that are not there yet."""
         done = sum(entry["contexts"] for entry in self.manifest["shards"])
         with tqdm(
             total=self.n_contexts * self.settings.context_length,
@@ -134,7 +137,6 @@ class Extraction:
             "world_size": self.ranks.world_size,
         }
         if self.manifest is None:
-            self.damaged = []
             self.manifest = new_manifest(**facts)
         for name, value in facts.items():
             require(
@@ -152,7 +154,7 @@ class Extraction:
         residual = residual_at(self.language_model, tokens, self.settings.layer)
         norms = residual.float().norm(dim=-1).cpu()
         rate = tokens.numel() / (time.perf_counter() - start)
-        self.manifest["outlier_norm"] = OUTLIER_FACTOR * float(norms.median())
+        self.manifest["outlier_norm"] = self.settings.outlier_factor * float(norms.median())
         hours = self.n_contexts * self.settings.context_length / rate / 3600
         print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
 

@@ -210,7 +210,7 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
 
 
 def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels: int) -> None:
-    """Label features spread over the map, the most specific first, where fewest dots are covered.
+    """Label features spread over the map, words and the most specific first, covering few dots.
 
     No label overlaps another one, its line or its dot, and none is written twice.
     """
@@ -222,7 +222,8 @@ def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels:
     glyphs = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
     line = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2.5}
     about = {"fontsize": 7.5, "parse_math": False, "path_effects": HALO, "arrowprops": line}
-    order, written = np.argsort(-drawn.top_subset_share.to_numpy(), kind="stable"), {}
+    wordless = ~drawn.label.str.contains(r"[^\W\d_]{3}")
+    order, written = np.lexsort((-drawn.top_subset_share, wordless)), {}
     for spacing, i in itertools.product((0.6 * spread, 0.4 * spread, 0.25 * spread), order):
         label = drawn.label.iloc[i]
         label = label if len(label) <= 28 else f"{label[:27].rstrip()}…"

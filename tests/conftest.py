@@ -1,0 +1,231 @@
+"""What the tests share: a tiny LLaMA, a tiny corpus, the four scripts run on them."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)  # where a user runs the scripts
+sys.path.insert(0, str(ROOT))
+
+from utils.backend import use_backend  # noqa: E402
+
+use_backend("torch")
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from utils import embedded  # noqa: E402
+
+SUBSETS = {
+    "Garden": "rose tulip spade rain seed bloom soil leaf".split(),
+    "Harbour": "ship anchor rope tide crane dock sail wind".split(),
+}
+SCRIPTS = ("save_activations", "train_autoencoder", "analyze_features", "influence_llm")
+LAYER = 1
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    return embedded.model_folder()
+
+
+@pytest.fixture(scope="session")
+def embedded_pile() -> Path:
+    return embedded.pile_folder()
+
+
+# ------------------------------------------------------------------------------ model and corpus
+
+
+def make_texts(n_documents: int = 800) -> list[tuple[str, str]]:
+    """(text, subset) of documents of 5 to 120 words, of words that only their subset has."""
+    draw = random.Random(0)
+    documents = []
+    for _ in range(n_documents):
+        subset = draw.choice(list(SUBSETS))
+        words = draw.choices(SUBSETS[subset], k=draw.randint(5, 120))
+        documents.append((" ".join(words), subset))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A .jsonl of some hundred short documents in the Pile's shape."""
+    path = tmp_path_factory.mktemp("text") / "tiny.jsonl"
+    records = ({"text": text, "meta": {"pile_set_name": name}} for text, name in make_texts())
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random LLaMA of four blocks with a real tokenizer, in the hub's layout."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def save_tiny_model(folder: Path, seed: int = 0, d_model: int = 32) -> Path:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text for text, _ in make_texts()), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=d_model,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,  # the usual 0.02 leaves so small a model all but constant
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------ running scripts
+
+
+def command(name: str, *flags: object) -> list[str]:
+    return [sys.executable, f"{name}.py", *map(str, flags)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """A user's: this process's, without PYTHONPATH and the backend that these tests set.
+
+    One thread, so that sums are always made in one order and two runs do not slow each other.
+    """
+    hidden = ("PYTHONPATH", "KERAS_BACKEND")
+    own = {name: value for name, value in os.environ.items() if name not in hidden}
+    return own | {"OMP_NUM_THREADS": "1"} | changes
+
+
+def start(name: str, *flags: object, kill_after: float | None = None) -> tuple[float | None, str]:
+    """Run a user's command; with ``kill_after``, kill it so long after it first prints something.
+
+    Returns:
+        Seconds from there to its end, None if it was killed before; and all that it printed.
+    """
+    process = subprocess.Popen(
+        command(name, *flags), cwd=ROOT, env=environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with process:
+        printed = process.stdout.read(1)
+        begun = time.perf_counter()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.kill()
+        printed += process.stdout.read()
+    seconds = time.perf_counter() - begun
+    was_killed = kill_after is not None and process.returncode == -signal.SIGKILL
+    assert was_killed or process.returncode == 0, printed.decode()
+    return None if was_killed else seconds, printed.decode()
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess]:
+    """Run a user's command: ``run_script("save_activations", "--layer", 1)``."""
+
+    def run(name: str, *flags: object, check: bool = True, **changes: str):
+        done = subprocess.run(
+            command(name, *flags), cwd=ROOT, env=environment(**changes), capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., SimpleNamespace]:
+    """The same within this process, which spares the seconds of importing torch.
+
+    Whatever is not the clean end that a script promises goes up as the exception it is.
+    """
+
+    def run(name: str, *flags: object, check: bool = True):
+        printed, words = io.StringIO(), sys.argv
+        sys.argv = [f"{name}.py", *map(str, flags)]
+        code = 0
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                runpy.run_path(f"{name}.py", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = words
+        message = code if isinstance(code, str) else ""
+        status = 1 if message else code or 0
+        assert not check or status == 0, message or printed.getvalue()
+        return SimpleNamespace(returncode=status, message=message, stdout=printed.getvalue())
+
+    return run
+
+
+class Flags:
+    """The flags of the four scripts for one tiny run, writing below ``folder``."""
+
+    def __init__(self, folder: Path, model: Path, text: Path):
+        activations, autoencoder = folder / "activations", folder / "autoencoder"
+        self.save_activations = [
+            "--model-name", model, "--layer", LAYER, "--dtype", "float32", "--dataset", text,
+            "--n-tokens", 49_152, "--context-length", 32, "--contexts-per-batch", 4,
+            "--tokens-per-shard", 1_024, "--activations-dir", activations,
+        ]  # fmt: skip
+        self.train_autoencoder = [
+            "--n-latents", 128, "--k", 4, "--batch-size", 64, "--n-passes", 0.6, "--log-every", 20,
+            "--backup-every", 2, "--dead-after", 2_000, "--learning-rate", 1e-3,
+            "--backend", "torch", "--activations-dir", activations,
+            "--autoencoder-dir", autoencoder,
+        ]  # fmt: skip
+        self.analyze_features = [
+            "--n-loss-tokens", 512, "--n-reported", 5, "--batch-size", 1_024, "--no-map-features",
+            "--activations-dir", activations, "--autoencoder-dir", autoencoder,
+            "--analysis-dir", folder / "analysis",
+        ]  # fmt: skip
+        self.influence_llm = [
+            "--prompt", "rose tulip ship", "--max-new-tokens", 100,
+            "--strength", 0, 2, 4, 6, 8, 10, "--autoencoder-dir", autoencoder,
+            "--analysis-dir", folder / "analysis", "--influence-dir", folder / "influence",
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_model, tiny_text) -> SimpleNamespace:
+    """The whole pipeline, run once by the user's commands. To be read, not written to.
+
+    ``folder`` holds the scripts' folders and ``flags`` what they were run with; by script,
+    ``printed`` is what it printed and ``seconds`` how long it ran from its first output on.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    run = SimpleNamespace(folder=folder, flags=Flags(folder, tiny_model, tiny_text))
+    ended = {name: start(name, *getattr(run.flags, name)) for name in SCRIPTS}
+    run.seconds = {name: seconds for name, (seconds, _) in ended.items()}
+    run.printed = {name: printed for name, (_, printed) in ended.items()}
+    return run

@@ -1,0 +1,360 @@
+"""The four scripts as a user runs them: on a tiny model, on the embedded one, on bad input."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SCRIPTS, Flags, save_tiny_model
+
+from utils.catalogue import Catalogue
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of every file below a folder, locks apart."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".lock")
+    }
+
+
+@pytest.fixture
+def copied(tiny_run, tiny_model, tiny_text, tmp_path) -> Flags:
+    """The flags of a copy of the tiny run, which a test may spoil; its ``folder`` too."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.folder, folder)
+    flags = Flags(folder, tiny_model, tiny_text)
+    flags.folder = folder
+    return flags
+
+
+@pytest.fixture(scope="session")
+def refused(run_here):
+    """Run a command that must end in one message, and return the message."""
+
+    def run(name: str, *flags: object) -> str:
+        ended = run_here(name, *flags, check=False)
+        assert ended.returncode == 1, ended.stdout
+        assert ended.message.strip().startswith(f"{name}.py: ")
+        return ended.message
+
+    return run
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+def test_activations(tiny_run):
+    folder = tiny_run.folder / "activations"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["finished"] and manifest["d_model"] == 32 and manifest["layer"] == 1
+    assert len(manifest["shards"]) == 48
+    assert np.load(folder / "activations-00000.npy").shape == (32, 32, 32)
+    kept = int(re.search(r"kept ([\d,]+)", tiny_run.printed[SCRIPTS[0]])[1].replace(",", ""))
+    assert kept == sum(shard["kept"] for shard in manifest["shards"])
+    assert kept + sum(manifest["excluded"].values()) == 49_152
+
+
+def test_autoencoder(tiny_run):
+    folder = tiny_run.folder / "autoencoder"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    log = pd.read_csv(folder / "training_log.csv")
+    assert 0 < metrics["fvu"] < 0.6
+    assert metrics["l0"] == pytest.approx(4, abs=0.1)
+    assert 0 <= metrics["dead_fraction"] < 0.5
+    assert metrics["n_tokens"] == log["tokens"].iloc[-1] == metrics["n_steps"] * 64
+    assert metrics["tokens_per_second"] > 0
+    assert log["loss"].iloc[-1] < log["loss"].iloc[0]
+    assert (folder / "autoencoder.keras").exists()
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_analysis(tiny_run):
+    folder = tiny_run.folder / "analysis"
+    summary = json.loads((folder / "summary.json").read_text())
+    features = pd.read_parquet(folder / "features.parquet")
+    examples = pd.read_parquet(folder / "examples.parquet")
+    assert summary["n_latents"] == len(features) == 128
+    assert summary["n_alive"] == (~features["dead"]).sum() > 0
+    assert 0 < summary["fvu"] < 0.6 and summary["loss_recovered"] < 1
+    assert set(features["top_subset"]) == {"Garden", "Harbour"}
+    assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
+    assert features["umap_x"].isna().all()  # no map was asked for
+    assert {path.name for path in folder.glob("*.png")} == {"density.png", "l0.png", "fidelity.png"}
+    html = (folder / "report.html").read_text()
+    assert html.count("<img") == 3 and "Garden" in html
+
+
+def test_influence(tiny_run):
+    lines = (tiny_run.folder / "influence" / "generations.jsonl").read_text().split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 6
+    assert len({record["untouched"] for record in records}) == 1
+    assert records[-1]["steered"] != records[-1]["untouched"]
+    printed = tiny_run.printed["influence_llm"]
+    assert "Prompt: rose tulip ship" in printed and "ablation" in printed
+
+
+def test_finished_scripts_do_nothing(copied, run_here):
+    before = files_of(copied.folder)
+    says = ("activations holds 49,152 tokens", "autoencoder is finished", "analysis is finished",
+            "the model was not loaded")  # fmt: skip
+    for _ in range(2):
+        for name, words in zip(SCRIPTS, says, strict=True):
+            assert words in run_here(name, *getattr(copied, name)).stdout
+        assert files_of(copied.folder) == before
+
+
+def test_a_backup_left_by_a_kill_at_the_very_end_goes(copied, run_here):
+    left = copied.folder / "autoencoder" / "backup.keras"
+    left.write_bytes(b"of a finished training")
+    run_here("train_autoencoder", *copied.train_autoencoder)
+    assert not left.exists()
+
+
+# ----------------------------------------------------------------------------- the embedded model
+
+
+def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedded_pile):
+    places = {
+        name: [f"--{name}-dir", tmp_path / name]
+        for name in ("activations", "autoencoder", "analysis", "influence")
+    }
+    printed = run_script(
+        "save_activations", "--model-name", "embedded", "--dataset", "embedded", "--layer", 7,
+        "--n-tokens", 16_384, "--context-length", 64, *places["activations"], OMP_NUM_THREADS="2",
+    ).stdout  # fmt: skip
+    assert "holds 16,384 tokens" in printed
+    run_script(
+        "train_autoencoder", "--n-latents", 512, "--k", 16, "--batch-size", 256, "--n-passes", 6,
+        "--log-every", 50, *places["activations"], *places["autoencoder"],
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "autoencoder" / "metrics.json").read_text())
+    assert metrics["fvu"] < 0.65
+    run_script(
+        "analyze_features", "--n-loss-tokens", 1_024, *places["activations"],
+        *places["autoencoder"], *places["analysis"], OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
+    assert 0 < summary["loss_recovered"] < 1
+    losses = summary["cross_entropy"]
+    assert losses["untouched"] < losses["reconstruction"] < losses["zero_ablated"]
+    features = pd.read_parquet(tmp_path / "analysis" / "features.parquet")
+    assert (features["umap_x"].notna() == ~features["dead"]).all()
+    assert len(set(features["top_subset"])) >= 4
+    assert (tmp_path / "analysis" / "umap.png").exists()
+    run_script(
+        "influence_llm", "--strength", 10, "--max-new-tokens", 16, *places["autoencoder"],
+        *places["analysis"], *places["influence"],
+    )  # fmt: skip
+    record = json.loads((tmp_path / "influence" / "generations.jsonl").read_text())
+    assert record["untouched"].strip() and record["untouched"] != record["steered"]
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "rule"),
+    [
+        ("save_activations", ["--n-tokens", 0], "N_TOKENS must be greater than 0; it is 0"),
+        ("train_autoencoder", ["--k", 129, "--n-latents", 128], "K must be at most N_LATENTS, 128"),
+        ("analyze_features", ["--n-reported", 0], "N_REPORTED must be greater than 0; it is 0"),
+        ("influence_llm", ["--prompt", " "], "PROMPT must hold some text; it is empty"),
+    ],
+)
+def test_a_mistake_ends_the_process_with_one_line(run_script, name, flags, rule):
+    done = run_script(name, *flags, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.strip().startswith(f"{name}.py: {rule}")
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_hub_model_without_a_network(run_script, tmp_path):
+    done = run_script(
+        "save_activations", "--model-name", "meta-llama/no-such-model", "--activations-dir",
+        tmp_path / "out", check=False, HF_HUB_OFFLINE="1", HF_TOKEN="",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for part in ("meta-llama/no-such-model", "HF_TOKEN", "not set", "--model-name embedded"):
+        assert part in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--layer", 4], "LAYER must be between 0 and 3 for .*; it is 4"),
+        (["--layer", -1], "LAYER must be between 0 and 3 for .*; it is -1"),
+        (["--n-tokens", -5], "N_TOKENS must be greater than 0; it is -5"),
+        (["--context-length", 1], "CONTEXT_LENGTH must be at least 2"),
+        (["--dtype", "int8"], "DTYPE must be one of auto, bfloat16, float16, float32"),
+        (["--storage-dtype", "bfloat16"], "STORAGE_DTYPE must be float16 or float32"),
+        (["--dataset", "/no/such/file"], "no file or folder '/no/such/file'"),
+    ],
+)
+def test_wrong_settings_of_save_activations(refused, tiny_run, tmp_path, flags, rule):
+    words = [*tiny_run.flags.save_activations, "--activations-dir", tmp_path / "out", *flags]
+    assert re.search(rule, refused("save_activations", *words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("empty.jsonl", b"", "must hold documents with a text; it holds no record"),
+        ("latin.txt", b"caf\xe9", "must be UTF-8; byte 3 is not"),
+        ("short.txt", b"rose", "fewer than the 32 of CONTEXT_LENGTH"),
+    ],
+)
+def test_useless_text(refused, tiny_run, tmp_path, name, content, rule):
+    (tmp_path / name).write_bytes(content)
+    flags = ["--dataset", tmp_path / name, "--activations-dir", tmp_path / "out"]
+    message = refused("save_activations", *tiny_run.flags.save_activations, *flags)
+    assert str(tmp_path / name) in message and rule in message
+    assert not list(tmp_path.glob("out/*.npy"))
+
+
+def test_records_without_a_text_are_skipped_and_reported(run_here, tiny_run, tiny_text, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    lines = tiny_text.read_text().splitlines()[:20]
+    path.write_text("\n".join(['{"title": "no text"}', lines[0], "no json", *lines[1:]]))
+    printed = {
+        dataset: run_here(
+            "save_activations", *tiny_run.flags.save_activations, "--dataset", dataset,
+            "--n-tokens", 640, "--activations-dir", tmp_path / dataset.stem,
+        ).stdout
+        for dataset in (path, tiny_text)
+    }  # fmt: skip
+    assert "Skipped 1 records without a text." in printed[path]
+    assert "Skipped 1 records not JSON." in printed[path]
+    assert "Skipped" not in printed[tiny_text]
+    tokens = [np.load(tmp_path / name / "tokens-00000.npy") for name in ("mixed", "tiny")]
+    assert np.array_equal(*tokens)
+
+
+@pytest.mark.parametrize(("name", "folder"), zip(
+    SCRIPTS, ("activations", "autoencoder", "analysis", "influence"), strict=True
+))  # fmt: skip
+def test_an_output_that_cannot_be_written(refused, tiny_run, tmp_path, name, folder):
+    (tmp_path / "file").write_text("of the user's")
+    out = tmp_path / "file" / "out"
+    message = refused(name, *getattr(tiny_run.flags, name), f"--{folder}-dir", out)
+    assert f"Cannot write to {out}" in message
+    assert (tmp_path / "file").read_text() == "of the user's"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "differing"),
+    [
+        ("save_activations", ["--layer", 2], "LAYER: 1 there, 2 now"),
+        ("train_autoencoder", ["--k", 8], "K: 4 there, 8 now"),
+        ("analyze_features", ["--seed", 1], "SEED: 0 there, 1 now"),
+    ],
+)
+def test_other_settings_are_refused(refused, copied, name, flags, differing):
+    before = files_of(copied.folder)
+    message = refused(name, *getattr(copied, name), *flags)
+    assert differing in message and "--overwrite" in message
+    assert files_of(copied.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "first"),
+    [
+        ("train_autoencoder", "--activations-dir", "save_activations.py"),
+        ("analyze_features", "--activations-dir", "save_activations.py"),
+        ("analyze_features", "--autoencoder-dir", "train_autoencoder.py"),
+        ("influence_llm", "--analysis-dir", "analyze_features.py"),
+        ("influence_llm", "--autoencoder-dir", "train_autoencoder.py"),
+    ],
+)
+def test_a_missing_input_names_the_script_that_makes_it(refused, copied, name, flag, first):
+    flags = [*getattr(copied, name), flag, copied.folder / "nowhere"]
+    output = {"train_autoencoder": "autoencoder", "analyze_features": "analysis"}
+    if name in output:
+        flags += [f"--{output[name]}-dir", copied.folder / "out"]
+    if flag == "--autoencoder-dir" and name == "train_autoencoder":
+        flags = flags[:-2]
+    message = refused(name, *flags)
+    assert f"Run {first} first" in message and "nowhere" in message
+    assert not (copied.folder / "nowhere").exists() and not (copied.folder / "out").exists()
+
+
+def test_training_refuses_what_cannot_work(refused, tiny_run, tmp_path):
+    for flags, rule in (
+        (["--kind", "topp"], "KIND must be one of l1, topk; it is 'topp'. Did you mean 'topk'?"),
+        (["--backend", "tensorfow"], "BACKEND must be auto, jax, torch, tensorflow; it is"),
+        (["--held-out", 1.0], "HELD_OUT must be between 0 and 1; it is 1.0"),
+        (["--batch-size", 10**6], "BATCH_SIZE must be at most the number of training tokens"),
+        (["--n-passes", 1e-5], "N_PASSES"),
+        (["--learning-rate", -1.0], "LEARNING_RATE must be greater than 0; it is -1.0"),
+    ):
+        words = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", tmp_path / "out", *flags]
+        assert rule in refused("train_autoencoder", *words)
+        assert not list(tmp_path.glob("out/*.*s*v*"))
+
+
+def test_activations_that_the_autoencoder_is_not_for(run_here, refused, copied, tmp_path):
+    def save(name, *flags):
+        words = ["--n-tokens", 2_048, *flags, "--activations-dir", tmp_path / name]
+        run_here("save_activations", *copied.save_activations, *words)
+        words = ["--activations-dir", tmp_path / name, "--analysis-dir", tmp_path / "out"]
+        return refused("analyze_features", *copied.analyze_features, *words)
+
+    assert "was trained with layer 1, and the activations in" in save("layer", "--layer", 2)
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    assert "trained with model_name" in save("model", "--model-name", other)
+    assert "trained on other activations" in save("less")
+    # A model of another width that took the place of the one analysed.
+    path = copied.folder / "autoencoder" / "metrics.json"
+    path.write_text(path.read_text().replace('"d_model": 32', '"d_model": 48'))
+    assert "trained with d_model 48" in save("width")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_shard_is_named_with_its_repair(refused, copied):
+    path = copied.folder / "activations" / "activations-00003.npy"
+    path.write_bytes(path.read_bytes()[:-1000])
+    for name, folder in (("train_autoencoder", "autoencoder"), ("analyze_features", "analysis")):
+        flags = [*getattr(copied, name), f"--{folder}-dir", copied.folder / "out"]
+        message = refused(name, *flags)
+        assert str(path) in message and "run save_activations.py again" in message
+    assert not (copied.folder / "out" / "metrics.json").exists()
+
+
+def test_features_that_cannot_be_clamped(refused, copied):
+    path = copied.folder / "analysis" / "features.parquet"
+    features = pd.read_parquet(path)
+    features.loc[7, "dead"] = True
+    features.to_parquet(path, index=False)
+    before = files_of(copied.folder)
+    for feature, rule in (
+        (128, "FEATURE must be from 0 to 127"),
+        (-1, "it is -1"),
+        (7, "7 was active on no token"),
+        ("zebra", "it is 'zebra', and none was found"),
+    ):
+        assert rule in refused("influence_llm", *copied.influence_llm, "--feature", feature)
+    assert files_of(copied.folder) == before
+
+
+def test_an_analysis_of_another_autoencoder(run_here, refused, copied):
+    flags = ["--seed", 1, "--autoencoder-dir", copied.folder / "other"]
+    run_here("train_autoencoder", *copied.train_autoencoder, *flags, "--n-passes", 0.1)
+    message = refused("influence_llm", *copied.influence_llm, *flags[2:])
+    assert "Run analyze_features.py for this autoencoder" in message
+
+
+def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
+    catalogue = Catalogue(tiny_run.folder / "analysis")
+    found = catalogue.search("anchor", 1)["feature"].item()
+    printed = run_here(
+        "influence_llm", *tiny_run.flags.influence_llm, "--feature", "anchor", "--strength", 5,
+        "--influence-dir", tmp_path,
+    ).stdout  # fmt: skip
+    assert f"Clamping feature {found}," in printed and "anchor" in printed
