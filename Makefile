@@ -18,13 +18,13 @@ demo: .venv/installed
 	    --batch-size 2048 --dead-after 500000 --log-every 25 \
 	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
-	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis
-	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature Japan \
-	    --strength 0 1 2 --autoencoder-dir $(DEMO)/autoencoder \
+	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192
+	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature quantum \
+	    --strength 0 1 1.5 --autoencoder-dir $(DEMO)/autoencoder \
 	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
 	@printf "\n%s\n" "Read the features in $(DEMO)/analysis/report.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py --autoencoder-dir $(DEMO)/autoencoder --analysis-dir" \
-	    "$(DEMO)/analysis --prompt 'I think that' --feature music --strength 1 2"
+	    "$(DEMO)/analysis --prompt 'Once upon a time' --feature war --strength 1 2"
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

@@ -19,7 +19,7 @@ ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 
 # --- what to look at
-N_TOKENS: int | None = None  # tokens of the activations to go through; None: all of them
+N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random

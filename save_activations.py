@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from utils.activations import OUTPUTS, ActivationStore, bytes_per_token
-from utils.artifacts import open_stage, require_disk_space
+from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.corpus import Corpus
 from utils.extraction import Extraction, Ranks
 from utils.language_model import load_language_model, read_config
@@ -45,7 +45,7 @@ def main() -> None:
     ranks = Ranks.from_environment()
 
     # 1. Check the settings, the model's configuration and the first document.
-    check(settings)
+    check(settings, ranks)
     config = read_config(settings.model_name, settings.layer, settings.dtype)
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
@@ -58,7 +58,7 @@ def main() -> None:
     ) as folder:
         extraction = Extraction(folder, settings, ranks)
         if extraction.is_finished():
-            print(describe(folder))
+            print(describe(folder, ranks))
             return
 
         # 3. Print the plan, and refuse what cannot fit.
@@ -73,10 +73,10 @@ def main() -> None:
     # 5. Say what was kept, and what was left out and why.
     for reason, count in corpus.skipped.items():
         print(f"Skipped {count:,} records {reason}.")
-    print(describe(folder))
+    print(describe(folder, ranks))
 
 
-def check(settings) -> None:
+def check(settings, ranks: Ranks) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(settings, "n_tokens", "tokens_per_shard", "contexts_per_batch")
     require(
@@ -91,6 +91,11 @@ def check(settings) -> None:
         settings.storage_dtype in ("float16", "float32"),
         f"STORAGE_DTYPE must be float16 or float32; it is {settings.storage_dtype!r}.",
     )
+    require(
+        not settings.overwrite or ranks.world_size == 1,
+        "OVERWRITE must be off with several processes, which would delete each other's shards. "
+        f"Delete {settings.activations_dir} yourself.",
+    )
 
 
 def plan(settings, folder: Path, d_model: int) -> str:
@@ -104,8 +109,11 @@ def plan(settings, folder: Path, d_model: int) -> str:
     )
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Path, ranks: Ranks) -> str:
     """What the folder holds, in words."""
+    finished = sum(read_json(path)["finished"] for path in folder.glob("manifest*.json"))
+    if finished < ranks.world_size:
+        return f"Process {ranks.rank} is done; {finished} of {ranks.world_size} are."
     store = ActivationStore(folder)
     total = store.n_contexts * store.context_length
     reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.0f}"}

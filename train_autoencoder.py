@@ -66,6 +66,7 @@ def main() -> None:
 
     with open_stage(settings.autoencoder_dir, recorded, OUTPUTS, settings.overwrite) as folder:
         if (folder / "metrics.json").exists():
+            (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
             return
         store.verify()

@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # where a user runs the scripts
 sys.path.insert(0, str(ROOT))
+# Sums in one order, here and in the processes started; tests side by side on few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from utils.backend import use_backend  # noqa: E402
 
@@ -36,6 +38,11 @@ SUBSETS = {
 }
 SCRIPTS = ("save_activations", "train_autoencoder", "analyze_features", "influence_llm")
 LAYER = 1
+
+
+def pytest_configure(config):
+    for warning in ("Sparse CSR tensor support is in beta", "__array__ implementation doesn't"):
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
 @pytest.fixture(scope="session")
@@ -115,13 +122,10 @@ def command(name: str, *flags: object) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """A user's: this process's, without PYTHONPATH and the backend that these tests set.
-
-    One thread, so that sums are always made in one order and two runs do not slow each other.
-    """
+    """A user's: this process's, without PYTHONPATH and the backend that these tests set."""
     hidden = ("PYTHONPATH", "KERAS_BACKEND")
     own = {name: value for name, value in os.environ.items() if name not in hidden}
-    return own | {"OMP_NUM_THREADS": "1"} | changes
+    return own | changes
 
 
 def start(name: str, *flags: object, kill_after: float | None = None) -> tuple[float | None, str]:

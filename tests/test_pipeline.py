@@ -12,6 +12,8 @@ from conftest import SCRIPTS, Flags, save_tiny_model
 
 from utils.catalogue import Catalogue
 
+FOLDERS = ("activations", "autoencoder", "analysis", "influence")
+
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Time and content of every file below a folder, locks apart."""
@@ -80,7 +82,7 @@ def test_analysis(tiny_run):
     examples = pd.read_parquet(folder / "examples.parquet")
     assert summary["n_latents"] == len(features) == 128
     assert summary["n_alive"] == (~features["dead"]).sum() > 0
-    assert 0 < summary["fvu"] < 0.6 and summary["loss_recovered"] < 1
+    assert 0 < summary["fvu"] < 0.6
     assert set(features["top_subset"]) == {"Garden", "Harbour"}
     assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
     assert features["umap_x"].isna().all()  # no map was asked for
@@ -120,10 +122,7 @@ def test_a_backup_left_by_a_kill_at_the_very_end_goes(copied, run_here):
 
 
 def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedded_pile):
-    places = {
-        name: [f"--{name}-dir", tmp_path / name]
-        for name in ("activations", "autoencoder", "analysis", "influence")
-    }
+    places = {name: [f"--{name}-dir", tmp_path / name] for name in FOLDERS}
     printed = run_script(
         "save_activations", "--model-name", "embedded", "--dataset", "embedded", "--layer", 7,
         "--n-tokens", 16_384, "--context-length", 64, *places["activations"], OMP_NUM_THREADS="2",
@@ -194,6 +193,7 @@ def test_hub_model_without_a_network(run_script, tmp_path):
         (["--context-length", 1], "CONTEXT_LENGTH must be at least 2"),
         (["--dtype", "int8"], "DTYPE must be one of auto, bfloat16, float16, float32"),
         (["--storage-dtype", "bfloat16"], "STORAGE_DTYPE must be float16 or float32"),
+        (["--outlier-factor", 1.0], "OUTLIER_FACTOR must be greater than 1; it is 1.0"),
         (["--dataset", "/no/such/file"], "no file or folder '/no/such/file'"),
     ],
 )
@@ -208,7 +208,7 @@ def test_wrong_settings_of_save_activations(refused, tiny_run, tmp_path, flags, 
     [
         ("empty.jsonl", b"", "must hold documents with a text; it holds no record"),
         ("latin.txt", b"caf\xe9", "must be UTF-8; byte 3 is not"),
-        ("short.txt", b"rose", "fewer than the 32 of CONTEXT_LENGTH"),
+        ("short.txt", b"rose", "fewer tokens than CONTEXT_LENGTH, 32"),
     ],
 )
 def test_useless_text(refused, tiny_run, tmp_path, name, content, rule):
@@ -237,9 +237,7 @@ def test_records_without_a_text_are_skipped_and_reported(run_here, tiny_run, tin
     assert np.array_equal(*tokens)
 
 
-@pytest.mark.parametrize(("name", "folder"), zip(
-    SCRIPTS, ("activations", "autoencoder", "analysis", "influence"), strict=True
-))  # fmt: skip
+@pytest.mark.parametrize(("name", "folder"), list(zip(SCRIPTS, FOLDERS, strict=True)))
 def test_an_output_that_cannot_be_written(refused, tiny_run, tmp_path, name, folder):
     (tmp_path / "file").write_text("of the user's")
     out = tmp_path / "file" / "out"
@@ -291,7 +289,7 @@ def test_training_refuses_what_cannot_work(refused, tiny_run, tmp_path):
         (["--backend", "tensorfow"], "BACKEND must be auto, jax, torch, tensorflow; it is"),
         (["--held-out", 1.0], "HELD_OUT must be between 0 and 1; it is 1.0"),
         (["--batch-size", 10**6], "BATCH_SIZE must be at most the number of training tokens"),
-        (["--n-passes", 1e-5], "N_PASSES"),
+        (["--n-passes", 1e-5], "N_PASSES must be enough for a batch of 64 of the"),
         (["--learning-rate", -1.0], "LEARNING_RATE must be greater than 0; it is -1.0"),
     ):
         words = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", tmp_path / "out", *flags]
@@ -355,6 +353,6 @@ def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
     found = catalogue.search("anchor", 1)["feature"].item()
     printed = run_here(
         "influence_llm", *tiny_run.flags.influence_llm, "--feature", "anchor", "--strength", 5,
-        "--influence-dir", tmp_path,
+        "--max-new-tokens", 5, "--influence-dir", tmp_path,
     ).stdout  # fmt: skip
     assert f"Clamping feature {found}," in printed and "anchor" in printed

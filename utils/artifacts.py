@@ -98,20 +98,27 @@ def open_stage(
     """
     folder = Path(folder)
     with _hold(folder, lock_name):
-        recorded = folder / SETTINGS_FILE
-        if overwrite:
-            _remove_outputs(folder, (*outputs, SETTINGS_FILE))
-        begun = _matching(folder, outputs)
-        if begun and recorded.exists():
-            _refuse_other_settings(folder, read_json(recorded), settings)
-        require(
-            not begun or recorded.exists(),
-            f"{folder} holds {', '.join(path.name for path in begun[:3])} but no {SETTINGS_FILE}, "
-            "so the run they belong to is unknown. Pass --overwrite to delete them, or name "
-            "another folder.",
-        )
-        write_json(recorded, settings)
+        with FileLock(folder / f"{LOCK_FILE}-settings"):  # ranks take turns
+            _claim(folder, settings, outputs, overwrite)
         yield folder
+
+
+def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bool) -> None:
+    """Record ``settings`` in a folder without outputs; compare them in one that has some."""
+    recorded = folder / SETTINGS_FILE
+    if overwrite:
+        _remove_outputs(folder, (*outputs, SETTINGS_FILE))
+    begun = _matching(folder, outputs)
+    require(
+        not begun or recorded.exists(),
+        f"{folder} holds {', '.join(path.name for path in begun[:3])} but no {SETTINGS_FILE}, "
+        "so the run they belong to is unknown. Pass --overwrite to delete them, or name "
+        "another folder.",
+    )
+    if begun:
+        _refuse_other_settings(folder, read_json(recorded), settings)
+    else:
+        write_json(recorded, settings)
 
 
 @contextlib.contextmanager

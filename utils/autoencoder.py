@@ -175,7 +175,7 @@ class SparseAutoencoder(keras.Model):
         loss = self.loss_terms(normalised, passed)
         if training:
             self.step.assign_add(1)
-            idle = self.idle_tokens + ops.shape(x)[0]
+            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)
             self.idle_tokens.assign(ops.where(passed["active"], 0, idle))
         error = ops.sum(ops.square(normalised - passed["reconstruction"]))
         variance = ops.sum(ops.square(normalised - ops.mean(normalised, axis=0)))
@@ -350,7 +350,8 @@ class TopKAutoencoder(SparseAutoencoder):
         """‖e − ê‖² from the latents that have been idle longest, those of them that are dead."""
         auxk = min(self.d_model // 2, self.n_latents)
         candidates = min(4 * auxk, self.n_latents)
-        idle, rows = ops.top_k(self.idle_tokens, candidates)
+        # As a tensor, for JAX takes no Keras variable within a traced condition.
+        idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
         pre_activations = ops.matmul(x, ops.transpose(ops.take(self.W_enc, rows, axis=0)))
         pre_activations = pre_activations + ops.take(self.b_enc, rows)
         pre_activations = ops.where(idle >= self.dead_after, ops.relu(pre_activations), 0.0)

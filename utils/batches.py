@@ -58,7 +58,13 @@ class ShuffledBatches:
 
     def n_steps(self, n_passes: float) -> int:
         """Whole batches in ``n_passes`` passes over the rows."""
-        return int(n_passes * self.n_rows) // self.batch_size
+        steps = int(n_passes * self.n_rows) // self.batch_size
+        require(
+            steps > 0,
+            f"N_PASSES must be enough for a batch of {self.batch_size:,} of the {self.n_rows:,} "
+            f"training tokens; it is {n_passes}.",
+        )
+        return steps
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """Batches without end, shape (batch_size, d_model) float32, raw, from ``step`` on."""

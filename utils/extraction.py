@@ -148,6 +148,11 @@ class Extraction:
     def _calibrate(self) -> None:
         """Set the norm above which a position is an outlier; print the rate of this machine."""
         batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
+        require(
+            bool(batch),
+            f"{self.corpus.name} must hold at least a context of text for each process; it has "
+            f"fewer tokens than CONTEXT_LENGTH, {self.settings.context_length:,}.",
+        )
         tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
         residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
         start = time.perf_counter()

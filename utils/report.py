@@ -8,6 +8,7 @@ import pandas as pd
 from utils import plots
 from utils.browser import write_report
 from utils.catalogue import Catalogue
+from utils.embedded import TITLES
 
 N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
 
@@ -19,9 +20,10 @@ def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int)
         "random": draw_features(catalogue.features, seed),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
+    named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
     write_report(
         folder / "report.html",
-        catalogue.summary,
+        {**catalogue.summary, **named},
         catalogue.features,
         catalogue.examples_of([*shown["random"], *shown["selected"]]),
         draw_plots(catalogue, l0_counts),

@@ -26,7 +26,7 @@ from utils.language_model import LanguageModel, load_language_model, residual_at
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--tokens", type=int, default=16_384, help="tokens a round")
+    arguments.add_argument("--tokens", type=int, default=49_152, help="tokens a round")
     options = arguments.parse_args()
     settings = SimpleNamespace(
         model_name="embedded",
@@ -35,7 +35,7 @@ def main() -> None:
         n_tokens=options.tokens,
         context_length=128,
         contexts_per_batch=16,
-        tokens_per_shard=options.tokens,
+        tokens_per_shard=65_536,
         storage_dtype="float16",
         outlier_factor=3.0,
     )
