@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/python save_activations.py --model-name embedded --dataset embedded --layer 15 \
 	    --n-tokens 600000 --context-length 128 --activations-dir $(DEMO)/activations
 	$(BIN)/python train_autoencoder.py --kind topk --n-latents 4608 --k 32 --n-passes 2 \
-	    --batch-size 2048 --dead-after 500000 --log-every 25 \
+	    --batch-size 2048 --dead-after 500000 --log-every 50 --backup-every 2 \
 	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
 	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192

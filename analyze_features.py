@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.artifacts import open_stage, read_json
 from utils.backend import use_backend
-from utils.settings import as_dict, read_settings, require_positive, run
+from utils.settings import as_dict, read_settings, require, require_positive, run
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -50,7 +50,8 @@ def main() -> None:
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
-    recorded = as_dict(settings, leave_out=NOT_RECORDED)
+    require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
+    recorded = {"script": "analyze_features.py", **as_dict(settings, leave_out=NOT_RECORDED)}
     recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
 
     with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
@@ -92,12 +93,14 @@ def main() -> None:
 def describe(summary: dict, folder: Path) -> str:
     """The result in words."""
     losses = summary["cross_entropy"]
+    explained, held_out = 1 - summary["fvu"], 1 - summary["held_out_fvu"]
     return (
-        f"Over {summary['n_tokens']:,} tokens: variance explained {1 - summary['fvu']:.3f}, "
-        f"L0 {summary['l0']:.1f}, {summary['n_alive']:,} of {summary['n_latents']:,} features "
-        f"alive.\nCross-entropy {losses['untouched']:.3f} untouched, "
-        f"{losses['reconstruction']:.3f} with the reconstruction, {losses['zero_ablated']:.3f} "
-        f"zero-ablated: {summary['loss_recovered']:.1%} of the loss recovered.\n"
+        f"Over {summary['n_tokens']:,} tokens: variance explained {explained:.3f} ({held_out:.3f} "
+        f"on those held out of training), L0 {summary['l0']:.1f}, {summary['n_alive']:,} of "
+        f"{summary['n_latents']:,} features alive.\n"
+        f"Cross-entropy {losses['untouched']:.3f} untouched, {losses['reconstruction']:.3f} with "
+        f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
+        f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
         f"Open {folder / 'report.html'} to read the features."
     )
 

@@ -47,12 +47,14 @@ def main() -> None:
     # 1. Check the settings, the model's configuration and the first document.
     check(settings, ranks)
     config = read_config(settings.model_name, settings.layer, settings.dtype)
+    check_context(settings, config.get_text_config().max_position_embeddings)
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
     corpus.check()
 
     # 2. Claim the folder; a finished run has its shards checked.
-    recorded = as_dict(settings, leave_out=NOT_RECORDED) | {"world_size": ranks.world_size}
+    recorded = {"script": "save_activations.py", **as_dict(settings, leave_out=NOT_RECORDED)}
+    recorded["world_size"] = ranks.world_size
     with open_stage(
         settings.activations_dir, recorded, OUTPUTS, settings.overwrite, ranks.lock_name
     ) as folder:
@@ -63,7 +65,7 @@ def main() -> None:
 
         # 3. Print the plan, and refuse what cannot fit.
         print(plan(settings, folder, d_model))
-        require_disk_space(folder, extraction.bytes_to_write(d_model))
+        require_disk_space(folder, extraction.bytes_to_write(d_model) * ranks.world_size)
 
         # 4. Run the model over the contexts, stopped at the layer, into shards.
         language_model = load_language_model(settings.model_name, settings.layer, settings.dtype)
@@ -71,8 +73,6 @@ def main() -> None:
         extraction.run()
 
     # 5. Say what was kept, and what was left out and why.
-    for reason, count in corpus.skipped.items():
-        print(f"Skipped {count:,} records {reason}.")
     print(describe(folder, ranks))
 
 
@@ -98,6 +98,15 @@ def check(settings, ranks: Ranks) -> None:
     )
 
 
+def check_context(settings, longest: int) -> None:
+    """Refuse contexts that the model was not made for."""
+    require(
+        settings.context_length <= longest,
+        f"CONTEXT_LENGTH must be at most {longest:,} for {settings.model_name}; it is "
+        f"{settings.context_length:,}.",
+    )
+
+
 def plan(settings, folder: Path, d_model: int) -> str:
     """What is about to be done, in words."""
     size = settings.n_tokens * bytes_per_token(d_model, settings.storage_dtype)
@@ -118,9 +127,10 @@ def describe(folder: Path, ranks: Ranks) -> str:
     total = store.n_contexts * store.context_length
     reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.0f}"}
     excluded = ", ".join(f"{count:,} {reasons[why]}" for why, count in store.excluded.items())
+    skipped = "".join(f" Skipped {n:,} records {why}." for why, n in store.skipped.items())
     return (
         f"{folder} holds {total:,} tokens in {len(store.shards)} shards; kept {store.n_tokens:,}, "
-        f"left out {excluded}. Normalising scalar {store.scale:.4g}."
+        f"left out {excluded}. Normalising scalar {store.scale:.4g}.{skipped}"
     )
 
 

@@ -40,11 +40,11 @@ SEED = 0  # of the starting weights and of the order of the data
 # --- running
 BACKEND = "auto"  # tensorflow, jax, torch; auto: one that sees an accelerator, else the fastest
 LOG_EVERY = 100  # steps between lines of the log
-BACKUP_EVERY = 5  # log lines between backups
+BACKUP_EVERY = 50  # log lines between backups; one takes 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
 NOT_RECORDED = ("activations_dir", "autoencoder_dir", "backup_every", "overwrite")
-N_VALIDATION_CONTEXTS = 64
+N_VALIDATION_TOKENS = 8_192
 OUTPUTS = ("*.keras", "metrics.json", "training_log.csv", "training_curves.png")
 
 
@@ -62,7 +62,8 @@ def main() -> None:
 
     training.find_kind(settings.kind)
     store = ActivationStore(settings.activations_dir)
-    recorded = {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
+    recorded = {"script": "train_autoencoder.py"}
+    recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
 
     with open_stage(settings.autoencoder_dir, recorded, OUTPUTS, settings.overwrite) as folder:
         if (folder / "metrics.json").exists():
@@ -78,14 +79,16 @@ def main() -> None:
         print(plan(settings, store, rounds, backend))
 
         # 3. Build the autoencoder, starting from the data's scale and mean.
-        require_disk_space(folder, 16 * store.d_model * settings.n_latents * 2)
+        # A backup holds weights and two moments; the last one goes when the next is whole.
+        require_disk_space(folder, 50 * store.d_model * settings.n_latents)
         autoencoder = training.build(settings, store, rounds.total_steps)
 
         # 4. Train, going on from a backup if there is one.
+        n_validation = max(1, N_VALIDATION_TOKENS // store.context_length)
         autoencoder = training.train(
             autoencoder,
             batches.from_step,
-            store.kept_rows(held_out_contexts[:N_VALIDATION_CONTEXTS]).astype("float32"),
+            store.kept_rows(held_out_contexts[:n_validation]).astype("float32"),
             rounds,
             settings.batch_size,
             folder,
@@ -118,15 +121,26 @@ def check(settings) -> None:
     require(
         0 < settings.held_out < 1, f"HELD_OUT must be between 0 and 1; it is {settings.held_out}."
     )
+    for name in ("l1_warmup", "learning_rate_warmup", "learning_rate_decay"):
+        share = getattr(settings, name)
+        require(0 <= share <= 1, f"{name.upper()} must be a share from 0 to 1; it is {share}.")
+    for name in ("auxk_coefficient", "seed"):
+        value = getattr(settings, name)
+        require(value >= 0, f"{name.upper()} must not be negative; it is {value}.")
 
 
 def plan(settings, store, rounds, backend: str) -> str:
     """What is about to be done, in words."""
     tokens = rounds.total_steps * settings.batch_size
+    idle = (
+        "\nDEAD_AFTER is more tokens than this: none can count as dead, and none is revived."
+        if settings.dead_after >= tokens
+        else ""
+    )
     return (
         f"Training {settings.kind} with {settings.n_latents:,} latents of width {store.d_model} "
         f"on {backend}: {rounds.total_steps:,} steps of {settings.batch_size:,} tokens, "
-        f"{tokens / 1e6:,.1f} M in all."
+        f"{tokens / 1e6:,.1f} M in all.{idle}"
     )
 
 

@@ -26,11 +26,14 @@ from utils.backend import use_backend  # noqa: E402
 
 use_backend("torch")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from utils import embedded  # noqa: E402
+from utils.activations import ShardWriter, new_manifest  # noqa: E402
+from utils.artifacts import write_json  # noqa: E402
 
 SUBSETS = {
     "Garden": "rose tulip spade rain seed bloom soil leaf".split(),
@@ -112,6 +115,38 @@ def save_tiny_model(folder: Path, seed: int = 0, d_model: int = 32) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def excluded_of(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    """Counts of positions left out: every context's first is BOS, the others outliers."""
+    n_contexts = len(arrays["kept"])
+    return {"bos": n_contexts, "outlier_norm": int((~arrays["kept"]).sum()) - n_contexts}
+
+
+def write_activations(
+    folder: Path, arrays: dict[str, np.ndarray], per_shard: int = 3, storage_dtype: str = "float16"
+) -> None:
+    """Write a finished folder of activations, a shard at a time, a context at a time.
+
+    ``arrays`` has an array for each of `utils.activations.ARRAYS`; the subsets are "a" and "b".
+    """
+    n_contexts, context_length, d_model = arrays["activations"].shape
+    manifest = new_manifest(
+        model_name="m", revision=None, layer=1, dtype="float32", d_model=d_model,
+        context_length=context_length, dataset="d", world_size=1,
+    )  # fmt: skip
+    manifest |= {"subsets": ["a", "b"], "outlier_norm": 50.0, "finished": True}
+    for shard, first in enumerate(range(0, n_contexts, per_shard)):
+        writer = ShardWriter(folder, shard, (per_shard, context_length, d_model), storage_dtype)
+        for context in range(first, min(first + per_shard, n_contexts)):
+            one = {name: values[context : context + 1] for name, values in arrays.items()}
+            writer.append(excluded_of(one), **one)
+        manifest["shards"].append(writer.finish())
+        manifest["sum"] = (np.asarray(manifest["sum"]) + writer.sum).tolist()
+        manifest["sum_squared_norm"] += writer.sum_squared_norm
+        for reason, count in writer.excluded.items():
+            manifest["excluded"][reason] += count
+    write_json(folder / "manifest.json", manifest)
 
 
 # ------------------------------------------------------------------------------ running scripts

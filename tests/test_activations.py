@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import excluded_of, write_activations
 
-from utils.activations import ARRAYS, ActivationStore, ShardWriter, new_manifest, shard_path
+from utils.activations import ARRAYS, ActivationStore, shard_path
 from utils.artifacts import write_json
 from utils.batches import ShuffledBatches
 from utils.settings import InputError
@@ -33,34 +34,6 @@ def make_arrays(n_contexts: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def excluded_of(arrays: dict) -> dict[str, int]:
-    n_contexts = len(arrays["kept"])
-    outliers = int((~arrays["kept"]).sum()) - n_contexts
-    return {"bos": n_contexts, "outlier_norm": outliers}
-
-
-def write(folder: Path, arrays: dict, per_shard: int = 3, storage_dtype: str = "float16") -> None:
-    """A finished folder of these contexts, written a shard at a time, a context at a time."""
-    n_contexts = len(arrays["tokens"])
-    manifest = new_manifest(
-        model_name="m", revision=None, layer=1, dtype="float32", d_model=D_MODEL,
-        context_length=CONTEXT, dataset="d", world_size=1,
-    )  # fmt: skip
-    manifest |= {"subsets": ["a", "b"], "outlier_norm": 50.0, "finished": True, "sum": 0}
-    for shard, first in enumerate(range(0, n_contexts, per_shard)):
-        shape = (per_shard, CONTEXT, D_MODEL)
-        writer = ShardWriter(folder, shard, shape, storage_dtype)
-        for context in range(first, min(first + per_shard, n_contexts)):
-            one = {name: values[context : context + 1] for name, values in arrays.items()}
-            writer.append(excluded_of(one), **one)
-        manifest["shards"].append(writer.finish())
-        manifest["sum"] = (np.asarray(manifest["sum"]) + writer.sum).tolist()
-        manifest["sum_squared_norm"] += writer.sum_squared_norm
-        for reason, count in writer.excluded.items():
-            manifest["excluded"][reason] += count
-    write_json(folder / "manifest.json", manifest)
-
-
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
     return make_arrays(10)
@@ -69,7 +42,7 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.fixture
 def store(arrays, tmp_path) -> ActivationStore:
     """Ten contexts in shards of three, so that the last shard is not full."""
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     return ActivationStore(tmp_path)
 
 
@@ -83,7 +56,7 @@ def test_known_scale_and_mean(tmp_path):
     kept = np.zeros((1, CONTEXT), bool)
     kept[0, 1:3] = True
     others = {name: np.zeros((1, CONTEXT), np.int16) for name in ("tokens", "documents", "subsets")}
-    write(tmp_path, {"activations": activations, "kept": kept, **others})
+    write_activations(tmp_path, {"activations": activations, "kept": kept, **others})
     store = ActivationStore(tmp_path)
     assert store.scale == pytest.approx(0.4)
     assert store.mean.tolist() == [-1, 2, 0, 0]
@@ -97,7 +70,8 @@ def test_what_is_written_is_read(store, arrays, tmp_path):
         for context in range(10):
             assert np.array_equal(store[name][context], arrays[name][context]), (name, context)
     assert store["activations"][0].dtype == np.float16
-    assert store.subset_names(9) == ["ab"[i] for i in arrays["subsets"][9]]
+    shard, row = store.locate(7)
+    assert (shard.number, row) == (2, 1) and shard.subset_names == ("a", "b")
     assert not list(tmp_path.glob(".partial-*"))
     store.verify()
 
@@ -131,9 +105,9 @@ def test_float16_overflow_is_refused_with_the_remedy(arrays, tmp_path):
     activations[4, 2, 1] = 70_000
     large = {**arrays, "activations": activations}
     with np.errstate(over="ignore"), pytest.raises(InputError, match="--storage-dtype float32"):
-        write(tmp_path, large)
+        write_activations(tmp_path, large)
     assert not (tmp_path / "activations-00001.npy").exists()
-    write(tmp_path, large, storage_dtype="float32")
+    write_activations(tmp_path, large, storage_dtype="float32")
     store = ActivationStore(tmp_path)
     assert store["activations"][4][2, 1] == 70_000
 
@@ -153,7 +127,7 @@ def repair(path: Path) -> str:
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_truncated_or_missing_file_is_named_with_its_repair(arrays, tmp_path, name):
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     path = shard_path(tmp_path, name, 2)
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
@@ -164,7 +138,7 @@ def test_a_truncated_or_missing_file_is_named_with_its_repair(arrays, tmp_path, 
 
 
 def test_a_file_of_another_length_is_named(arrays, tmp_path):
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     path = shard_path(tmp_path, "kept", 0)
     np.save(path, np.load(path)[:2])
     with pytest.raises(InputError, match=r"kept-00000\.npy holds 2 contexts instead of 3"):
@@ -173,7 +147,7 @@ def test_a_file_of_another_length_is_named(arrays, tmp_path):
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_a_flipped_bit_is_found(arrays, tmp_path, name):
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     path = shard_path(tmp_path, name, 1)
     spoil(path, -3)
     with pytest.raises(InputError, match="does not match its checksum") as error:
@@ -183,7 +157,7 @@ def test_a_flipped_bit_is_found(arrays, tmp_path, name):
 
 def test_nan_is_named_by_shard_and_place(arrays, tmp_path):
     arrays["kept"][4, 5] = True
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     path = shard_path(tmp_path, "activations", 1)
     values = np.load(path)
     values[1, 5, 2] = np.nan
@@ -212,7 +186,7 @@ def test_unfinished_and_absent_activations(store, tmp_path):
 
 @pytest.fixture(params=[2**20, 600, 1], ids=["one pool", "some pools", "pools of a piece"])
 def batches(request, arrays, tmp_path) -> ShuffledBatches:
-    write(tmp_path, arrays)
+    write_activations(tmp_path, arrays)
     store = ActivationStore(tmp_path)
     return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_bytes=request.param)
 
@@ -252,7 +226,7 @@ def test_the_order_depends_on_the_seed(store):
 
 
 def test_rows_of_the_whole_set_are_mixed(tmp_path):
-    write(tmp_path, make_arrays(50))
+    write_activations(tmp_path, make_arrays(50))
     batches = ShuffledBatches(ActivationStore(tmp_path), range(50), 50, seed=0, pool_bytes=4_000)
     for batch in itertools.islice(batches.from_step(0), 10):
         contexts = batch[:, 0].astype(int) // CONTEXT

@@ -59,7 +59,7 @@ def test_json_round_trip_and_damage(tmp_path):
     assert read_json(path) == {"name": "λ", "list": [1, 2.5, None]}
     for content in (path.read_bytes()[:-5], b"\xff\xfe", b""):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"a\.json is damaged .*--overwrite"):
+        with pytest.raises(InputError, match=r"a\.json is damaged .*Delete"):
             read_json(path)
 
 
@@ -114,6 +114,19 @@ def test_overwrite_deletes_the_outputs_alone(tmp_path):
     assert (tmp_path / "own" / "a.npy").read_text() == "the user's"
 
 
+def test_overwrite_goes_on_with_the_same_settings(tmp_path):
+    make(tmp_path)
+    with open_stage(tmp_path, SETTINGS, OUTPUTS, overwrite=True):
+        assert names(tmp_path) == {"a.npy", "settings.json"}
+
+
+def test_the_folder_of_another_script_is_refused(tmp_path):
+    make(tmp_path, {"script": "one.py"})
+    with pytest.raises(InputError, match=r"is the folder of one\.py\. Name another"):
+        make(tmp_path, {"script": "other.py"})
+    assert names(tmp_path) == {"a.npy", "settings.json"}
+
+
 def test_outputs_of_an_unknown_run_are_refused(tmp_path):
     for name in ("stray.npy", "other.npy", "third.npy", "fourth.npy"):
         (tmp_path / name).write_text("")
@@ -127,7 +140,7 @@ def test_outputs_of_an_unknown_run_are_refused(tmp_path):
 def test_damaged_settings_are_refused_until_overwritten(tmp_path):
     make(tmp_path)
     (tmp_path / "settings.json").write_text('{"layer": ')
-    with pytest.raises(InputError, match=r"settings\.json is damaged .*--overwrite"):
+    with pytest.raises(InputError, match=r"settings\.json is damaged .*Delete"):
         make(tmp_path)
     assert (tmp_path / "a.npy").exists()
     make(tmp_path, overwrite=True)

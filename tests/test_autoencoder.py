@@ -112,7 +112,7 @@ def test_initial_weights():
 
 def test_an_unknown_kind_suggests_the_nearest():
     assert find_kind("topk") is TopKAutoencoder
-    with pytest.raises(InputError, match="one of l1, topk; it is 'topkk'. Did you mean 'topk'"):
+    with pytest.raises(InputError, match=r"one of l1, topk; it is 'topkk'\. Did you mean 'topk'"):
         find_kind("topkk")
     with pytest.raises(InputError, match=r"it is 'relu'\.$"):
         find_kind("relu")
@@ -211,7 +211,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backends")
     draw = np.random.default_rng(0)
     directions = draw.normal(size=(40, 16))
-    sparse = draw.random((50, 1_024, 40)) * (draw.random((50, 1_024, 40)) < 0.1)
+    sparse = draw.random((50, 512, 40)) * (draw.random((50, 512, 40)) < 0.1)
     np.save(folder / "batches.npy", (sparse @ directions + 0.5).astype(np.float32))
     main("torch", folder, "train")
     in_its_own_process("jax", folder, "train")
@@ -265,7 +265,7 @@ def test_backends_train_alike(trained, kind):
     logs = {b: pd.read_csv(trained / b / kind / "training_log.csv") for b in BACKENDS}
     torch = logs["torch"]
     assert len(torch) == 50 and torch["fvu"].iloc[-1] < 0.9 * torch["fvu"].iloc[0]
-    assert kind == "l1" or (torch["dead_fraction"] == 0.375).all()  # AuxK is at work
+    assert kind == "l1" or (torch["dead_fraction"] > 0.1).all()  # so that AuxK is at work
     for backend in BACKENDS[1:]:
         for name in ("loss", "fvu", "learning_rate"):
             np.testing.assert_allclose(logs[backend][name], torch[name], rtol=1e-3)

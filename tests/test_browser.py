@@ -147,7 +147,7 @@ def test_examples_are_marked_by_their_share_of_the_maximum(page):
 
 
 def test_summary_and_pictures(page):
-    for fact in ("4,312 of 4,608", "75.0% (FVU 0.250)", "96.6%", "3,920 bos; 112 norm outlier"):
+    for fact in ("4,312 of 4,608", "75.0%", "96.6%", "3,920 bos; 112 norm outlier"):
         assert fact in page.text
     (image,) = page.all("img")
     assert (image["width"], image["height"], image["alt"]) == ("20", "10", "A <map>")

@@ -58,7 +58,8 @@ def test_every_token_can_be_traced_to_its_text(store, tokenizer):
     seen = set()
     for context in range(store.n_contexts):
         tokens, documents = store["tokens"][context], store["documents"][context]
-        subsets = np.array(store.subset_names(context))
+        names = store.locate(context)[0].subset_names
+        subsets = np.array(names)[store["subsets"][context]]
         for document in np.unique(documents):
             of_document = documents == document
             text, subset = texts[document]

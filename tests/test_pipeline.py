@@ -191,6 +191,7 @@ def test_hub_model_without_a_network(run_script, tmp_path):
         (["--layer", -1], "LAYER must be between 0 and 3 for .*; it is -1"),
         (["--n-tokens", -5], "N_TOKENS must be greater than 0; it is -5"),
         (["--context-length", 1], "CONTEXT_LENGTH must be at least 2"),
+        (["--context-length", 257], "CONTEXT_LENGTH must be at most 256 for .*; it is 257"),
         (["--dtype", "int8"], "DTYPE must be one of auto, bfloat16, float16, float32"),
         (["--storage-dtype", "bfloat16"], "STORAGE_DTYPE must be float16 or float32"),
         (["--outlier-factor", 1.0], "OUTLIER_FACTOR must be greater than 1; it is 1.0"),
@@ -291,6 +292,9 @@ def test_training_refuses_what_cannot_work(refused, tiny_run, tmp_path):
         (["--batch-size", 10**6], "BATCH_SIZE must be at most the number of training tokens"),
         (["--n-passes", 1e-5], "N_PASSES must be enough for a batch of 64 of the"),
         (["--learning-rate", -1.0], "LEARNING_RATE must be greater than 0; it is -1.0"),
+        (["--learning-rate-decay", 2.0], "LEARNING_RATE_DECAY must be a share from 0 to 1; it is"),
+        (["--seed", -1], "SEED must not be negative; it is -1"),
+        (["--learning-rate", 1e30], "The loss is nan in round"),
     ):
         words = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", tmp_path / "out", *flags]
         assert rule in refused("train_autoencoder", *words)
@@ -323,6 +327,21 @@ def test_a_truncated_shard_is_named_with_its_repair(refused, copied):
         message = refused(name, *flags)
         assert str(path) in message and "run save_activations.py again" in message
     assert not (copied.folder / "out" / "metrics.json").exists()
+
+
+def test_damaged_autoencoders_are_named_with_the_remedy(refused, copied):
+    folder = copied.folder / "autoencoder"
+    whole = (folder / "autoencoder.keras").read_bytes()
+    (folder / "autoencoder.keras").write_bytes(whole[:-100])
+    flags = ["--analysis-dir", copied.folder / "out"]
+    message = refused("analyze_features", *copied.analyze_features, *flags)
+    assert f"{folder / 'autoencoder.keras'} cannot be read" in message and "Delete" in message
+    (folder / "metrics.json").unlink()
+    (folder / "backup.keras").write_bytes(whole[:-100])
+    message = refused("train_autoencoder", *copied.train_autoencoder)
+    assert f"{folder / 'backup.keras'} cannot be read" in message
+    assert "Delete it to train from the start" in message
+    assert (folder / "backup.keras").exists()
 
 
 def test_features_that_cannot_be_clamped(refused, copied):

@@ -5,7 +5,7 @@ A folder holds, for each shard n, arrays whose first axis is the context:
     activations-n.npy  float16 (contexts, context_length, d_model)   the residual stream, raw
     tokens-n.npy       int32   (contexts, context_length)
     kept-n.npy         bool    (contexts, context_length)   False at BOS and at norm outliers
-    documents-n.npy    int32   (contexts, context_length)   position of the document in the corpus
+    documents-n.npy    int32   (contexts, context_length)   number of the usable document
     subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
 
 and a manifest, which alone says that a shard is whole: it is written after the shard's files.
@@ -13,6 +13,7 @@ and a manifest, which alone says that a shard is whole: it is written after the 
 
 import collections
 import dataclasses
+import errno
 import functools
 import zlib
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,11 @@ OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
     return folder / f"{array}-{shard:05d}.npy"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, its header included."""
+    return zlib.crc32(np.memmap(path, mode="r"))
 
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:
@@ -102,7 +108,7 @@ class ShardWriter:
                 values = np.array(values[: self._filled])
                 with open(self._partial(array), "wb") as file:
                     np.save(file, values)
-            entry["crc32"][array] = zlib.crc32(values)
+            entry["crc32"][array] = checksum(self._partial(array))
         self._arrays.clear()
         for array in ARRAYS:
             self._partial(array).replace(shard_path(self.folder, array, self.shard))
@@ -128,16 +134,19 @@ class Shard:
     def verify(self) -> None:
         """Compare every array with its checksum; raises `InputError` naming a damaged file."""
         for array in ARRAYS:
-            if zlib.crc32(self[array]) != self.crc32[array]:
-                path = shard_path(self.folder, array, self.number)
+            self[array]
+            path = shard_path(self.folder, array, self.number)
+            if checksum(path) != self.crc32[array]:
                 raise damaged_shard(path, "does not match its checksum")
 
 
-@functools.lru_cache(maxsize=256)  # a map holds a file descriptor, and those are few
+@functools.lru_cache(maxsize=64)  # a map holds a file descriptor, and those are few
 def _open_array(path: Path, contexts: int) -> np.ndarray:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged header raises whatever its parser runs into
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise
         raise damaged_shard(path, f"cannot be read: {error}") from error
     if len(values) != contexts:
         raise damaged_shard(path, f"holds {len(values)} contexts instead of {contexts}")
@@ -164,6 +173,7 @@ class ActivationStore:
         outlier_norm: Positions of a larger raw norm are excluded.
         excluded: Number of positions left out, by reason.
         n_tokens: Kept positions.
+        skipped: Number of records of the corpus that could not be used, by reason.
     """
 
     def __init__(self, folder: str | Path):
@@ -190,6 +200,7 @@ class ActivationStore:
             reason: sum(manifest["excluded"][reason] for manifest in manifests)
             for reason in first["excluded"]
         }
+        self.skipped = first["skipped"]
         self.shards = sorted(
             (
                 Shard(
@@ -310,6 +321,7 @@ def new_manifest(**facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "finished": False,
+        "skipped": {},
         "outlier_norm": None,
         "excluded": {"bos": 0, "outlier_norm": 0},
         "sum": 0.0,

@@ -54,7 +54,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}). Remake it with --overwrite.") from error
+        raise InputError(
+            f"{path} is damaged ({error}). Delete {path.parent} and make it anew."
+        ) from error
 
 
 def fingerprint(*paths: Path) -> str:
@@ -87,7 +89,8 @@ def open_stage(
         folder: Where the stage writes; made if it is not there.
         settings: All that decides the content of the outputs, as plain JSON types.
         outputs: Patterns of the files that the stage writes.
-        overwrite: Delete the outputs of an earlier run with other settings.
+        overwrite: Delete the outputs of an earlier run with other settings. One with the same
+            settings is gone on with, so that a command that was killed can be given again as it is.
         lock_name: Processes that share a run (ranks) hold locks of different names.
 
     Yields:
@@ -106,9 +109,15 @@ def open_stage(
 def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bool) -> None:
     """Record ``settings`` in a folder without outputs; compare them in one that has some."""
     recorded = folder / SETTINGS_FILE
-    if overwrite:
+    if overwrite and not _holds_run_of(recorded, settings):
         _remove_outputs(folder, (*outputs, SETTINGS_FILE))
     begun = _matching(folder, outputs)
+    if recorded.exists():
+        other = read_json(recorded).get("script")
+        require(
+            other == settings.get("script"),
+            f"{folder} is the folder of {other}. Name another folder for {settings.get('script')}.",
+        )
     require(
         not begun or recorded.exists(),
         f"{folder} holds {', '.join(path.name for path in begun[:3])} but no {SETTINGS_FILE}, "
@@ -119,6 +128,13 @@ def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bo
         _refuse_other_settings(folder, read_json(recorded), settings)
     else:
         write_json(recorded, settings)
+
+
+def _holds_run_of(recorded: Path, settings: dict) -> bool:
+    try:
+        return read_json(recorded) == settings
+    except (InputError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager
@@ -172,5 +188,5 @@ def require_disk_space(folder: Path, needed: int) -> None:
     require(
         needed < free,
         f"{folder} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free. "
-        "Lower N_TOKENS or choose a folder on a larger disk.",
+        "Choose a folder on a larger disk, or settings that need less.",
     )

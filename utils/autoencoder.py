@@ -5,12 +5,13 @@ Shapes, here and in the modules above: ``batch`` rows, ``d_model`` width of the 
 (batch, d_model); x = scale · activations is what the equations speak of. Row i of ``W_enc`` and of
 ``W_dec``, both (n_latents, d_model), belongs to latent i, so that gathering a latent is contiguous.
 
-To add a kind: subclass `SparseAutoencoder`, give it ``pre_activations``-to-latents in ``encode``
-and its loss in ``loss_terms``, decorate it with ``@kind("name")``.
+To add a kind: subclass `SparseAutoencoder`, write ``encode`` (its latents), ``forward_pass`` (one
+differentiable pass) and ``loss_terms`` (its loss), and decorate it with ``@kind("name")``.
 """
 
 import difflib
 import inspect
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from keras import ops
 from utils.activations import ActivationStore
 from utils.artifacts import fingerprint, missing_stage, read_json
 from utils.settings import InputError, require
-from utils.sparse import gathered_dot, weighted_rows
+from utils.sparse import gathered_dot, take_rows, weighted_rows
 
 KINDS: dict[str, type["SparseAutoencoder"]] = {}
 
@@ -111,7 +112,7 @@ class SparseAutoencoder(keras.Model):
 
     def normalise(self, activations):
         """x = scale · activations, float32, shape (batch, d_model)."""
-        return ops.cast(activations, "float32") * self.scale
+        return ops.convert_to_tensor(activations, "float32") * self.scale
 
     def pre_activations(self, x):
         """W_enc x + b_enc, shape (batch, n_latents)."""
@@ -268,6 +269,8 @@ class TopKAutoencoder(SparseAutoencoder):
         loss = mean ‖x − x̂‖² + α mean ‖e − ê‖²,  e = x − x̂
 
     ê is e reconstructed from dead latents only (AuxK), without b_dec: e has no mean left to add.
+    Of the dead, the 4 · k_aux that were idle longest are candidates, and the k_aux = d_model / 2
+    largest of a row are used: that bounds its cost however many are dead.
 
     Only choosing the k needs the dense product. It is made under ``stop_gradient``; the chosen
     pre-activations are then computed again from their encoder rows and decoded from their decoder
@@ -310,11 +313,19 @@ class TopKAutoencoder(SparseAutoencoder):
 
     def encode_active(self, activations):
         values, indices = self.encode_sparse(activations)
-        reconstruction = weighted_rows(values, self.W_dec, indices) + self.b_dec
-        reconstruction = ops.convert_to_numpy(reconstruction / self.scale)
+        reconstruction = ops.convert_to_numpy(self.decode_sparse(values, indices))
         values, indices = ops.convert_to_numpy(values), ops.convert_to_numpy(indices)
         row, column = np.nonzero(values)
         return row, indices[row, column], values[row, column], reconstruction
+
+    def decode_sparse(self, values, indices):
+        """Raw reconstruction of latents given by value and index, shape (batch, d_model)."""
+        return (weighted_rows(values, self.W_dec, indices) + self.b_dec) / self.scale
+
+    def call(self, activations, training=False):
+        if training:
+            return self.forward_pass(self.normalise(activations))
+        return self.decode_sparse(*self.encode_sparse(activations))
 
     def _select(self, x):
         values, indices = ops.top_k(self.pre_activations(x), self.k, sorted=False)
@@ -323,7 +334,7 @@ class TopKAutoencoder(SparseAutoencoder):
     def forward_pass(self, x):
         _, indices = self._select(ops.stop_gradient(x))
         indices = ops.stop_gradient(indices)
-        pre_activations = gathered_dot(x, self.W_enc, indices) + ops.take(self.b_enc, indices)
+        pre_activations = gathered_dot(x, self.W_enc, indices) + take_rows(self.b_enc, indices)
         values = ops.relu(pre_activations)
         uses = ops.segment_sum(
             ops.cast(ops.reshape(values, (-1,)) > 0, "int32"),
@@ -352,21 +363,21 @@ class TopKAutoencoder(SparseAutoencoder):
         candidates = min(4 * auxk, self.n_latents)
         # As a tensor, for JAX takes no Keras variable within a traced condition.
         idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
-        pre_activations = ops.matmul(x, ops.transpose(ops.take(self.W_enc, rows, axis=0)))
-        pre_activations = pre_activations + ops.take(self.b_enc, rows)
+        pre_activations = ops.matmul(x, ops.transpose(take_rows(self.W_enc, rows)))
+        pre_activations = pre_activations + take_rows(self.b_enc, rows)
         pre_activations = ops.where(idle >= self.dead_after, ops.relu(pre_activations), 0.0)
         weakest = ops.min(ops.top_k(pre_activations, auxk)[0], axis=-1, keepdims=True)
         latents = ops.where(pre_activations >= weakest, pre_activations, 0.0)
-        return squared_error(error, ops.matmul(latents, ops.take(self.W_dec, rows, axis=0)))
+        return squared_error(error, ops.matmul(latents, take_rows(self.W_dec, rows)))
 
 
 def load_autoencoder(path: Path) -> SparseAutoencoder:
     """Load a saved autoencoder, ready to encode and decode, on whatever backend is in use."""
     try:
         return keras.saving.load_model(path, compile=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path} cannot be read ({error}). Run train_autoencoder.py with --overwrite."
+            f"{path} cannot be read ({error}). Delete {path.parent} and train it again."
         ) from error
 
 

@@ -69,6 +69,13 @@ def write_report(
         partial.write_text(html, encoding="utf-8", errors="replace")
 
 
+def _held_out(summary: dict) -> str:
+    """The variance explained on tokens held out of training, where it was measured."""
+    if "held_out_fvu" not in summary:
+        return ""
+    return f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
+
+
 def _facts(summary: dict) -> list[tuple[str, str, str]]:
     """Rows of the summary table: a name, its value, what it means in plain words."""
     cross_entropy = summary["cross_entropy"]
@@ -96,7 +103,7 @@ def _facts(summary: dict) -> list[tuple[str, str, str]]:
         ),
         (
             "Variance explained",
-            f"{1 - summary['fvu']:.1%} (FVU {summary['fvu']:.3f})",
+            f"{1 - summary['fvu']:.1%}" + _held_out(summary),
             "How much of what distinguishes activations the features rebuild; FVU is what is left.",
         ),
         (

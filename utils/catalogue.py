@@ -22,7 +22,7 @@ import torch
 from utils.activations import ActivationStore
 from utils.artifacts import missing_stage, read_json, replacing, write_json
 from utils.evaluation import loss_recovered
-from utils.features import FeaturePass, window_start
+from utils.features import WINDOW, FeaturePass, window_start
 from utils.language_model import LanguageModel
 
 N_PROMOTED = 10  # tokens listed as promoted, and as suppressed
@@ -33,8 +33,14 @@ ROWS_PER_GROUP = 4_096  # of examples.parquet, whose row groups are read one at 
 
 
 def vocabulary(tokenizer) -> list[str]:
-    """The text of each token, by its number."""
-    return tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    """The text of each token within a text, by its number.
+
+    Decoded behind another token, for some tokenizers strip the space before a first one.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    clean = {"clean_up_tokenization_spaces": False}
+    texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], **clean)
+    return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
 
 
 @torch.inference_mode()
@@ -162,7 +168,7 @@ def _peak_tokens(
     top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
     feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
     tokens = top["tokens"].combine_chunks().flatten().to_numpy()
-    at_peak = tokens.reshape(len(feature), -1)[np.arange(len(feature)), peak]
+    at_peak = tokens.reshape(-1, WINDOW)[np.arange(len(feature)), peak]
     counts = [Counter() for _ in range(n_features)]
     for number, token in zip(feature, at_peak, strict=True):
         counts[number][pieces[token]] += 1
@@ -269,9 +275,11 @@ class Catalogue:
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
-        peaks = alive.apply(lambda row: share_at(wanted, row), axis=1)
-        promoted = alive["promoted_tokens"].map(lambda tokens: share_of(wanted, tokens))
-        found = alive.assign(match=peaks + 0.2 * promoted)
+        match = [
+            share_at(wanted, row) + 0.2 * share_of(wanted, row.promoted_tokens)
+            for row in alive.itertuples()
+        ]
+        found = alive.assign(match=np.array(match, float))
         return found[found["match"] > 0].nlargest(n, "match")
 
     def propose(self, n: int) -> pd.DataFrame:
@@ -281,8 +289,12 @@ class Catalogue:
         """
         features = self.features
         common = features[features["frequency"].between(5e-4, 2e-2)]
-        words = common.apply(lambda row: share_at(words_of(row.peak_tokens), row), axis=1)
-        return common.assign(match=words * common["max_activation"]).nlargest(n, "match")
+        common = common if len(common) else features[~features["dead"]]
+        match = [
+            share_at(words_of(row.peak_tokens), row) * row.max_activation
+            for row in common.itertuples()
+        ]
+        return common.assign(match=np.array(match, float)).nlargest(n, "match")
 
 
 def words_of(tokens: list[str]) -> set[str]:

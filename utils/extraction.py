@@ -74,7 +74,7 @@ class Extraction:
     # ---- what is there
 
     def is_finished(self) -> bool:
-        """Whether all shards are there and whole; damaged ones are forgotten, to be made anew."""
+        """Whether all shards are there and whole; damaged ones are noted, to be made anew."""
         if self.manifest is None:
             return False
         entries = tqdm(self.manifest["shards"], "checking shards", unit="shard", leave=False)
@@ -123,6 +123,7 @@ class Extraction:
                 self._repair(shard)
             self._extend(done)
         self.manifest["finished"] = True
+        self.manifest["skipped"] = dict(self.corpus.skipped)
         write_json(self.manifest_path, self.manifest)
 
     def _adopt_manifest(self) -> None:
@@ -142,7 +143,7 @@ class Extraction:
             require(
                 self.manifest[name] == value,
                 f"The activations in {self.folder} were begun with {name} "
-                f"{self.manifest[name]!r}, which is {value!r} now. Pass --overwrite to start anew.",
+                f"{self.manifest[name]!r}, which is {value!r} now. Delete it to start anew.",
             )
 
     def _calibrate(self) -> None:
@@ -177,7 +178,7 @@ class Extraction:
         require(
             crc32 == entry["crc32"],
             f"Shard {number} made anew differs from the one recorded: the model, the corpus or the "
-            "machine computes otherwise than before. Pass --overwrite to extract everything anew.",
+            f"machine computes otherwise than before. Delete {self.folder} to start anew.",
         )
 
     def _extend(self, done: int) -> None:

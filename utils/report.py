@@ -33,7 +33,7 @@ def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int)
 
 def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
     """Living features drawn at random, all alike."""
-    alive = features[~features["dead"]]["feature"].to_numpy()
+    alive = features[~features["dead"]]["feature"].to_numpy(copy=True)
     drawn = np.random.default_rng(seed).permutation(alive)[:N_RANDOM]
     return sorted(drawn.tolist())
 

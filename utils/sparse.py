@@ -89,8 +89,30 @@ else:
 
     def gathered_dot(queries, rows, indices):
         """The dot product of each query with its rows, shape (batch, k)."""
-        return ops.einsum("bd,bkd->bk", queries, ops.take(rows, indices, axis=0))
+        return ops.einsum("bd,bkd->bk", queries, take_rows(rows, indices))
 
     def weighted_rows(values, rows, indices):
         """The sum of each query's rows, weighted, shape (batch, d_model)."""
-        return ops.einsum("bk,bkd->bd", values, ops.take(rows, indices, axis=0))
+        return ops.einsum("bk,bkd->bd", values, take_rows(rows, indices))
+
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+
+    @tensorflow.custom_gradient
+    def _with_dense_gradient(rows):
+        return tensorflow.identity(rows), tensorflow.convert_to_tensor
+
+    def take_rows(rows, indices):
+        """Rows by number. A row's gradient is the sum over the places where it was taken.
+
+        TensorFlow leaves it as one slice for each place, and Keras' optimizers square the slices
+        one by one: gradient norms and Adam's second moments come out wrong.
+        """
+        return ops.take(_with_dense_gradient(ops.convert_to_tensor(rows)), indices, axis=0)
+
+else:
+
+    def take_rows(rows, indices):
+        """Rows by number."""
+        return ops.take(rows, indices, axis=0)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def restore_backup(folder: Path) -> SparseAutoencoder | None:
         return None
     try:
         autoencoder = keras.saving.load_model(path)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} cannot be read ({error}). Delete it to train from the start."
         ) from error
@@ -231,8 +232,8 @@ class StopOnNaN(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if not math.isfinite(logs["loss"]):
             raise InputError(
-                f"The loss is {logs['loss']} in round {epoch + 1}. Lower LEARNING_RATE or set "
-                "GRADIENT_CLIP_NORM and run again with --overwrite; the last backup is untouched."
+                f"The loss is {logs['loss']} in round {epoch + 1}. Lower LEARNING_RATE or "
+                "GRADIENT_CLIP_NORM, and train anew with --overwrite or into another folder."
             )
 
 
