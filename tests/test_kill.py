@@ -17,7 +17,7 @@ OUTPUT = {
     "analyze_features": "analysis",
     "influence_llm": "influence",
 }
-# Share of a whole run's time that each kill is drawn from: all of it where a script starts again
+# Share of a whole run's time that kills are drawn from: most of it where a script starts again
 # from nothing; less where it goes on from where it was, so that the fifth kill finds it at work.
 SHARE = dict(zip(OUTPUT, (0.3, 0.3, 0.9, 0.3), strict=True))
 
@@ -32,8 +32,9 @@ def killed(tiny_run, tmp_path_factory) -> dict[str, SimpleNamespace]:
         words = [*getattr(tiny_run.flags, name), f"--{OUTPUT[name]}-dir", broken]
         draw = random.Random(name)
         hits = 0
-        for _ in range(N_KILLS):
-            delay = draw.uniform(0, SHARE[name] * tiny_run.seconds[name])
+        for kill in range(N_KILLS):  # one in each fifth, so that early and late ones are drawn
+            share = SHARE[name] * draw.uniform(kill, kill + 1) / N_KILLS
+            delay = share * tiny_run.seconds[name]
             hits += start(name, *words, kill_after=delay)[0] is None
             nothing_half_written(broken, whole)
         _, printed = start(name, *words)
@@ -100,7 +101,6 @@ def test_analysis_is_the_same(killed):
 
 def test_every_text_is_recorded_once(killed):
     run = killed["influence_llm"]
-    # A torn line is passed over, so it may be in the file.
     whole = read_lines(run.whole / "generations.jsonl")
     assert [record["request"]["strength"] for record in whole] == [0, 2, 4, 6, 8, 10]
     assert read_lines(run.broken / "generations.jsonl") == whole

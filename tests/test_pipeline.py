@@ -294,11 +294,17 @@ def test_training_refuses_what_cannot_work(refused, tiny_run, tmp_path):
         (["--learning-rate", -1.0], "LEARNING_RATE must be greater than 0; it is -1.0"),
         (["--learning-rate-decay", 2.0], "LEARNING_RATE_DECAY must be a share from 0 to 1; it is"),
         (["--seed", -1], "SEED must not be negative; it is -1"),
-        (["--learning-rate", 1e30], "The loss is nan in round"),
     ):
         words = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", tmp_path / "out", *flags]
         assert rule in refused("train_autoencoder", *words)
         assert not list(tmp_path.glob("out/*.*s*v*"))
+
+
+def test_a_loss_that_is_not_a_number_ends_training(refused, tiny_run, tmp_path):
+    flags = ["--learning-rate", 1e30, "--autoencoder-dir", tmp_path]
+    message = refused("train_autoencoder", *tiny_run.flags.train_autoencoder, *flags)
+    assert "The loss is nan in round" in message and "Lower LEARNING_RATE" in message
+    assert not list(tmp_path.glob("*.keras")) and not (tmp_path / "metrics.json").exists()
 
 
 def test_activations_that_the_autoencoder_is_not_for(run_here, refused, copied, tmp_path):

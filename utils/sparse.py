@@ -109,7 +109,8 @@ if keras.backend.backend() == "tensorflow":
         TensorFlow leaves it as one slice for each place, and Keras' optimizers square the slices
         one by one: gradient norms and Adam's second moments come out wrong.
         """
-        return ops.take(_with_dense_gradient(ops.convert_to_tensor(rows)), indices, axis=0)
+        rows = tensorflow.convert_to_tensor(rows)  # reads a variable, as `keras.ops` does not
+        return ops.take(_with_dense_gradient(rows), indices, axis=0)
 
 else:
 
