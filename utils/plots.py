@@ -69,7 +69,7 @@ def plot_training_curves(log: pd.DataFrame, path: Path) -> None:
     last, last_fvu = log.iloc[-1], (log.fvu if held_out.empty else held_out).iloc[-1]
     which = "Training" if held_out.empty else "Held-out"
     title = f"{which} variance unexplained ends at {last_fvu:.1%}, with L0 at {last.l0:,.1f}"
-    title += f" (n = {last.tokens:,.0f} tokens, {last.step:,.0f} steps)"
+    title += f" (n = {last.tokens:,.0f} tokens)"
     panels = (
         (100 * log.fvu, "Variance unexplained (FVU)", "% of variance", 3),
         (log.l0, "L0", "active latents on a token", 20),
