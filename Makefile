@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on the embedded model and text, on a CPU; about ten minutes
 # make test   the tests
 # make lint   ruff
-# make bench  the benchmarks
+# make bench  the benchmarks: extraction, and training beside other libraries (hours)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,8 +33,18 @@ lint: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed
+bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m tests.benchmarks.extraction
+	$(BIN)/python -m tests.benchmarks.training speed
+	$(BIN)/python -m tests.benchmarks.training quality
+
+# The other libraries, in an environment of their own. sae-lens and its like bring a torchvision
+# that breaks transformers on a CPU.
+.venv-peers/installed: tests/benchmarks/peers-requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed'"
@@ -48,4 +58,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache

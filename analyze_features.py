@@ -42,9 +42,9 @@ def main() -> None:
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
     from utils import catalogue
     from utils.activations import ActivationStore
-    from utils.autoencoder import open_autoencoder
     from utils.evaluation import cross_entropies
     from utils.features import FeaturePass
+    from utils.kinds import open_autoencoder
     from utils.language_model import load_language_model
     from utils.report import make_report
 

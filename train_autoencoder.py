@@ -7,6 +7,7 @@ goes on from its last backup.
     python train_autoencoder.py --n-latents 16384 --k 32
 """
 
+import itertools
 import sys
 
 from utils.artifacts import open_stage, read_json, require_disk_space, write_json
@@ -19,33 +20,68 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder to write to
 HELD_OUT = 0.05  # share of the contexts, at the end, kept out of training to measure on
 
 # --- autoencoder
-KIND = "topk"  # l1 (the paper's) or topk
+KIND = "topk"  # l1 (the paper's), topk, batch_topk, matryoshka, jumprelu, gated
 N_LATENTS = 65_536  # size of the dictionary; 8 to 64 times d_model
-K = 64  # topk: active latents per token; fewer are easier to read, more reconstruct better
-AUXK_COEFFICIENT = 1 / 32  # topk: weight of the loss that revives dead latents; 0 turns it off
-L1_COEFFICIENT = 5.0  # l1: λ, the price of activity; the paper compares 2, 5 and 10
-L1_WARMUP = 0.05  # l1: share of the steps over which λ rises from 0
-DECODER_NORM: float | None = None  # norm of decoder rows at the start; None: 0.1 (l1), 1 (topk)
+DECODER_NORM: float | None = None  # of its rows at the start, where it is not held; None: 0.1
+UNIT_DECODER: bool | None = None  # hold its rows at norm 1; None: as the kind needs (topk and kin)
+INPUT_NORMALIZER = "centered"  # E‖x‖² = d_model about the mean; scalar: not about it (paper); none
+
+# --- topk, batch_topk, matryoshka
+K = 64  # active latents per token; fewer are easier to read, more reconstruct better
+AUXK_COEFFICIENT = 1 / 32  # weight of the loss that revives dead latents; 0 turns it off
+SELECTION_DTYPE = "auto"  # of the product that chooses latents; bfloat16, float32; auto: the faster
+PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # matryoshka: shares of the latents, rising to 1
+
+# --- l1, gated, jumprelu
+SPARSITY_COEFFICIENT: float | None = None  # λ, the price of activity; None: 5 (l1 in the paper)
+SPARSITY_WARMUP: float | None = None  # share of the steps in which λ rises; None: 0.05; jumprelu 1
+BANDWIDTH = 2.0  # jumprelu: width of the ramp that stands for the step in the gradient
+TANH_SCALE = 4.0  # jumprelu: c, how soon an active latent costs the full λ
+PREACTIVATION_COEFFICIENT = 3e-6  # jumprelu: λ_P, pulls up latents that never fire
 
 # --- training
 N_PASSES = 3.0  # passes over the activations; more than one only where data is scarce
 BATCH_SIZE = 4_096  # tokens per step
-LEARNING_RATE: float | None = None  # peak; None: 5e-5 (l1), 1e-3 · √(4,096 / N_LATENTS) (topk)
+LEARNING_RATE: float | None = None  # peak; None: by kind and size, see README
 LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
+LEARNING_RATE_SHAPE = "linear"  # of the fall; linear (the paper's) or cosine
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
+WEIGHT_AVERAGING: float | None = None  # decay of a moving average that is kept instead, as 0.999
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
 SEED = 0  # of the starting weights and of the order of the data
 
+# --- scaling laws; a sweep instead of one training, see utils/scaling.py
+SWEEP_LATENTS: tuple[int, ...] = ()  # sizes of the dictionary, rising; as 576 1152 2304 4608
+SWEEP_STEPS: tuple[int, ...] = ()  # numbers of steps, rising; as 64 128 256 512
+SWEEP_LEARNING_RATES: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors, at the best sizes
+
 # --- running
 BACKEND = "auto"  # tensorflow, jax, torch; auto: one that sees an accelerator, else the fastest
+DISTRIBUTION: str | None = None  # over several devices (jax): data splits batches, model latents
 LOG_EVERY = 100  # steps between lines of the log
+TENSORBOARD = False  # also log to AUTOENCODER_DIR for TensorBoard (pip install tensorboard)
 BACKUP_EVERY = 50  # log lines between backups; one takes 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
-NOT_RECORDED = ("activations_dir", "autoencoder_dir", "backup_every", "overwrite")
+NOT_RECORDED = (
+    "activations_dir", "autoencoder_dir", "distribution", "backup_every", "tensorboard",
+    "overwrite", "sweep_latents", "sweep_learning_rates",  # a sweep may be widened by these
+)  # fmt: skip
+CHOICES = {
+    "input_normalizer": ("centered", "scalar", "none"),
+    "selection_dtype": ("auto", "bfloat16", "float32"),
+    "learning_rate_shape": ("linear", "cosine"),
+}
 N_VALIDATION_TOKENS = 8_192
-OUTPUTS = ("*.keras", "metrics.json", "training_log.csv", "training_curves.png")
+OUTPUTS = (
+    "*.keras",
+    "*.tfevents.*",
+    "metrics.json",
+    "training_log.csv",
+    "training_curves.png",
+    "scaling_laws.*",
+)
 
 
 def main() -> None:
@@ -54,13 +90,16 @@ def main() -> None:
     # 1. Check the settings, and open the activations.
     check(settings)
     backend = use_backend(settings.backend)
-    from utils import training
+    from utils import scaling, sweep, training
     from utils.activations import ActivationStore
     from utils.batches import ShuffledBatches
+    from utils.devices import use_devices
     from utils.fidelity import measure_fidelity
-    from utils.plots import plot_training_curves
+    from utils.plots import plot_scaling_laws, plot_training_curves
 
-    training.find_kind(settings.kind)
+    training.check_options(settings, sys.modules[__name__])
+    sweep.check(settings)
+    use_devices(settings.distribution, settings.batch_size, settings.n_latents)
     store = ActivationStore(settings.activations_dir)
     recorded = {"script": "train_autoencoder.py"}
     recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
@@ -71,6 +110,11 @@ def main() -> None:
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
             return
         store.verify()
+        if settings.sweep_latents:
+            laws = scaling.measure_laws(settings, store, folder)
+            plot_scaling_laws(**laws, path=folder / "scaling_laws.png")
+            print(scaling.describe(laws))
+            return
 
         # 2. Split the contexts, and cut the training into rounds.
         training_contexts, held_out_contexts = store.split(settings.held_out)
@@ -93,6 +137,7 @@ def main() -> None:
             settings.batch_size,
             folder,
             settings.backup_every,
+            settings.tensorboard,
         )
 
         # 5. Measure on tokens held out, and save.
@@ -111,22 +156,33 @@ def main() -> None:
 def check(settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(
-        settings, "n_latents", "k", "l1_coefficient", "decoder_norm", "n_passes", "batch_size",
-        "learning_rate", "gradient_clip_norm", "dead_after", "log_every", "backup_every",
+        settings, "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale", "n_passes",
+        "batch_size", "learning_rate", "gradient_clip_norm", "dead_after", "log_every",
+        "backup_every",
     )  # fmt: skip
-    require(
-        settings.kind == "l1" or settings.k <= settings.n_latents,
-        f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
-    )
-    require(
-        0 < settings.held_out < 1, f"HELD_OUT must be between 0 and 1; it is {settings.held_out}."
-    )
-    for name in ("l1_warmup", "learning_rate_warmup", "learning_rate_decay"):
-        share = getattr(settings, name)
-        require(0 <= share <= 1, f"{name.upper()} must be a share from 0 to 1; it is {share}.")
-    for name in ("auxk_coefficient", "seed"):
+    for name in ("sparsity_coefficient", "preactivation_coefficient", "auxk_coefficient", "seed"):
         value = getattr(settings, name)
-        require(value >= 0, f"{name.upper()} must not be negative; it is {value}.")
+        require(value is None or value >= 0, f"{name.upper()} must not be negative; it is {value}.")
+    for name in ("sparsity_warmup", "learning_rate_warmup", "learning_rate_decay"):
+        share = getattr(settings, name)
+        require(
+            share is None or 0 <= share <= 1,
+            f"{name.upper()} must be a share from 0 to 1; it is {share}.",
+        )
+    for name in ("held_out", "weight_averaging"):
+        share = getattr(settings, name)
+        require(
+            share is None or 0 < share < 1,
+            f"{name.upper()} must be between 0 and 1; it is {share}.",
+        )
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        require(value in choices, f"{name.upper()} must be {', '.join(choices)}; it is {value!r}.")
+    prefixes = settings.prefixes
+    require(
+        all(0 < a < b for a, b in itertools.pairwise(prefixes)) and prefixes[-1:] == (1,),
+        f"PREFIXES must be shares that rise to 1; they are {prefixes}.",
+    )
 
 
 def plan(settings, store, rounds, backend: str) -> str:
@@ -146,11 +202,14 @@ def plan(settings, store, rounds, backend: str) -> str:
 
 def describe(metrics: dict) -> str:
     """The result in words."""
+    memory = f"{metrics['peak_memory_gb']:.1f} GB"
+    if metrics["peak_accelerator_memory_gb"]:
+        memory += f", of the accelerator {metrics['peak_accelerator_memory_gb']:.1f} GB"
     return (
         f"On {metrics['n_held_out_tokens']:,} held-out tokens: variance explained "
         f"{1 - metrics['fvu']:.3f} (FVU {metrics['fvu']:.3f}), L0 {metrics['l0']:.1f}. "
         f"Dead latents {metrics['dead_fraction']:.2%}. Trained on {metrics['n_tokens']:,} tokens "
-        f"at {metrics['tokens_per_second']:,.0f} tokens/s."
+        f"at {metrics['tokens_per_second']:,.0f} tokens/s; peak memory {memory}."
     )
 
 

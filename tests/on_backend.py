@@ -1,9 +1,10 @@
-"""Trains, saves and loads autoencoders on the backend that is named, for test_autoencoder.py.
+"""Computes with autoencoders on the backend that is named, for test_backends.py.
 
-    python -m tests.on_backend jax FOLDER train load
+    python -m tests.on_backend jax FOLDER compute load
 
-FOLDER holds batches.npy (steps, batch, d_model); what is computed goes to FOLDER/jax. "load" loads
-every autoencoder found below FOLDER, whichever backend saved it.
+FOLDER holds batches.npy (steps, batch, d_model); what is computed goes to FOLDER/jax: the products
+of picks, the gradients of a step, and trained autoencoders. "load" loads every autoencoder found
+below FOLDER, whichever backend saved it.
 """
 
 import sys
@@ -14,11 +15,20 @@ import numpy as np
 
 from utils.backend import use_backend
 
-KINDS = {
-    "l1": ["--l1-coefficient", "0.3", "--l1-warmup", "0.5", "--learning-rate", "0.002"],
-    "topk": ["--k", "4", "--dead-after", "1_000_000", "--learning-rate", "0.0005"],
-}
 N_LATENTS, N_DEAD = 64, 24
+STEPS_PER_ROUND = 5
+WITH_PRICE = ["--sparsity-coefficient", "0.3", "--learning-rate", "0.002"]
+WITH_K = ["--k", "4", "--selection-dtype", "float32", "--dead-after", "1_000_000"]
+WITH_K += ["--learning-rate", "0.0005"]
+TRAINED = {
+    "l1": [*WITH_PRICE, "--sparsity-warmup", "0.5"],
+    "gated": [*WITH_PRICE, "--sparsity-warmup", "0.5"],
+    "jumprelu": [*WITH_PRICE, "--preactivation-coefficient", "0.01"],
+    "topk": [*WITH_K, "--unit-decoder", "False", "--decoder-norm", "1"],
+    "batch_topk": [*WITH_K, "--weight-averaging", "0.8"],
+    "matryoshka": WITH_K,
+}
+STEP_KINDS = ("topk", "batch_topk", "matryoshka")
 
 
 def main(backend: str, folder: Path, *steps: str) -> None:
@@ -26,25 +36,27 @@ def main(backend: str, folder: Path, *steps: str) -> None:
     own = folder / backend
     own.mkdir(exist_ok=True)
     batches = np.load(folder / "batches.npy")
-    if "train" in steps:
+    if "compute" in steps:
         save_products(own)
-        for kind in KINDS:
+        save_gradients(own)
+        for kind in TRAINED:
             train_and_save(kind, batches, own)
     if "load" in steps:
         load_all(folder, batches[0], own)
 
 
+# ---------------------------------------------------------------------------- training and loading
+
+
 def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
-    """Train as train_autoencoder.py does, with a line of the log for each step."""
+    """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
     from utils import training
     from utils.settings import read_settings
 
-    flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *KINDS[kind]]
+    flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *TRAINED[kind]]
     settings = read_settings(train_autoencoder, flags)
-    rows = batches.reshape(-1, batches.shape[-1])
-    scale = float(np.sqrt(rows.shape[1] / np.square(rows).sum(axis=1).mean()))
-    store = SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
+    store = stand_in_for_store(batches.reshape(-1, batches.shape[-1]))
     (own / kind).mkdir()
     autoencoder = training.build(settings, store, len(batches))
     # Dead ones too small to be chosen in so few steps: none is dead on one backend and not on
@@ -58,7 +70,7 @@ def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
         autoencoder,
         lambda step: iter(batches[step:]),
         batches[0],
-        training.Rounds(len(batches), 1),
+        training.Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND),
         batches.shape[1],
         own / kind,
         backup_every=10**6,
@@ -66,78 +78,211 @@ def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
     training.save_autoencoder(autoencoder, own / kind / "autoencoder.keras")
 
 
+def stand_in_for_store(rows: np.ndarray) -> SimpleNamespace:
+    """What `training.build` asks of a store, for rows (n_rows, d_model)."""
+    scale = float(np.sqrt(rows.shape[1] / np.square(rows).sum(axis=1).mean()))
+    return SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
+
+
 def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
     """Latents and reconstruction by every saved autoencoder, as FOLDER/BACKEND/of-SAVER-KIND."""
     from keras import ops
 
-    from utils.autoencoder import load_autoencoder
+    from utils.kinds import load_autoencoder
 
     for path in folder.glob("*/*/autoencoder.keras"):
         autoencoder = load_autoencoder(path)
+        row, latent, values, reconstruction = autoencoder.encode_active(activations)
+        active = np.zeros((len(activations), N_LATENTS), np.float32)
+        active[row, latent] = values
         np.savez(
             own / f"of-{path.parts[-3]}-{path.parts[-2]}.npz",
             latents=ops.convert_to_numpy(autoencoder.encode(activations)),
             reconstruction=ops.convert_to_numpy(autoencoder(activations)),
+            active=active,
+            reconstruction_of_active=reconstruction,
         )
 
 
-def save_products(own: Path) -> None:
-    """Values and gradients of the sparse products; `sum(value * weights)` is differentiated."""
-    from utils.sparse import gathered_dot, weighted_rows
-
-    given = product_inputs()
-    for name, product, arguments in (
-        ("gathered_dot", gathered_dot, ("queries", "rows")),
-        ("weighted_rows", weighted_rows, ("values", "rows")),
-    ):
-        weights = given[f"weights_of_{name}"]
-        value, gradients = differentiate(
-            product, [given[argument] for argument in arguments], given["indices"], weights
-        )
-        np.savez(own / f"{name}.npz", value, *gradients)
+# ------------------------------------------------------------------------------ products of picks
 
 
 def product_inputs() -> dict[str, np.ndarray]:
-    """Inputs of the products: batch 7, d_model 5, k 3, 11 latents of which some are not used."""
+    """Batch 7, d_model 5, 3 indices a row, 11 latents of which some are not used."""
     draw = np.random.default_rng(0)
     indices = np.stack([draw.permutation(9)[:3] for _ in range(7)]).astype(np.int32)
+    kept = draw.random((7, 3)) < 0.6
+    kept[2] = False
     shapes = {
         "queries": (7, 5),
         "rows": (11, 5),
+        "biases": (11,),
         "values": (7, 3),
-        "weights_of_gathered_dot": (7, 3),
-        "weights_of_weighted_rows": (7, 5),
+        "by_pick": (7, 3),
+        "by_row": (7, 5),
     }
     normal = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return {"indices": indices, **normal}
+    return {"indices": indices, "kept": kept, **normal}
 
 
-def differentiate(product, arguments, indices, weights):
-    """The value, and the gradients by both arguments, by the backend's own differentiation."""
+def save_products(own: Path) -> None:
+    """Values of the products and gradients of `sum(value * weights)`, with and without `kept`.
+
+    Values of picks are (batch, m) here, zero where nothing is picked.
+    """
+    from utils import sparse
+
+    given = product_inputs()
+    for name, kept, gathered in (
+        ("all", None, sparse.GATHERED),
+        ("kept", given["kept"], sparse.GATHERED),
+        ("parts", given["kept"], 7 * 5 * 2),  # two picks of each row at once, then one
+    ):
+        sparse.GATHERED = gathered
+        found = products(given, kept)
+        np.savez(own / f"products-{name}.npz", **found)
+    sparse.GATHERED = 2**26
+
+
+def products(given: dict[str, np.ndarray], kept: np.ndarray | None) -> dict[str, np.ndarray]:
+    from keras import ops
+
+    from utils.sparse import Picks
+
+    mask = np.ones((7, 3), bool) if kept is None else kept
+    on_torch = ops.convert_to_tensor(given["values"]).__class__.__module__.startswith("torch")
+
+    def own_shape(values):
+        return ops.convert_to_tensor(values)[ops.convert_to_tensor(mask)] if on_torch else values
+
+    def padded(values):
+        if not on_torch:
+            return np.asarray(values)
+        full = np.zeros(mask.shape, np.float32)
+        full[mask] = values
+        return full
+
+    def picks():
+        indices = ops.convert_to_tensor(given["indices"])
+        return Picks(indices, 11, None if kept is None else ops.convert_to_tensor(kept))
+
+    by_pick, by_row = given["by_pick"], given["by_row"]
+    found = {}
+    for name, product, arguments, weights in (
+        ("dot", lambda q, r: picks().dot(q, r), ("queries", "rows"), own_shape(by_pick)),
+        ("take", lambda b: picks().take(b), ("biases",), own_shape(by_pick)),
+        ("sum", lambda v, r: picks().sum(own_shape(v), r), ("values", "rows"), by_row),
+    ):
+        value, gradients = differentiate(product, [given[a] for a in arguments], weights)
+        found[name] = padded(value) if name != "sum" else value
+        found |= {f"{name}_by_{a}": g for a, g in zip(arguments, gradients, strict=True)}
+    values = own_shape(given["values"] * mask)
+    row, latent, positive = picks().positive(ops.convert_to_tensor(values))
+    dense = picks().dense(ops.convert_to_tensor(values))
+    active = picks().is_active(ops.convert_to_tensor(values))
+    found |= {"row": row, "latent": latent, "positive": positive}
+    return found | {"dense": ops.convert_to_numpy(dense), "active": ops.convert_to_numpy(active)}
+
+
+def differentiate(function, arguments, weights):
+    """The value, and the gradients of `sum(value * weights)` by the arguments, as NumPy arrays."""
     import keras
 
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        value = product(*arguments, indices)
-        gradients = jax.grad(lambda a, b: (product(a, b, indices) * weights).sum(), (0, 1))
+        value = function(*map(jax.numpy.asarray, arguments))
+        gradients = jax.grad(lambda *a: (function(*a) * weights).sum(), range(len(arguments)))
         return np.asarray(value), [np.asarray(g) for g in gradients(*arguments)]
     if backend == "torch":
         import torch
 
         arguments = [torch.tensor(argument, requires_grad=True) for argument in arguments]
-        value = product(*arguments, torch.tensor(indices))
-        (value * torch.tensor(weights)).sum().backward()
+        value = function(*arguments)
+        (value * torch.as_tensor(weights)).sum().backward()
         return value.detach().numpy(), [argument.grad.numpy() for argument in arguments]
     import tensorflow as tf
 
-    arguments = [tf.Variable(argument) for argument in arguments]
+    arguments = [tf.constant(argument) for argument in arguments]
     with tf.GradientTape() as tape:
-        value = product(*(argument.value() for argument in arguments), tf.constant(indices))
+        tape.watch(arguments)
+        value = function(*arguments)
         total = tf.reduce_sum(value * weights)
     gradients = tape.gradient(total, arguments)
     return value.numpy(), [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
+
+
+# -------------------------------------------------------------------------- gradients of one step
+
+
+def step_inputs() -> dict[str, np.ndarray]:
+    """Weights of 32 latents of width 8, of which 6 are dead, and a batch of 12."""
+    draw = np.random.default_rng(1)
+    W_dec = draw.normal(size=(32, 8))
+    W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
+    W_enc = W_dec + 0.2 * draw.normal(size=(32, 8))
+    drawn = {"W_enc": W_enc, "W_dec": W_dec, "x": 2 * draw.normal(size=(12, 8))}
+    drawn |= {"b_enc": 0.3 * draw.normal(size=32), "b_dec": 0.3 * draw.normal(size=8)}
+    idle = np.where(np.arange(32) % 5 == 2, 100 + np.arange(32), 0).astype(np.int32)
+    return {"idle_tokens": idle} | {n: v.astype(np.float32) for n, v in drawn.items()}
+
+
+def save_gradients(own: Path) -> None:
+    from utils.kinds import KINDS
+
+    given = step_inputs()
+    for kind in STEP_KINDS:
+        for unit in (False, True):
+            options = {"prefixes": (0.25, 1.0)} if kind == "matryoshka" else {}
+            made = KINDS[kind](
+                d_model=8, n_latents=32, k=3, dead_after=100, unit_decoder=unit, **options
+            )
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle_tokens"):
+                getattr(made, name).assign(given[name])
+            np.savez(own / f"gradients-{kind}-{unit}.npz", **loss_and_gradients(made, given["x"]))
+
+
+def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:
+    """The loss of normalised x, ``loss``, and its gradient by each weight, as NumPy arrays."""
+    import keras
+    from keras import ops
+
+    def loss():
+        tensor = ops.convert_to_tensor(x)
+        return autoencoder.loss_terms(tensor, autoencoder.forward_pass(tensor))
+
+    weights = autoencoder.trainable_variables
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def stateless(values):
+            with keras.StatelessScope(list(zip(weights, values, strict=True))):
+                return loss()
+
+        value, gradients = jax.value_and_grad(stateless)([w.value for w in weights])
+    elif backend == "torch":
+        autoencoder.zero_grad()
+        value = loss()
+        value.backward()
+        gradients = [w.value.grad for w in weights]
+        gradients = [
+            ops.zeros(w.shape) if g is None else g for w, g in zip(weights, gradients, strict=True)
+        ]
+    else:
+        import tensorflow as tf
+
+        @tf.function  # as in `fit`
+        def value_and_gradients():
+            with tf.GradientTape() as tape:
+                value = loss()
+            gradients = tape.gradient(value, [w.value for w in weights])
+            return value, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+        value, gradients = value_and_gradients()
+    named = {w.name: ops.convert_to_numpy(g) for w, g in zip(weights, gradients, strict=True)}
+    return {"loss": ops.convert_to_numpy(value), **named}
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_every_kept_row_comes_once_a_pass(batches, arrays):
 
 def test_from_any_step_on_it_is_the_uninterrupted_stream(batches):
     whole = list(itertools.islice(batches.from_step(0), 90))
-    assert all(batch.shape == (7, D_MODEL) and batch.dtype == np.float32 for batch in whole)
+    assert all(batch.shape == (7, D_MODEL) and batch.dtype == np.float16 for batch in whole)
     assert batches.n_steps(2) < 85
     for step in (1, 2, 33, 34, 35, 36, 50, 71, 88):
         rest = list(itertools.islice(batches.from_step(step), 90 - step))

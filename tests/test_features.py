@@ -11,10 +11,11 @@ from conftest import LAYER, write_activations
 
 from utils import catalogue
 from utils.activations import ActivationStore
-from utils.autoencoder import L1Autoencoder, SparseAutoencoder, load_autoencoder
+from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import cross_entropies, loss_recovered
 from utils.features import N_BUCKETS, N_PER_BUCKET, N_TOP, WINDOW, BestPerGroup, FeaturePass
 from utils.fidelity import Fidelity
+from utils.kinds import L1Autoencoder, load_autoencoder
 from utils.language_model import load_language_model
 
 CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6

@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils.autoencoder import L1Autoencoder, TopKAutoencoder
 from utils.evaluation import as_torch, split_reconstruction
+from utils.kinds import KINDS
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError
 from utils.steering import Clamp, clamp_change, encode, generate, prompt_tokens, steered
@@ -66,15 +66,15 @@ def residual(language_model, tokens):
     return residual_at(language_model, tokens, LAYER)
 
 
-@pytest.fixture(scope="module", params=["l1", "topk"])
+@pytest.fixture(scope="module", params=list(KINDS))
 def autoencoder(request, residual):
-    if request.param == "l1":
-        made = L1Autoencoder(d_model=D_MODEL, n_latents=N_LATENTS)
-    else:
-        made = TopKAutoencoder(d_model=D_MODEL, n_latents=N_LATENTS, k=8)
+    cls = KINDS[request.param]
+    options = {"k": 8} if "k" in cls.options() else {}
+    made = cls(d_model=D_MODEL, n_latents=N_LATENTS, **options)
     rows = residual.reshape(-1, D_MODEL)
-    scale = float(math.sqrt(D_MODEL) / rows.norm(dim=-1).square().mean().sqrt())
-    made.initialize(scale, rows.mean(0).numpy(), decoder_norm=0.5, seed=1)
+    mean = rows.mean(0)
+    scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
+    made.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
     return made
 
 
@@ -103,7 +103,7 @@ def direction(autoencoder, feature):
 
 def test_known_answer():
     # Decoder rows of norm 2, scale 1/10: the raw (30, 7) is x = (3, 0.7), f_0 = 3 and f_1 = 0.7.
-    made = L1Autoencoder(d_model=2, n_latents=2)
+    made = KINDS["l1"](d_model=2, n_latents=2)
     made.W_enc.assign([[1.0, 0.0], [0.0, 1.0]])
     made.W_dec.assign([[2.0, 0.0], [0.0, 2.0]])
     made.scale.assign(0.1)
@@ -186,9 +186,10 @@ def test_outliers_are_left_alone(language_model, autoencoder, tokens, residual, 
 def test_reconstruction_and_error_are_the_residual(autoencoder, residual):
     reconstruction, error = split_reconstruction(autoencoder, residual)
     torch.testing.assert_close(reconstruction + error, residual, rtol=0, atol=1e-6)
-    x = residual[0] * as_torch(autoencoder.scale)
+    scale, center = as_torch(autoencoder.scale), as_torch(autoencoder.center)
+    x = (residual[0] - center) * scale
     decoded = encode(autoencoder, residual)[0] @ as_torch(autoencoder.W_dec)
-    expected = (decoded + as_torch(autoencoder.b_dec)) / as_torch(autoencoder.scale)
+    expected = (decoded + as_torch(autoencoder.b_dec)) / scale + center
     torch.testing.assert_close(reconstruction[0], expected, rtol=1e-4, atol=1e-5)
     assert error.norm() < (residual - residual.mean()).norm()
     assert x.square().sum(-1).mean() == pytest.approx(D_MODEL, rel=1e-4)

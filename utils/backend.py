@@ -39,11 +39,39 @@ def use_backend(name: str) -> str:
     require(_installed(chosen), f"BACKEND {chosen} is not installed: pip install {chosen}.")
     os.environ["KERAS_BACKEND"] = chosen
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Large tensors that are made anew at each step are faster in large pages (PyTorch on Linux).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     if chosen != "tensorflow" and "tensorflow" not in sys.modules:
         # Keras imports TensorFlow, if it can, merely to save a model: seconds, and GPU memory.
         sys.modules["tensorflow"] = None
     return chosen
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process held so far, its own and the accelerator's, in GB."""
+    import resource  # not on Windows, where the rest of this module works
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_gb": host / 1e9, "peak_accelerator_memory_gb": _accelerator_peak() / 1e9}
+
+
+def _accelerator_peak() -> int:
+    backend = os.environ["KERAS_BACKEND"]
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if backend == "jax":
+        import jax
+
+        memory = jax.local_devices()[0].memory_stats() or {}
+        return memory.get("peak_bytes_in_use", 0)
+    import tensorflow as tf
+
+    gpus = tf.config.list_logical_devices("GPU")
+    return tf.config.experimental.get_memory_info(gpus[0].name)["peak"] if gpus else 0
 
 
 def _best_backend() -> str:

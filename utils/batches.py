@@ -67,8 +67,8 @@ class ShuffledBatches:
         return steps
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
-        """Batches without end, shape (batch_size, d_model) float32, raw, from ``step`` on."""
-        carried = np.empty((0, self.store.d_model), np.float32)
+        """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
+        carried = np.empty((0, self.store.d_model), self.store.shards[0]["activations"].dtype)
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             places = self._pools_from(step * self.batch_size)
             upcoming = reader.submit(self._read_pool, *next(places))
@@ -79,11 +79,11 @@ class ShuffledBatches:
                 if len(pool) < at:
                     carried = np.concatenate([carried, pool])
                     continue
-                yield np.concatenate([carried, pool[:at]]).astype(np.float32)
+                yield np.concatenate([carried, pool[:at]])
                 while at + self.batch_size <= len(pool):
-                    yield pool[at : at + self.batch_size].astype(np.float32)
+                    yield pool[at : at + self.batch_size]
                     at += self.batch_size
-                carried = pool[at:].astype(np.float32)
+                carried = pool[at:]
 
     def _pools_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
         """Yield (pass, number, pieces, rows to skip) of each pool, ``skip`` rows into the run."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.autoencoder import load_autoencoder
+from utils.kinds import load_autoencoder
 from utils.language_model import load_language_model
 from utils.settings import InputError
 from utils.steering import Clamp, generate, steered

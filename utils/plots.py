@@ -248,3 +248,73 @@ def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels:
             axes.plot(*points[i], "o", ms=5, mfc="none", mec=INK, mew=0.8)
         else:
             text.remove()
+
+
+def plot_scaling_laws(grid: pd.DataFrame, optima: pd.DataFrame, fits: dict, path: Path) -> None:
+    """Loss against compute, a line a size; optimal latents, steps and learning rate against it.
+
+    Args:
+        grid: One row a run: ``n_latents, flops, loss``.
+        optima: One row a budget: ``flops``; ``optimal_latents, optimal_steps`` and ``at_edge``;
+            ``optimal_rate`` and ``rate_at_edge``, NaN where none was sought.
+        fits: By ``loss, n_latents, steps, learning_rate``: ``n_points`` and, if it was fitted,
+            ``exponent, standard_error, coefficient, r_squared``.
+    """
+    panels = (
+        ("n_latents", "optimal_latents", "at_edge", "Optimal number of latents", "latents"),
+        ("steps", "optimal_steps", "at_edge", "Optimal number of steps", "training steps"),
+        ("learning_rate", "optimal_rate", "rate_at_edge", "Optimal learning rate", "learning rate"),
+    )
+    title = "Loss, and the best use of compute"
+    if "exponent" in fits["loss"]:
+        lower = 1 - 10 ** fits["loss"]["exponent"]
+        title = f"Ten times the compute, spent best, lowers the loss by {lower:.0%}"
+    title += f" (n = {len(grid):,} runs)"
+    with _picture(path, title, (10, 7.5), nrows=2, ncols=2, sharex=True) as (_, axes):
+        sizes = grid.groupby("n_latents")
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(sizes)))
+        for (n_latents, runs), colour in zip(sizes, colours, strict=True):
+            runs = runs.sort_values("flops")
+            about = {"color": colour, "label": f"{n_latents:,}"}
+            axes[0, 0].plot(runs.flops, runs.loss, "o-", ms=4, lw=1.3, **about)
+        axes[0, 0].set(title="Loss on held-out tokens", ylabel="loss (per token and dimension)")
+        _power_law(axes[0, 0], optima.flops[~optima.at_edge], grid.loss, fits["loss"])
+        place = "lower left" if _falls(fits["loss"]) else "upper left"
+        axes[0, 0].legend(title="latents", loc=place, ncols=1 + len(sizes) // 5)
+        for panel, (name, column, edge, heading, unit) in zip(axes.flat[1:], panels, strict=True):
+            found = optima[optima[column].notna()]
+            at_edge = found[edge].astype(bool)
+            inside, beside = found[~at_edge], found[at_edge]
+            panel.plot(inside.flops, inside[column], "o", c=BLUE, label="optimum")
+            about = {"c": GREY, "mfc": "white", "label": "at an edge of the sweep: not fitted"}
+            panel.plot(beside.flops, beside[column], "o", **about)
+            panel.set(title=heading, ylabel=unit)
+            _power_law(panel, inside.flops, found[column], fits[name])
+            if at_edge.any():
+                panel.legend(loc="lower left" if _falls(fits[name]) else "upper left")
+        for panel in axes[1]:
+            panel.set(xlabel="training compute (FLOPs, as if dense)")
+
+
+def _falls(fit: dict) -> bool:
+    return fit.get("exponent", 0) < 0
+
+
+def _power_law(axes: Axes, x: pd.Series, y: pd.Series, fit: dict) -> None:
+    """Log axes that hold all of y; the power law over x, its numbers in the corner left free."""
+    axes.set(xscale="log", yscale="log")
+    if len(y):
+        axes.set_ylim(y.min() / 1.6, 1.6 * y.max())
+    ticks = (1, 1.5, 2, 3, 5, 7) if len(y) and y.max() < 6 * y.min() else (1, 2, 5)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    text = f"{fit['n_points']} points: too few to fit"
+    if "exponent" in fit:
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, fit["coefficient"] * ends ** fit["exponent"], "--", color=ORANGE, zorder=3)
+        text = f"exponent {fit['exponent']:.3f} ± {fit['standard_error']:.3f}\n".replace("-", "−")
+        text += f"R² = {fit['r_squared']:.3f}, n = {fit['n_points']}"
+    y, va = (0.96, "top") if _falls(fit) else (0.04, "bottom")
+    about = {"ha": "right", "va": va, "color": ORANGE, "linespacing": 1.5, "path_effects": HALO}
+    axes.text(0.98, y, text, transform=axes.transAxes, **about)

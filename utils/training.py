@@ -1,4 +1,4 @@
-"""Training: the schedule of the learning rate, callbacks for `fit`, and the call that trains."""
+"""Training: an autoencoder built from settings, callbacks for `fit`, and the call that trains."""
 
 import csv
 import dataclasses
@@ -16,78 +16,103 @@ from tqdm import tqdm
 
 from utils.activations import ActivationStore
 from utils.artifacts import replacing
-from utils.autoencoder import SparseAutoencoder, find_kind
+from utils.autoencoder import SparseAutoencoder
+from utils.backend import peak_memory
+from utils.devices import n_shares
 from utils.fidelity import Fidelity
-from utils.settings import InputError, as_dict
+from utils.kinds import KINDS, find_kind
+from utils.optimizer import Adam, Schedule
+from utils.settings import InputError, as_dict, require
+from utils.sparse import fastest_dtype
 
 LOG_FIELDS = (
     "step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate", "val_fvu", "seconds",
 )  # fmt: skip
 
 
-@keras.saving.register_keras_serializable("scaling_monosemanticity")
-class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear rise, a constant learning rate, and a linear fall to zero at the end of training.
+def check_options(settings: Any, defaults: Any) -> None:
+    """Refuse an option that was given although the kind has no such option.
 
     Args:
-        peak: The learning rate in the middle.
-        total_steps: Steps of the whole training.
-        warmup_share: Share of the steps that rise; 0 in the paper.
-        decay_share: Share of the steps that fall; 0.2 in the paper.
+        settings: What the script was started with.
+        defaults: The script's module: what differs from its constants was given.
 
-    Reference: "Update on how we train SAEs", April 2024.
+    Raises:
+        InputError: The kind is unknown, or has no such option, or fewer latents than K.
     """
-
-    def __init__(self, peak, total_steps, warmup_share=0.0, decay_share=0.2):
-        self.peak, self.total_steps = peak, total_steps
-        self.warmup_share, self.decay_share = warmup_share, decay_share
-
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        rise = (step + 1) / max(1.0, self.warmup_share * self.total_steps)
-        fall = (self.total_steps - step) / max(1.0, self.decay_share * self.total_steps)
-        return self.peak * keras.ops.clip(keras.ops.minimum(rise, fall), 0.0, 1.0)
-
-    def get_config(self):
-        return {
-            "peak": self.peak,
-            "total_steps": self.total_steps,
-            "warmup_share": self.warmup_share,
-            "decay_share": self.decay_share,
-        }
+    own = find_kind(settings.kind).options()
+    for option in sorted({name for cls in KINDS.values() for name in cls.options()}):
+        value = getattr(settings, option, None)
+        if option in own or value == getattr(defaults, option.upper(), None):
+            continue
+        having = [name for name, cls in KINDS.items() if option in cls.options()]
+        raise InputError(
+            f"{option.upper()} is an option of {', '.join(having)}; KIND is {settings.kind!r}, and "
+            f"{option.upper()} {value}. Leave it out, or choose another kind."
+        )
+    require(
+        "k" not in own or settings.k <= settings.n_latents,
+        f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
+    )
 
 
 def build(settings: Any, store: ActivationStore, total_steps: int) -> SparseAutoencoder:
     """The autoencoder that some settings ask for, initialised on the data and compiled.
 
-    A kind's constructor says which options it has; they are taken by name from the settings.
+    A kind's constructor says which options it has; they are taken by name from the settings, and
+    those that are None are left to the kind.
     """
     cls = find_kind(settings.kind)
-    options = {
-        **as_dict(settings),
-        "d_model": store.d_model,
-        "sparsity_warmup": int(settings.l1_warmup * total_steps),
-    }
-    autoencoder = cls(**{name: options[name] for name in cls.options()})
+    given = {**as_dict(settings), "d_model": store.d_model}
+    share = settings.sparsity_warmup
+    share = cls.default_sparsity_warmup if share is None else share
+    given["sparsity_warmup"] = int(share * total_steps)
+    if settings.selection_dtype == "auto":
+        given["selection_dtype"] = fastest_dtype()
+    if settings.unit_decoder is None:
+        given["unit_decoder"] = cls.default_unit_decoder
+    autoencoder = cls(**{o: given[o] for o in cls.options() if given[o] is not None})
     autoencoder.initialize(
-        store.scale,
+        *input_normalizer(settings.input_normalizer, store),
         store.mean,
-        settings.decoder_norm or cls.default_decoder_norm,
+        1.0 if autoencoder.unit_decoder else settings.decoder_norm or cls.default_decoder_norm,
         settings.seed,
     )
-    learning_rate = settings.learning_rate or cls.default_learning_rate(settings.n_latents)
-    autoencoder.compile(
-        optimizer=keras.optimizers.Adam(
-            LinearDecay(
-                learning_rate,
-                total_steps,
-                settings.learning_rate_warmup,
-                settings.learning_rate_decay,
-            ),
-            global_clipnorm=settings.gradient_clip_norm,
-        )
-    )
+    autoencoder.compile(optimizer=optimizer(settings, cls, total_steps))
     return autoencoder
+
+
+def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarray]:
+    """The scalar and the center of x = scale · (activations − center).
+
+    Args:
+        name: ``"centered"``: about the mean, E‖x‖² = d_model; ``"scalar"``: the same, not about the
+            mean, as in the paper; ``"none"``: x = activations.
+    """
+    nothing = np.zeros_like(store.mean)
+    if name == "none":
+        return 1.0, nothing
+    if name == "scalar":
+        return store.scale, nothing
+    squared_mean = float(np.square(store.mean, dtype=np.float64).sum())
+    return (1 / store.scale**2 - squared_mean / store.d_model) ** -0.5, store.mean
+
+
+def optimizer(settings: Any, cls: type[SparseAutoencoder], total_steps: int) -> Adam:
+    """Adam(0.9, 0.999) with the schedule, clipping and weight averaging that settings ask for."""
+    peak = settings.learning_rate or cls.default_learning_rate(settings.n_latents, total_steps)
+    return Adam(
+        Schedule(
+            peak,
+            total_steps,
+            settings.learning_rate_warmup,
+            settings.learning_rate_decay,
+            settings.learning_rate_shape,
+        ),
+        global_clipnorm=settings.gradient_clip_norm,
+        use_ema=settings.weight_averaging is not None,
+        ema_momentum=settings.weight_averaging or 0.99,
+    )
 
 
 def metrics(
@@ -111,6 +136,7 @@ def metrics(
         "seconds": float(last["seconds"]),
         "tokens_per_second": float(last["tokens"] / last["seconds"]),
         "backend": backend,
+        **peak_memory(),
         "model_name": store.model_name,
         "revision": store.revision,
         "layer": store.layer,
@@ -149,6 +175,7 @@ def train(
     batch_size: int,
     folder: Path,
     backup_every: int,
+    tensorboard: bool = False,
 ) -> SparseAutoencoder:
     """Fit a compiled autoencoder, going on from the folder's backup if there is one.
 
@@ -160,6 +187,7 @@ def train(
         batch_size: Rows a batch.
         folder: Where ``backup.keras`` and ``training_log.csv`` go.
         backup_every: Rounds between backups.
+        tensorboard: Write the metrics for TensorBoard too, into the folder.
 
     Raises:
         InputError: The loss is no longer a number.
@@ -167,20 +195,24 @@ def train(
     autoencoder = restore_backup(folder) or autoencoder
     first_round = int(autoencoder.step) // rounds.steps
     log = TrainingLog(folder / "training_log.csv", first_round, rounds, batch_size)
+    # Equal batches, for Keras averages their metrics, and such as devices can share.
+    n_batches = math.ceil(len(held_out) / batch_size)
+    size = len(held_out) // n_batches // n_shares() * n_shares()
     if first_round < rounds.n_rounds:
         autoencoder.fit(
             ((batch,) for batch in batches_from(first_round * rounds.steps)),
             initial_epoch=first_round,
             epochs=rounds.n_rounds,
             steps_per_epoch=rounds.steps,
-            validation_data=(held_out,),
+            validation_data=(held_out[: n_batches * size],),
             shuffle=False,
-            validation_batch_size=batch_size,
+            validation_batch_size=size,
             callbacks=[
                 Progress(rounds, batch_size),
                 StopOnNaN(),
                 log,
-                Backup(folder, backup_every),
+                *([TensorBoard(folder, rounds)] if tensorboard else []),
+                Backup(folder, backup_every, rounds),
             ],
             verbose=0,
         )
@@ -203,14 +235,17 @@ def restore_backup(folder: Path) -> SparseAutoencoder | None:
 
 
 class Backup(keras.callbacks.Callback):
-    """Saves weights, optimiser and counters every few rounds, in one atomically replaced file."""
+    """Saves weights, optimiser and counters every few rounds, in one atomically replaced file.
 
-    def __init__(self, folder: Path, every: int):
+    Not after the last: `fit` has yet to put averaged weights into place, if there are any.
+    """
+
+    def __init__(self, folder: Path, every: int, rounds: Rounds):
         super().__init__()
-        self.path, self.every = folder / "backup.keras", every
+        self.path, self.every, self.rounds = folder / "backup.keras", every, rounds
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every == 0:
+        if (epoch + 1) % self.every == 0 and epoch + 1 < self.rounds.n_rounds:
             with replacing(self.path) as partial:
                 self.model.save(partial)
 
@@ -267,7 +302,7 @@ class Progress(keras.callbacks.Callback):
 
 
 class TrainingLog(keras.callbacks.Callback):
-    """Appends a line of metrics to a CSV file after each round.
+    """Appends a line of metrics to a CSV file after each round; ``seconds`` are of training steps.
 
     Lines after the round that training goes on from are dropped, a torn one too, so that the file
     reads as if training had never been interrupted.
@@ -284,8 +319,10 @@ class TrainingLog(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.begun = time.perf_counter()
 
+    def on_test_begin(self, logs=None):
+        self.seconds += time.perf_counter() - self.begun  # training alone, not measuring
+
     def on_epoch_end(self, epoch, logs=None):
-        self.seconds += time.perf_counter() - self.begun
         step = (epoch + 1) * self.rounds.steps
         line = {
             "step": step,
@@ -296,6 +333,27 @@ class TrainingLog(keras.callbacks.Callback):
         }
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, LOG_FIELDS).writerow(line)
+
+
+class TensorBoard(keras.callbacks.Callback):
+    """Writes the metrics of each round for TensorBoard: ``tensorboard --logdir FOLDER``.
+
+    Keras' own callback of that name needs TensorFlow in the process, whatever the backend.
+    """
+
+    def __init__(self, folder: Path, rounds: Rounds):
+        super().__init__()
+        from tensorboard.summary import Writer
+
+        self.writer, self.rounds = Writer(str(folder)), rounds
+
+    def on_epoch_end(self, epoch, logs=None):
+        rate = float(self.model.optimizer.learning_rate)
+        for name, value in {**logs, "learning_rate": rate}.items():
+            self.writer.add_scalar(name, float(value), (epoch + 1) * self.rounds.steps)
+
+    def on_train_end(self, logs=None):
+        self.writer.close()
 
 
 def read_log(path: Path) -> pd.DataFrame:

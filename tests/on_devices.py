@@ -1,0 +1,93 @@
+"""Trains autoencoders on as many virtual devices as XLA_FLAGS says, for test_distribution.py.
+
+    python -m tests.on_devices model FOLDER
+
+FOLDER holds batches.npy (steps, batch, d_model); what is computed goes to FOLDER/model.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from utils.backend import use_backend
+
+SPARSE = ["--k", "4", "--dead-after", "64"]
+DENSE = ["--sparsity-coefficient", "0.3"]
+KINDS = {"topk": SPARSE, "batch_topk": SPARSE, "l1": DENSE, "gated": DENSE}
+N_LATENTS, BACKUP_AT = 64, 13
+
+
+def main(name: str, folder: Path) -> None:
+    """``name`` is "single", "data" or "model"."""
+    use_backend("jax")
+    from utils.devices import use_devices
+    from utils.training import save_autoencoder
+
+    batches = np.load(folder / "batches.npy")
+    use_devices(None if name == "single" else name, batches.shape[1], N_LATENTS)
+    layouts = {}
+    for kind in KINDS:
+        own = folder / name / kind
+        own.mkdir(parents=True)
+        autoencoder = train(kind, batches, own)
+        for weight in [*autoencoder.variables, *autoencoder.optimizer.variables]:
+            layouts[weight.path] = str(getattr(weight.value.sharding, "spec", None))
+        save_autoencoder(autoencoder, own / "autoencoder.keras")
+        np.save(own / "latents.npy", autoencoder.encode(batches[0][:-1]))
+    (folder / name / "layouts.json").write_text(json.dumps(layouts))
+    (folder / name / "refusals.json").write_text(json.dumps(refusals()))
+    go_on("topk", folder / name, batches)
+    if name == "single":  # what was begun on several devices
+        go_on("topk", folder / "model", batches, "-by-one")
+
+
+def train(kind: str, batches: np.ndarray, own: Path):
+    """Train as train_autoencoder.py does, from the folder's backup if there is one."""
+    import train_autoencoder
+    from utils import training
+    from utils.settings import read_settings
+
+    flags = ["--n-latents", N_LATENTS, "--batch-size", batches.shape[1], "--learning-rate", 0.002]
+    words = ["--kind", kind, *map(str, flags), *KINDS[kind]]
+    settings = read_settings(train_autoencoder, words)
+    rows = batches.reshape(-1, batches.shape[-1])
+    scale = float(np.sqrt(rows.shape[1] / np.square(rows).sum(axis=1).mean()))
+    store = SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
+    return training.train(
+        training.build(settings, store, len(batches)),
+        lambda step: iter(batches[step:]),
+        rows[:50],  # two batches of 25, which four devices cannot share
+        training.Rounds(len(batches), 1),
+        batches.shape[1],
+        own,
+        BACKUP_AT,  # and not again: it is more than half of the steps
+    )
+
+
+def go_on(kind: str, folder: Path, batches: np.ndarray, suffix: str = "") -> None:
+    """Train from the backup, as after a kill, in FOLDER/KIND-resumed."""
+    resumed = folder / f"{kind}-resumed{suffix}"
+    shutil.copytree(folder / kind, resumed)
+    train(kind, batches, resumed)
+
+
+def refusals() -> list[str]:
+    """What is said of settings that these devices cannot have."""
+    from utils.devices import use_devices
+    from utils.settings import InputError
+
+    said = []
+    for settings in (("data", 30, 64), ("model", 32, 66)):
+        try:
+            use_devices(*settings)
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,46 @@
+"""Rows made from a dictionary that is known, so that what an autoencoder finds can be judged."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Planted(NamedTuple):
+    """Rows (n_rows, d_model), the unit directions (n_features, d_model) they are sums of, and how
+    much of each is in each row (n_rows, n_features)."""
+
+    rows: np.ndarray
+    directions: np.ndarray
+    coefficients: np.ndarray
+
+
+def make_planted(
+    n_rows: int,
+    d_model: int = 64,
+    n_features: int = 256,
+    n_active: float = 7.0,
+    n_pairs: int = 32,
+    seed: int = 0,
+) -> Planted:
+    """Sums of a few unit directions with positive coefficients.
+
+    Frequencies follow Zipf's law, about ``n_active`` features a row. Of ``n_pairs`` neighbours in
+    frequency, the second is there in half of the rows that the first is in, besides its own.
+    """
+    draw = np.random.default_rng(seed)
+    directions = draw.normal(size=(n_features, d_model))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    frequencies = 1 / (np.arange(n_features) + 8)
+    frequencies *= n_active / frequencies.sum()
+    active = draw.random((n_rows, n_features)) < frequencies
+    firsts = draw.permutation(n_features // 2)[:n_pairs] * 2
+    active[:, firsts + 1] |= active[:, firsts] & (draw.random((n_rows, n_pairs)) < 0.5)
+    coefficients = active * draw.uniform(0.5, 1.5, active.shape)
+    rows = coefficients @ directions
+    return Planted(*(array.astype(np.float32) for array in (rows, directions, coefficients)))
+
+
+def largest_cosines(directions: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """For each true direction, the largest cosine to a row found, shape (n_features,)."""
+    found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    return (directions @ found.T).max(axis=1)

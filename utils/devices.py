@@ -1,0 +1,118 @@
+"""Training on several devices, which Keras can do on JAX only.
+
+The devices form a mesh of two axes, "batch" and "latents". DISTRIBUTION ``data`` has all of them
+along the first: each holds all weights and takes a share of each batch. ``model`` has all of them
+along the second: each holds a share of the latents, their moments too, and sees whole batches; this
+is for dictionaries too large for one. Either trains what one device would, but for rounding.
+"""
+
+import keras
+from keras import ops
+
+from utils.settings import require
+
+if keras.backend.backend() == "jax":
+    import jax
+
+# Paths of the weights with a row, or a number, for each latent. Moments have their weight's layout.
+LATENT_ROWS = ".*/W_(enc|dec)"
+LATENT_NUMBERS = ".*/(b_enc|b_mag|r_mag|log_threshold|idle_tokens)"
+
+
+def use_devices(distribution: str | None, batch_size: int, n_latents: int) -> None:
+    """Make Keras split what is built and trained from now on over all devices.
+
+    Args:
+        distribution: ``"data"``, ``"model"``, or None: one device.
+        batch_size: Rows a batch.
+        n_latents: Size of the dictionary.
+
+    Raises:
+        InputError: The distribution is unknown, the backend has none, there is one device, or the
+            batch or the dictionary cannot be split evenly.
+    """
+    if distribution is None:
+        return
+    require(
+        distribution in ("data", "model"),
+        f"DISTRIBUTION must be data or model; it is {distribution!r}.",
+    )
+    backend = keras.backend.backend()
+    require(
+        backend == "jax",
+        f"DISTRIBUTION needs BACKEND jax, the only one on which Keras has it; it is {backend}.",
+    )
+    devices = keras.distribution.list_devices()
+    n = len(devices)
+    require(n > 1, "DISTRIBUTION needs several devices, and JAX sees one. Leave it out.")
+    sizes = {"data": ("BATCH_SIZE", batch_size), "model": ("N_LATENTS", n_latents)}
+    name, size = sizes[distribution]
+    require(
+        size % n == 0,
+        f"{name} must be a multiple of the {n} devices that share it; it is {size:,}.",
+    )
+    shape = (n, 1) if distribution == "data" else (1, n)
+    layouts = keras.distribution.LayoutMap(
+        keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)
+    )
+    layouts[LATENT_ROWS] = ("latents", None)
+    layouts[LATENT_NUMBERS] = ("latents",)
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
+
+
+def n_shares() -> int:
+    """Parts that a batch is split into; 1 where each device sees all of it."""
+    distribution = keras.distribution.distribution()
+    return distribution.num_model_replicas if distribution else 1
+
+
+# XLA by itself would bring all pre-activations to each device to choose the largest, and sum
+# gathered rows over devices before multiplying them. So each works on its own share, as follows.
+
+
+def on_each_device(function, axes: tuple[str, ...], *arguments):
+    """Call a function with each device's share of its arguments; on one device, just call it.
+
+    Args:
+        function: What it returns has rows of the batch; it may use the functions below.
+        axes: What the first axis of each argument is, "batch" or "latents".
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return function(*arguments)
+    batch = arguments[axes.index("batch")].shape[0]
+    even = batch % distribution.num_model_replicas == 0  # else each device takes all of it
+    specs = {"batch": jax.P("batch" if even else None), "latents": jax.P("latents")}
+    return jax.shard_map(
+        function,
+        mesh=distribution.device_mesh.backend_mesh,
+        in_specs=tuple(specs[axis] for axis in axes),
+        out_specs=specs["batch"],
+        check_vma=False,
+    )(*arguments)
+
+
+def first_own(n_own: int):
+    """Number of a device's first latent, of which it has ``n_own``."""
+    return jax.lax.axis_index("latents") * n_own if keras.distribution.distribution() else 0
+
+
+def own_places(latent, n_own: int):
+    """Where latents are among a device's own; and 1 for each that is its own, 0 for others."""
+    if keras.distribution.distribution() is None:
+        return latent, 1.0
+    place = latent - first_own(n_own)
+    own = (place >= 0) & (place < n_own)
+    return ops.where(own, place, 0), ops.cast(own, "float32")
+
+
+def join_columns(values):
+    """The columns of all devices side by side, (batch, columns each) to (batch, columns)."""
+    if keras.distribution.distribution() is None:
+        return values
+    return jax.lax.all_gather(values, "latents", axis=1, tiled=True)
+
+
+def add_up(values):
+    """The sum over the devices that share the latents."""
+    return jax.lax.psum(values, "latents") if keras.distribution.distribution() else values
