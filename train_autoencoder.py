@@ -64,10 +64,17 @@ TENSORBOARD = False  # also log to AUTOENCODER_DIR for TensorBoard (pip install 
 BACKUP_EVERY = 50  # log lines between backups; one takes 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
+# A sweep may be widened by more latents and learning rates.
 NOT_RECORDED = (
-    "activations_dir", "autoencoder_dir", "distribution", "backup_every", "tensorboard",
-    "overwrite", "sweep_latents", "sweep_learning_rates",  # a sweep may be widened by these
-)  # fmt: skip
+    "activations_dir",
+    "autoencoder_dir",
+    "distribution",
+    "backup_every",
+    "tensorboard",
+    "overwrite",
+    "sweep_latents",
+    "sweep_learning_rates",
+)
 CHOICES = {
     "input_normalizer": ("centered", "scalar", "none"),
     "selection_dtype": ("auto", "bfloat16", "float32"),

@@ -52,5 +52,10 @@ def test_a_known_dictionary_is_found(planted, kind):
     made = training.build(settings, stand_in_for_store(planted.rows), N_STEPS)
     draw = np.random.default_rng(0)
     picked = (draw.integers(0, len(planted.rows), BATCH) for _ in range(N_STEPS))
-    made.fit(((planted.rows[rows],) for rows in picked), steps_per_epoch=N_STEPS, verbose=0)
+    made.fit(
+        ((planted.rows[rows],) for rows in picked),
+        steps_per_epoch=N_STEPS,
+        shuffle=False,
+        verbose=0,
+    )
     assert largest_cosines(planted.directions, made.directions()).mean() >= 0.95
