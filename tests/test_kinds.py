@@ -32,7 +32,7 @@ def hand_set(kind: str, **options) -> SparseAutoencoder:
         made.r_mag.assign([np.log(2.0), 0.0])
         made.b_mag.assign([3.0, -3.0])
     if kind == "jumprelu":
-        made.log_threshold.assign(np.log([1.5, 3.0]))
+        made.log_threshold.assign(np.log([1.1, 3.4]))
     return made
 
 
@@ -105,7 +105,7 @@ def test_gated_decoder_learns_from_its_own_error_alone():
 
 
 def jumprelu(**options) -> SparseAutoencoder:
-    """θ = (1.5, 3), so that π − θ is [[0.5, −0.5], [−2.5, 0.5]]; the ramp reaches from −1 to 1."""
+    """θ = (1.1, 3.4), so that π − θ is [[0.9, −0.9], [−2.1, 0.1]]; the ramp is from −1 to 1."""
     return hand_set("jumprelu", bandwidth=2.0, tanh_scale=0.25, **options)
 
 
@@ -117,9 +117,9 @@ def test_jumprelu():
     assert passed["reconstruction"].tolist() == [[4.5, 0], [0.5, 1.75]]
     assert passed["l0"] == 1
     # ‖x − x̂‖²: 6.25 + 9 and 2.25 + 5.0625. f ‖W_dec‖: 4 and 1.75.
-    # ReLU(θ − π) ‖W_dec‖: 0.5 · 0.5 and 2.5 · 2.
+    # ReLU(θ − π) ‖W_dec‖: 0.9 · 0.5 and 2.1 · 2.
     price = 5 * (np.tanh(0.25 * 4) + np.tanh(0.25 * 1.75)) / 2
-    expected = (15.25 + 7.3125) / 2 + price + 0.1 * (0.25 + 5) / 2
+    expected = (15.25 + 7.3125) / 2 + price + 0.1 * (0.45 + 4.2) / 2
     assert passed["loss"] == pytest.approx(expected)
 
 
@@ -131,7 +131,7 @@ def test_jumprelu_gradient_is_that_of_the_ramp():
     # λ_P adds ‖W_dec‖ / 2 for each row below the threshold: one each.
     by_threshold = [5 * -1 + 0.1, -1.5 * -1.25 - 1.125 * -1.75 + 0.1 * 0.25]
     np.testing.assert_allclose(
-        found["log_threshold"], np.multiply(by_threshold, [1.5, 3.0]), rtol=1e-5
+        found["log_threshold"], np.multiply(by_threshold, [1.1, 3.4]), rtol=1e-5
     )
     # f by π is the step and π / 2 within the ramp: [[1 + 1, 1.25], [0, 1 + 1.75]].
     by_pre_activation = np.array([[5 * 2, -1.5 * 1.25 - 0.025], [-0.1, -1.125 * 2.75]])
@@ -151,7 +151,7 @@ def test_jumprelu_price_moves_thresholds_up():
         0.5 / np.cosh(1.0) ** 2 * -1,
         0.125 * -1.25 + 0.125 / np.cosh(0.4375) ** 2 * -1.75,
     ]
-    expected = np.multiply(by_latent, [1.5, 3.0]) / 2  # a mean of two rows
+    expected = np.multiply(by_latent, [1.1, 3.4]) / 2  # a mean of two rows
     np.testing.assert_allclose(found[1] - found[0], expected, rtol=1e-5)
     assert (expected < 0).all()  # downhill is up
 

@@ -132,11 +132,12 @@ class Sweep:
                         self._branch(trunk, run)
                 self._finish(step)
                 if not self.live:
-                    return
+                    break
                 if time.monotonic() - self._backed_up > self.backup_seconds:
                     self._back_up(set(trunks.values()))
                 bar.update(self._train_step(next(batches), step))
                 step += 1
+        self.train(runs, name)  # what a widened sweep asks of a trunk whose backup was past it
 
     def fall_begins(self, run: Run) -> int:
         """The step up to which a run is the same as a longer one."""
