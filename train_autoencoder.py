@@ -7,6 +7,7 @@ goes on from its last backup.
     python train_autoencoder.py --n-latents 16384 --k 32
 """
 
+import importlib.util
 import itertools
 import sys
 
@@ -185,6 +186,10 @@ def check(settings) -> None:
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         require(value in choices, f"{name.upper()} must be {', '.join(choices)}; it is {value!r}.")
+    require(
+        not settings.tensorboard or importlib.util.find_spec("tensorboard") is not None,
+        "TENSORBOARD needs a package that is not installed: pip install tensorboard.",
+    )
     prefixes = settings.prefixes
     require(
         all(0 < a < b for a, b in itertools.pairwise(prefixes)) and prefixes[-1:] == (1,),
