@@ -233,14 +233,11 @@ def save_gradients(own: Path) -> None:
 
     given = step_inputs()
     for kind in STEP_KINDS:
-        for unit in (False, True):
-            options = {"prefixes": (0.25, 1.0)} if kind == "matryoshka" else {}
-            made = KINDS[kind](
-                d_model=8, n_latents=32, k=3, dead_after=100, unit_decoder=unit, **options
-            )
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle_tokens"):
-                getattr(made, name).assign(given[name])
-            np.savez(own / f"gradients-{kind}-{unit}.npz", **loss_and_gradients(made, given["x"]))
+        options = {"prefixes": (0.25, 1.0)} if kind == "matryoshka" else {}
+        made = KINDS[kind](d_model=8, n_latents=32, k=3, dead_after=100, **options)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle_tokens"):
+            getattr(made, name).assign(given[name])
+        np.savez(own / f"gradients-{kind}.npz", **loss_and_gradients(made, given["x"]))
 
 
 def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 from keras.src.backend.torch.optimizers.torch_adam import Adam as KerasAdam
 
-from utils.optimizer import Adam, Schedule
+from utils.optimizer import Adam, Schedule, UnitRows
 
 SHAPES = ((7, 3), (7,), (3,))
 
@@ -57,6 +57,47 @@ def test_tiny_gradients_are_divided_by_epsilon_as_in_keras():
     expected = -(0.001**0.5) / 0.1 * 1e-9 / (0.001**0.5 * 1e-8 + 1e-7)
     assert moved[0] == pytest.approx(expected, rel=1e-6)
     assert moved[1] == pytest.approx(expected, rel=1e-4)  # 1 − β₂ in float32
+
+
+@pytest.mark.parametrize("name", Adam.LEFT_OUT)
+def test_what_the_kernel_leaves_out_is_refused(name):
+    with pytest.raises(ValueError, match=f"no {name}"):
+        Adam(0.001, **{name: 2})
+
+
+# ---------------------------------------------------------------------------------------- unit rows
+
+
+def unit_rows(values) -> keras.Variable:
+    rows = keras.Variable(values, dtype="float32")
+    rows.constraint = UnitRows()
+    return rows
+
+
+def test_rows_move_by_the_part_of_the_gradient_across_them():
+    rows = unit_rows([[1.0, 0.0], [0.6, 0.8]])
+    optimizer = Adam(0.1)
+    optimizer.build([rows])
+    optimizer.apply([ops.convert_to_tensor([[5.0, 0.0], [-8.0, 6.0]])], [rows])
+    found = ops.convert_to_numpy(rows)
+    # The first gradient is along its row, the second across: Adam's first step is 0.1 by sign.
+    step = np.array([0.6 + 0.1, 0.8 - 0.1])
+    np.testing.assert_allclose(found, [[1, 0], step / np.linalg.norm(step)], atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_averaged_rows_are_unit_rows(momentum):
+    draw = np.random.default_rng(0)
+    rows = unit_rows(np.eye(3))
+    optimizer = Adam(0.3, use_ema=True, ema_momentum=momentum)
+    optimizer.build([rows])
+    for _ in range(5):
+        optimizer.apply([ops.convert_to_tensor(draw.normal(size=(3, 3)), "float32")], [rows])
+    last = ops.convert_to_numpy(rows).copy()
+    optimizer.finalize_variable_values([rows])
+    averaged = ops.convert_to_numpy(rows)
+    np.testing.assert_allclose(np.linalg.norm(averaged, axis=1), 1, atol=1e-6)
+    assert np.abs(averaged - last).max() > 0.01
 
 
 # ----------------------------------------------------------------------------------------- schedule

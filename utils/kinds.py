@@ -46,18 +46,12 @@ class DenseAutoencoder(SparseAutoencoder):
     """Kinds whose latents all take part in training; their sparsity has a price λ.
 
     Args:
-        sparsity_coefficient: λ; the kind's own if None.
+        sparsity_coefficient: λ.
         sparsity_warmup: Steps over which λ rises linearly from 0.
     """
 
-    default_sparsity_coefficient = 5.0
-
-    def __init__(
-        self, sparsity_coefficient: float | None = None, sparsity_warmup: int = 0, **kwargs
-    ):
+    def __init__(self, sparsity_coefficient: float = 5.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
-        if sparsity_coefficient is None:
-            sparsity_coefficient = self.default_sparsity_coefficient
         self.sparsity_coefficient, self.sparsity_warmup = sparsity_coefficient, sparsity_warmup
 
     def encode(self, activations):
@@ -74,7 +68,7 @@ class DenseAutoencoder(SparseAutoencoder):
         return {
             "pre_activations": pre_activations,
             "latents": latents,
-            "reconstruction": ops.matmul(latents, self.decoder()) + self.b_dec,
+            "reconstruction": ops.matmul(latents, self.W_dec) + self.b_dec,
             "l0": ops.mean(ops.sum(ops.cast(active, "float32"), axis=-1)),
             "active": ops.any(active, axis=0),
         }
@@ -104,7 +98,7 @@ class L1Autoencoder(DenseAutoencoder):
         return ops.relu(pre_activations)
 
     def loss_terms(self, x, passed):
-        penalty = ops.mean(ops.matmul(passed["latents"], ops.norm(self.decoder(), axis=1)))
+        penalty = ops.mean(ops.matmul(passed["latents"], ops.norm(self.W_dec, axis=1)))
         return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty
 
 
@@ -116,7 +110,8 @@ class GatedAutoencoder(DenseAutoencoder):
         f = 1[π > 0] · ReLU(m)
         loss = mean ‖x − x̂‖² + λ Σ_i ReLU(π_i) ‖W_dec,i‖ + mean ‖x − x̂(ReLU(π))‖²
 
-    The last term trains π as latents of their own, through a decoder that it leaves alone.
+    The last term trains π as latents of their own, through a decoder that it leaves alone, as the
+    penalty leaves the norms.
 
     Reference: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse
     autoencoders", 3.2; norms in the penalty instead of unit rows, as in the April 2024 update.
@@ -137,7 +132,7 @@ class GatedAutoencoder(DenseAutoencoder):
 
     def loss_terms(self, x, passed):
         gates = ops.relu(passed["pre_activations"])
-        W_dec, b_dec = ops.stop_gradient(self.decoder()), ops.stop_gradient(self.b_dec)
+        W_dec, b_dec = ops.stop_gradient(self.W_dec), ops.stop_gradient(self.b_dec)
         penalty = ops.mean(ops.matmul(gates, ops.norm(W_dec, axis=1)))
         by_gates = squared_error(x, ops.matmul(gates, W_dec) + b_dec)
         return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty + by_gates
@@ -156,7 +151,8 @@ class JumpReLUAutoencoder(DenseAutoencoder):
 
     Args:
         bandwidth: ε, width of the ramp that stands for the step in the gradient.
-        tanh_scale: c; about the inverse of the activation from which a latent costs a full λ.
+        tanh_scale: c; about the inverse of the activation from which a latent costs a full λ, so
+            that it must suit the size of activations. It is 4 in the reference.
         preactivation_coefficient: λ_P.
 
     Reference: "Dictionary learning optimization techniques" (Circuits Updates, January 2025);
@@ -168,7 +164,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
     def __init__(
         self,
         bandwidth: float = 2.0,
-        tanh_scale: float = 4.0,
+        tanh_scale: float = 1.0,
         preactivation_coefficient: float = 3e-6,
         **kwargs,
     ):
@@ -189,7 +185,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
 
     def loss_terms(self, x, passed):
-        norms = ops.norm(self.decoder(), axis=1)
+        norms = ops.norm(self.W_dec, axis=1)
         cost = ops.sum(ops.tanh(self.tanh_scale * passed["latents"] * norms), axis=-1)
         below = ops.matmul(ops.relu(self.threshold() - passed["pre_activations"]), norms)
         return (
@@ -275,7 +271,7 @@ class TopKAutoencoder(SparseAutoencoder):
 
     def reconstruct(self, picks: Picks, values) -> dict:
         """What `loss_terms` needs of the values of picks."""
-        return {"reconstruction": picks.sum(values, self.decoder()) + self.b_dec}
+        return {"reconstruction": picks.sum(values, self.W_dec) + self.b_dec}
 
     def loss_terms(self, x, passed):
         loss = squared_error(x, passed["reconstruction"])
@@ -352,12 +348,11 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         self.prefixes = tuple(prefixes)
 
     def reconstruct(self, picks, values):
-        W_dec, prefixes, start = self.decoder(), [], 0
-        reconstruction = self.b_dec
+        reconstruction, prefixes, start = self.b_dec, [], 0
         for share in self.prefixes:
             end = round(share * self.n_latents)
             own = ops.cast((picks.latent >= start) & (picks.latent < end), "float32")
-            reconstruction = reconstruction + picks.sum(values * own, W_dec)
+            reconstruction = reconstruction + picks.sum(values * own, self.W_dec)
             prefixes.append(reconstruction)
             start = end
         return {"reconstruction": reconstruction, "prefixes": prefixes}

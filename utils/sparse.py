@@ -83,7 +83,7 @@ if keras.backend.backend() == "torch":
 
         def __init__(self, indices, n_latents, kept=None):
             batch, m = indices.shape
-            self.n_latents, self.batch, self.kept = n_latents, batch, kept
+            self.n_latents, self.batch = n_latents, batch
             options = {"dtype": torch.int32, "device": indices.device}
             if kept is None:
                 self.latent = indices.reshape(-1)

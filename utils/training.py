@@ -190,7 +190,7 @@ def train(
         tensorboard: Write the metrics for TensorBoard too, into the folder.
 
     Raises:
-        InputError: The loss is no longer a number.
+        InputError: Too little is held out; or the loss is no longer a number.
     """
     autoencoder = restore_backup(folder) or autoencoder
     first_round = int(autoencoder.step) // rounds.steps
@@ -198,6 +198,10 @@ def train(
     # Equal batches, for Keras averages their metrics, and such as devices can share.
     n_batches = math.ceil(len(held_out) / batch_size)
     size = len(held_out) // n_batches // n_shares() * n_shares()
+    require(
+        size > 0,
+        f"HELD_OUT must leave a token for each of {n_shares()} devices; it leaves {len(held_out)}.",
+    )
     if first_round < rounds.n_rounds:
         autoencoder.fit(
             ((batch,) for batch in batches_from(first_round * rounds.steps)),

@@ -38,7 +38,7 @@ SPEED_PEERS = ("sparsify", "dictionary_learning", "saelens")
 
 # --- quality: the peers that have a kind, and what flags ours gets beside its defaults
 QUALITY_LATENTS, QUALITY_BATCH_SIZE, QUALITY_LOG_EVERY = 2_304, 2_048, 25
-LEARNING_RATES = ((1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3))  # without a penalty, and with one
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 QUALITY_PEERS = {
     "topk": ("sparsify", "dictionary_learning", "saelens"),
     "batch_topk": ("dictionary_learning", "saelens"),
@@ -166,8 +166,7 @@ def run_quality(benchmark: Benchmark) -> None:
 def explore(benchmark: Benchmark, kind: str, who: str) -> None:
     """All runs of a kind: a peer's at three learning rates, ours at its own."""
     run = functools.partial(quality_run, benchmark, kind, who)
-    rates = LEARNING_RATES[kind in WITH_PENALTY]
-    rates = [{}] if who == "ours" else [{"learning_rate": rate} for rate in rates]
+    rates = [{}] if who == "ours" else [{"learning_rate": rate} for rate in LEARNING_RATES]
     if kind not in WITH_PENALTY:
         for rate in rates:
             run(**rate)
