@@ -1,8 +1,8 @@
 """Analyse the features of a trained autoencoder: how sparse, how faithful, what they fire on.
 
 Reads data/activations and data/autoencoder, and the model and layer that they were made from.
-Writes data/analysis: features.parquet and examples.parquet (the catalogue of features),
-summary.json, plots, and report.html, which shows it all.
+Writes data/analysis: features.parquet and examples.parquet (the catalogue of features), a table for
+each study, summary.json, plots, and report.html, which shows it all.
 
     python analyze_features.py --n-reported 40
 """
@@ -21,6 +21,9 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
+STUDIES = ("specificity", "completeness")  # studies to make beside; see utils/ by these names
+N_STUDIED = 1_000  # features drawn to measure specificity on
+OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness to compare
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random
 BATCH_SIZE = 8_192  # tokens encoded together
@@ -30,17 +33,23 @@ SEED = 0  # of the random examples, the features drawn, and the map
 ANALYSIS_DIR = "data/analysis"  # folder to write to
 OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
 
-NOT_RECORDED = ("activations_dir", "autoencoder_dir", "analysis_dir", "overwrite")
-OUTPUTS = ("*.parquet", "summary.json", "vocabulary.json", "*.png", "report.html")
+NOT_RECORDED = (
+    "activations_dir",
+    "autoencoder_dir",
+    "other_autoencoders",
+    "analysis_dir",
+    "overwrite",
+)
+OUTPUTS = ("*.parquet", "*.csv", "summary.json", "vocabulary.json", "*.png", "report.html")
 
 
 def main() -> None:
     settings = read_settings(sys.modules[__name__])
 
     # 1. Check the settings, and open what the earlier scripts wrote.
-    require_positive(settings, "n_tokens", "n_loss_tokens", "n_reported", "batch_size")
+    check(settings)
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import catalogue
+    from utils import catalogue, completeness, specificity
     from utils.activations import ActivationStore
     from utils.evaluation import cross_entropies
     from utils.features import FeaturePass
@@ -50,9 +59,10 @@ def main() -> None:
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
-    require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
+    others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
     recorded = {"script": "analyze_features.py", **as_dict(settings, leave_out=NOT_RECORDED)}
     recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
+    recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
 
     with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
         if (folder / "report.html").exists():
@@ -62,8 +72,9 @@ def main() -> None:
         language_model = load_language_model(store.model_name, store.layer, store.dtype)
 
         # 2. One pass over the activations: statistics and examples of every feature.
+        contexts = store.first(settings.n_tokens)
         found = FeaturePass(autoencoder, store, settings.seed)
-        found.run(store.first(settings.n_tokens), settings.batch_size)
+        found.run(contexts, settings.batch_size)
 
         # 3. What the model loses when it computes with the reconstruction.
         _, held_out = store.split(trained["held_out"])
@@ -79,15 +90,45 @@ def main() -> None:
             directions, found.uses > 0, settings.seed, settings.map_features
         )
 
-        # 5. Save the catalogue.
         examples = catalogue.example_table(found, store)
         features = catalogue.feature_table(found, examples, promoted, places, pieces)
         summary = catalogue.summarise(found, store, trained, losses)
+
+        # 5. Specificity: is what a feature is about there where it is active?
+        if "specificity" in settings.studies:
+            drawn = specificity.draw_examples(examples, pieces, settings.n_studied, settings.seed)
+            scores = specificity.measure_specificity(drawn, found.subset_shares(), settings.seed)
+            features["specificity"] = specificity.of_features(scores, len(features))
+            levels = specificity.by_level(scores, settings.seed)
+            summary["specificity"] = levels.to_dict("records")
+            scores.to_csv(folder / "specificity.csv", index=False)
+
+        # 6. Completeness: which words have a feature, and how frequent are they?
+        if "completeness" in settings.studies:
+            sizes = [autoencoder, *(other for other, _ in others)]
+            words, summary["completeness"] = completeness.study(
+                sizes, store, contexts, pieces, settings.batch_size, settings.seed
+            )
+            words.to_csv(folder / "completeness.csv", index=False)
+
+        # 7. Save the catalogue.
         catalogue.save_catalogue(folder, features, examples, pieces, summary)
 
-        # 6. Draw the plots, and put everything into one page.
+        # 8. Draw the plots, and put everything into one page.
         make_report(folder, found.fidelity.l0_counts, settings.n_reported, settings.seed)
         print(describe(summary, folder))
+
+
+def check(settings) -> None:
+    """Refuse wrong settings before anything is loaded."""
+    require_positive(settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "batch_size")
+    require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
+    for study in settings.studies:
+        require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
+    require(
+        not settings.other_autoencoders or "completeness" in settings.studies,
+        "OTHER_AUTOENCODERS is for completeness, which is not in STUDIES. Leave it out, or add it.",
+    )
 
 
 def describe(summary: dict, folder: Path) -> str:
@@ -101,8 +142,33 @@ def describe(summary: dict, folder: Path) -> str:
         f"Cross-entropy {losses['untouched']:.3f} untouched, {losses['reconstruction']:.3f} with "
         f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
         f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
+        f"{describe_studies(summary)}"
         f"Open {folder / 'report.html'} to read the features."
     )
+
+
+def describe_studies(summary: dict) -> str:
+    """A line for each study that was made."""
+    lines = ""
+    if levels := summary.get("specificity"):
+        first, last = levels[0], levels[-1]
+        lines += (
+            f"Specificity, 0 to 3: {first['mean']:.2f} where features are weakest, "
+            f"{last['mean']:.2f} where strongest; by another feature's concept "
+            f"{last['chance']:.2f}.\n"
+        )
+    for fit in summary.get("completeness", ()):
+        lines += (
+            f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
+            f"{fit['n_alive']:,}"
+        )
+        lines += (
+            f"; half of those that make up {fit['half']:.1e} of all tokens, "
+            f"{fit['half'] * fit['n_alive']:.1f} times a feature's share.\n"
+            if "half" in fit
+            else ".\n"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,6 +4,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Of trainings that find 256 features in 40,000 rows.
+BATCH, N_STEPS = 256, 1_600
+WITH_K = "--selection-dtype float32 --learning-rate 0.01 --dead-after 10_000"
+FLAGS = {
+    "topk": f"--k 7 {WITH_K}",
+    # Of its latents more stay dead in so short a training; with an α of 1/32 it finds 0.91.
+    "batch_topk": f"--k 8 --auxk-coefficient 1 {WITH_K}",
+    # What is planted is 1.4 to 4.2 large once scaled: about the inverse of tanh_scale.
+    "jumprelu": "--sparsity-coefficient 4 --sparsity-warmup 0.3 --tanh-scale 0.3 "
+    "--learning-rate 0.005",
+}
+
 
 class Planted(NamedTuple):
     """Rows (n_rows, d_model), the unit directions (n_features, d_model) they are sums of, and how

@@ -169,8 +169,8 @@ def assert_clipped(made, found: dict[str, np.ndarray], momenta: list[np.ndarray]
 def test_default_learning_rates():
     l1, topk = (KINDS[kind].default_learning_rate for kind in ("l1", "topk"))
     assert l1(65_536, 200_000) == pytest.approx(5e-5)
-    assert l1(65_536, 200_000 / 32) == pytest.approx(5e-5 * 32**0.73)
-    assert l1(1_024, 275) == pytest.approx(6.1e-3, rel=0.01)
+    assert l1(65_536, 200_000 / 32) == pytest.approx(5e-5 * 32**0.875)
+    assert l1(1_024, 275) == pytest.approx(1.6e-2, rel=0.01)
     assert topk(4_096, 10_000) == pytest.approx(2e-3)
     assert topk(65_536, 160_000) == pytest.approx(2e-3 / 4 / 2)
 

@@ -5,21 +5,10 @@ import importlib
 import numpy as np
 import pytest
 from on_backend import stand_in_for_store
-from planted import Planted, largest_cosines, make_planted
+from planted import BATCH, FLAGS, N_STEPS, Planted, largest_cosines, make_planted
 
 from utils import training
 from utils.settings import read_settings
-
-BATCH, N_STEPS = 256, 1_600
-WITH_K = "--selection-dtype float32 --learning-rate 0.01 --dead-after 10_000"
-FLAGS = {
-    "topk": f"--k 7 {WITH_K}",
-    # Of its latents more stay dead in so short a training; with an α of 1/32 it finds 0.91.
-    "batch_topk": f"--k 8 --auxk-coefficient 1 {WITH_K}",
-    # What is planted is 1.4 to 4.2 large once scaled: about the inverse of tanh_scale.
-    "jumprelu": "--sparsity-coefficient 4 --sparsity-warmup 0.3 --tanh-scale 0.3 "
-    "--learning-rate 0.005",
-}
 
 
 @pytest.fixture(scope="module")

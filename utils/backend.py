@@ -39,8 +39,6 @@ def use_backend(name: str) -> str:
     require(_installed(chosen), f"BACKEND {chosen} is not installed: pip install {chosen}.")
     os.environ["KERAS_BACKEND"] = chosen
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Large tensors that are made anew at each step are faster in large pages (PyTorch on Linux).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     if chosen != "tensorflow" and "tensorflow" not in sys.modules:
         # Keras imports TensorFlow, if it can, merely to save a model: seconds, and GPU memory.

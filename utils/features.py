@@ -87,6 +87,7 @@ class FeaturePass:
         self.sums = np.zeros(n)
         self.maxima = np.zeros(n)
         self.subset_sums = np.zeros((n, len(self.subsets)))
+        self.subset_tokens = np.zeros(len(self.subsets), np.int64)
         self.top = BestPerGroup(n, N_TOP)
         self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE)
         self.random = np.random.default_rng(seed)
@@ -121,6 +122,7 @@ class FeaturePass:
 
     def _add_subsets(self, contexts: range, at, feature, activation) -> None:
         numbers = np.concatenate([self._subset_numbers(c) for c in contexts])
+        self.subset_tokens += np.bincount(numbers, minlength=len(self.subsets))
         group = feature * len(self.subsets) + numbers[at]
         sums = np.bincount(group, activation, minlength=self.subset_sums.size)
         self.subset_sums += sums.reshape(self.subset_sums.shape)
@@ -182,6 +184,11 @@ class FeaturePass:
         return windows
 
     # ---- what was found
+
+    def subset_shares(self) -> dict[str, float]:
+        """Share of the tokens gone through that each corpus subset has."""
+        shares = self.subset_tokens / max(1, self.subset_tokens.sum())
+        return dict(zip(self.subsets, shares.tolist(), strict=True))
 
     def statistics(self) -> dict[str, np.ndarray]:
         """Per feature: frequency, maximum and mean activation, and its leading corpus subset."""

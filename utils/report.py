@@ -51,6 +51,14 @@ def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
         "How many features a token has": folder / "l0.png",
         "What the model loses with the reconstruction": folder / "fidelity.png",
     }
+    if summary.get("specificity"):
+        levels = pd.DataFrame(summary["specificity"])
+        plots.plot_specificity(levels, folder / "specificity.png")
+        drawn["Is what a feature is about there where it is active?"] = folder / "specificity.png"
+    if "completeness" in summary:
+        words = pd.read_csv(folder / "completeness.csv")
+        plots.plot_completeness(words, summary["completeness"], folder / "completeness.png")
+        drawn["Which words have a feature?"] = folder / "completeness.png"
     if features["umap_x"].notna().any():
         plots.plot_umap(features, folder / "umap.png")
         drawn = {"Features by the direction they write": folder / "umap.png", **drawn}

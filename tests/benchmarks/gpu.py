@@ -223,10 +223,10 @@ def peer_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devi
     from tests.benchmarks import peers
 
     name, autocast, on_device = CASES[options.worker]
-    peers.DEAD_AFTER = DEAD_AFTER
     asked = SimpleNamespace(
         **options.sizes, batch_size=options.batch_size, kind="topk", steps=STEPS, optimizer="adam",
-        learning_rate=1e-4, autocast=autocast, sparsity_coefficient=None,
+        learning_rate=1e-4, autocast=autocast, dead_after=DEAD_AFTER, sparsity_coefficient=None,
+        tanh_scale=None,
     )  # fmt: skip
     for path, maker in on_device.items():
         module = importlib.import_module(path)

@@ -39,7 +39,7 @@ DEAD_AFTER = 500_000
 HELD_OUT = 0.05
 N_SAVED_CONTEXTS = 64
 EVALUATION_BATCH = 2_048
-NOT_RECORDED = ("activations", "output", "reconstruction")
+NOT_RECORDED = ("activations", "output", "reconstruction", "directions")
 
 
 def scaled(n: float, steps: int) -> int:
@@ -75,6 +75,7 @@ class SAELens:
             "jumprelu_bandwidth": 2.0,
             "jumprelu_init_threshold": 0.1,
             "pre_act_loss_coefficient": 3e-6,
+            "jumprelu_tanh_scale": options.tanh_scale,
         }
         name, settings = {
             "topk": ("TopK", {"k": options.k}),
@@ -95,7 +96,7 @@ class SAELens:
                 lr=options.learning_rate,
                 lr_end=options.learning_rate / 10,  # used by other schedules, required by all
                 lr_decay_steps=steps // 5,
-                dead_feature_window=DEAD_AFTER // options.batch_size,
+                dead_feature_window=options.dead_after // options.batch_size,
                 autocast=options.autocast,
             ),
             getattr(sae_lens, f"{name}TrainingSAE")(config),
@@ -156,7 +157,7 @@ class DictionaryLearning:
             device="cpu",
             **settings,
         )
-        self.trainer.dead_feature_threshold = DEAD_AFTER
+        self.trainer.dead_feature_threshold = options.dead_after
         self.autocast = options.autocast
 
     def update(self, step: int, x: torch.Tensor) -> None:
@@ -188,7 +189,7 @@ class Sparsify:
         config = SparseCoderConfig(num_latents=options.n_latents, k=options.k)
         self.coder = SparseCoder(d_model, config)
         self.idle = torch.zeros(options.n_latents, dtype=torch.long)
-        self.autocast = options.autocast
+        self.autocast, self.dead_after = options.autocast, options.dead_after
         self.schedule = None
         if options.optimizer == "adam":
             from transformers import get_linear_schedule_with_warmup
@@ -210,7 +211,7 @@ class Sparsify:
             self.coder.b_dec.data = x.mean(0)
         self.coder.set_decoder_norm_to_unit_norm()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            out = self.coder(x, dead_mask=self.idle > DEAD_AFTER)
+            out = self.coder(x, dead_mask=self.idle > self.dead_after)
         (out.fvu + self.auxk_alpha * out.auxk_loss).backward()
         self.coder.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
@@ -255,13 +256,15 @@ def main() -> None:
         "median_step_seconds": statistics.median(timed),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if options.steps * options.batch_size >= DEAD_AFTER:
-        result["dead_fraction"] = float((peer.idle_tokens() >= DEAD_AFTER).float().mean())
+    if options.steps * options.batch_size >= options.dead_after:
+        result["dead_fraction"] = float((peer.idle_tokens() >= options.dead_after).float().mean())
     if not options.speed_only:
         peer.finish()
         result |= measure(peer, store, held_out)
     if options.reconstruction:
         save_reconstruction(peer, store, held_out, Path(options.reconstruction))
+    if options.directions:
+        np.save(options.directions, peer.inference.W_dec.detach().numpy())
     write_json(Path(options.output), result)
 
 
@@ -275,6 +278,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-latents", type=int, required=True)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--sparsity-coefficient", type=float, default=5.0, help="λ of a penalty")
+    parser.add_argument("--tanh-scale", type=float, default=4.0, help="of jumprelu's penalty")
+    parser.add_argument("--dead-after", type=int, default=DEAD_AFTER, help="tokens")
     parser.add_argument("--optimizer", choices=("adam", "signum"), default="adam")
     parser.add_argument("--batch-size", type=int, default=2_048)
     parser.add_argument("--steps", type=int, required=True)
@@ -285,6 +290,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--activations", default="data/demo/activations")
     parser.add_argument("--output", required=True, help=".json to write")
     parser.add_argument("--reconstruction", help=".npy to write, of the first held-out contexts")
+    parser.add_argument("--directions", help=".npy to write, the decoder rows; SAELens alone")
     return parser.parse_args()
 
 
