@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SCRIPTS, Flags, save_tiny_model
+from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
 
 from utils.catalogue import Catalogue
 
@@ -86,9 +86,27 @@ def test_analysis(tiny_run):
     assert set(features["top_subset"]) == {"Garden", "Harbour"}
     assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
     assert features["umap_x"].isna().all()  # no map was asked for
-    assert {path.name for path in folder.glob("*.png")} == {"density.png", "l0.png", "fidelity.png"}
+    pictures = {"density", "l0", "fidelity", "specificity", "completeness"}
+    assert {path.stem for path in folder.glob("*.png")} == pictures
     html = (folder / "report.html").read_text()
-    assert html.count("<img") == 3 and "Garden" in html
+    assert html.count("<img") == 5 and "Garden" in html
+
+
+def test_studies(tiny_run):
+    folder = tiny_run.folder / "analysis"
+    summary = json.loads((folder / "summary.json").read_text())
+    features = pd.read_parquet(folder / "features.parquet")
+    scores = pd.read_csv(folder / "specificity.csv")
+    assert set(scores["feature"]) == set(features["feature"][~features["dead"]])
+    assert features["specificity"].between(0, 3).sum() == len(set(scores["feature"]))
+    levels = summary["specificity"]
+    assert levels[-1]["mean"] > levels[-1]["chance"] and levels[-1]["n_features"] > 20
+    words = pd.read_csv(folder / "completeness.csv")
+    assert set(words["word"]) >= {word for words in SUBSETS.values() for word in words}
+    [fit] = summary["completeness"]  # of words that a context's end cuts, too
+    assert 16 <= fit["n_words"] == len(words) and fit["n_alive"] == summary["n_alive"]
+    printed = tiny_run.printed["analyze_features"]
+    assert "Specificity, 0 to 3: " in printed and f"of {len(words)} words have" in printed
 
 
 def test_influence(tiny_run):
@@ -163,6 +181,11 @@ def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedde
         ("save_activations", ["--n-tokens", 0], "N_TOKENS must be greater than 0; it is 0"),
         ("train_autoencoder", ["--k", 129, "--n-latents", 128], "K must be at most N_LATENTS, 128"),
         ("analyze_features", ["--n-reported", 0], "N_REPORTED must be greater than 0; it is 0"),
+        (
+            "analyze_features",
+            ["--studies", "spelling"],
+            "STUDIES must be of specificity, completeness; one is 'spelling'",
+        ),
         ("influence_llm", ["--prompt", " "], "PROMPT must hold some text; it is empty"),
     ],
 )
