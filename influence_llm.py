@@ -1,10 +1,15 @@
-"""Change what the language model says, by clamping a feature while it writes.
+"""Change what the language model says by clamping a feature, or find the features that lead to it.
 
 Reads data/analysis (analyze_features.py) and data/autoencoder (train_autoencoder.py); model and
-layer are those they were made from. Prints untouched and steered text side by side and appends both
-to data/influence/generations.jsonl. What is recorded there is shown, not generated again.
+layer are those they were made from. STUDY chooses:
+
+steer      Prints untouched and steered text side by side and appends both to
+           data/influence/generations.jsonl. What is recorded there is shown, not generated again.
+attribute  Prints which features lead to the next token, by gradient and by ablation, and writes
+           data/influence/attribution.csv and .png; over held-out prompts too, if asked.
 
     python influence_llm.py --prompt "My favourite food is" --feature countries --strength 0 1 2
+    python influence_llm.py --study attribute --prompt "The capital of France is"
 """
 
 import math
@@ -13,10 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import fingerprint, missing_stage
+from utils.artifacts import fingerprint, make_folder, missing_stage
 from utils.backend import use_backend
 from utils.settings import read_settings, require, require_positive, run
-from utils.terminal import show_feature, show_record
+from utils.terminal import show_attribution, show_correlations, show_feature, show_record
+
+STUDY = "steer"  # steer: write with a feature clamped; attribute: what leads to the next token
 
 # --- what to say
 PROMPT = "My favourite food is"  # plain text that the model continues
@@ -29,7 +36,15 @@ FEATURE: int | str | None = None  # a number, or a word to find a feature by; No
 STRENGTH: tuple[float, ...] = (0.0, 1.0, 2.0)  # multiples of its maximum, -10 to 10; 0 ablates it
 N_PROPOSALS = 5  # features to propose where FEATURE is None
 
+# --- attribute
+PAIR: tuple[str, ...] = ()  # two tokens to compare, as ' Paris' ' London'; none: the likeliest two
+N_ABLATED = 20  # features, of the largest attribution, that are ablated too
+N_PROMPTS = 0  # held-out prompts to correlate attribution and ablation over; 50 are plenty
+PROMPT_TOKENS = 24  # of each of them
+FEATURES_PER_PROMPT = 48  # drawn from the active ones of each
+
 # --- folders
+ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py; for N_PROMPTS alone
 ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
@@ -37,13 +52,17 @@ INFLUENCE_DIR = "data/influence"  # folder to write to
 
 def main() -> None:
     settings = read_settings(sys.modules[__name__])
-
-    # 1. Read the analysis, and choose the feature to clamp: by number, by word, or proposed.
     check(settings)
     use_backend("torch")
+    catalogue, autoencoder_path = read_analysis(settings)
+    {"steer": steer, "attribute": attribute}[settings.study](settings, catalogue, autoencoder_path)
+
+
+def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """Texts with and without a feature clamped."""
     from utils import generations
 
-    catalogue, autoencoder_path = read_analysis(settings)
+    # 1. Choose the feature to clamp: by number, by word, or proposed.
     feature = choose_feature(catalogue, settings)
     log = generations.open_log(settings.influence_dir)
     requests = generations.list_requests(settings, catalogue, feature)
@@ -64,9 +83,67 @@ def main() -> None:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
 
 
+def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """The features that lead to the next token."""
+    from utils import attribution
+    from utils.activations import ActivationStore
+    from utils.kinds import load_autoencoder, open_autoencoder
+    from utils.language_model import load_language_model
+    from utils.steering import prompt_tokens
+    from utils.study_plots import plot_attribution
+
+    # 1. Load the model, in float32: what a feature does is small beside bfloat16's precision.
+    folder = make_folder(settings.influence_dir, "--influence-dir")
+    store = trained = None
+    if settings.n_prompts:
+        store = ActivationStore(settings.activations_dir)
+        _, trained = open_autoencoder(settings.autoencoder_dir, store)
+    summary = catalogue.summary
+    language_model = load_language_model(summary["model_name"], summary["layer"], "float32")
+    autoencoder = load_autoencoder(autoencoder_path)
+    model = language_model, summary["layer"], autoencoder
+
+    # 2. One pass forward and one back: what each active feature adds to the difference of logits.
+    tokens = prompt_tokens(language_model, settings.prompt)
+    pair = attribution.token_pair(language_model, settings.pair)
+    found = attribution.attribute(*model, tokens, pair, summary["outlier_norm"])
+    features = attribution.of_features(found)
+
+    # 3. Ablate the largest, to see whether it is so.
+    top = features.head(settings.n_ablated)
+    ablation = attribution.ablate(*model, found, top["feature"], summary["outlier_norm"])
+    labels = catalogue.features["label"]
+    top = top.assign(ablation=ablation, label=labels[top["feature"]].to_numpy())
+
+    # 4. Print, draw and write what was found.
+    words = [language_model.tokenizer.decode([token]) for token in (*found.pair, *tokens[0])]
+    print(show_attribution(words[:2], found.difference, top, settings.prompt))
+    top.to_csv(folder / "attribution.csv", index=False)
+    plot_attribution(found, words, labels, folder / "attribution.png")
+
+    # 5. Over held-out prompts: does attribution, or mere activation, tell what ablation does?
+    if settings.n_prompts:
+        _, held_out = store.split(trained["held_out"])
+        sizes = settings.prompt_tokens, settings.features_per_prompt
+        contexts = held_out[: settings.n_prompts]
+        table = attribution.correlate(
+            language_model, autoencoder, store, contexts, *sizes, settings.seed
+        )
+        table.to_csv(folder / "attribution_correlation.csv", index=False)
+        print(show_correlations(attribution.correlations(table, settings.seed)))
+
+
 def check(settings: Any) -> None:
     """Refuse wrong settings before anything is read."""
-    require_positive(settings, "max_new_tokens", "n_proposals")
+    require(
+        settings.study in ("steer", "attribute"),
+        f"STUDY must be steer or attribute; it is {settings.study!r}.",
+    )
+    require_positive(
+        settings, "max_new_tokens", "n_proposals", "n_ablated", "prompt_tokens",
+        "features_per_prompt",
+    )  # fmt: skip
+    require(settings.n_prompts >= 0, f"N_PROMPTS must not be negative; it is {settings.n_prompts}.")
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
         len(settings.strength) > 0 and all(map(math.isfinite, settings.strength)),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def fingerprint(*paths: Path) -> str:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def make_folder(folder: str | Path, flag: str) -> Path:
+    """A folder that can be written to, made if it is not there; ``flag`` is what names it.
+
+    Raises:
+        InputError: It cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another {flag}."
+        ) from error
+    return folder
 
 
 def missing_stage(folder: Path, what: str, script: str) -> InputError:

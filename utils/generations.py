@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.artifacts import make_folder
 from utils.kinds import load_autoencoder
 from utils.language_model import load_language_model
-from utils.settings import InputError
 from utils.steering import Clamp, generate, steered
 
 
@@ -47,14 +47,8 @@ def open_log(folder: str) -> Path:
     Raises:
         InputError: It cannot be written.
     """
-    log = Path(folder) / "generations.jsonl"
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.open("ab").close()
-    except OSError as error:
-        raise InputError(
-            f"Cannot write to {log}: {error.strerror}. Choose another --influence-dir."
-        ) from error
+    log = make_folder(folder, "--influence-dir") / "generations.jsonl"
+    log.open("ab").close()
     return log
 
 

@@ -45,7 +45,7 @@ HALO = [withStroke(linewidth=2.5, foreground="white")]
 
 
 @contextlib.contextmanager
-def _picture(path: Path, title: str, size: tuple[float, float], **grid) -> Iterator[tuple]:
+def picture(path: Path, title: str, size: tuple[float, float], **grid) -> Iterator[tuple]:
     """Yield a figure, ``size`` in inches, and its axes; leaving the block writes the PNG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=180, layout="constrained", facecolor="white")
@@ -76,7 +76,7 @@ def plot_training_curves(log: pd.DataFrame, path: Path) -> None:
         (100 * log.dead_fraction, "Dead latents", "% of latents", None),
         (log.learning_rate, "Learning rate", "learning rate", None),
     )
-    with _picture(path, title, (9, 6), nrows=2, ncols=2, sharex=True) as (_, grid):
+    with picture(path, title, (9, 6), nrows=2, ncols=2, sharex=True) as (_, grid):
         for axes, (values, name, unit, wide) in zip(grid.flat, panels, strict=True):
             line = "o-" if len(log) < 30 else "-"
             axes.plot(log.tokens, values, line, ms=4, color=BLUE, label="training")
@@ -112,7 +112,7 @@ def plot_density_histogram(frequency: np.ndarray, n_tokens: int, path: Path) -> 
     n, alive = len(frequency), np.array([share for share in frequency if share > 0])
     often = f"1 token in {1 / np.median(alive):,.0f}" if len(alive) else "no token"
     title = f"The median live feature is active on {often} (n = {len(alive):,} of {n:,} features)"
-    with _picture(path, title, (7.5, 4.4)) as (_, axes):
+    with picture(path, title, (7.5, 4.4)) as (_, axes):
         lowest, highest = np.log10([1 / n_tokens, alive.max(initial=10 / n_tokens)])
         edges = 10 ** np.arange(lowest - 1 / 16, highest + 1 / 8, 1 / 8)
         axes.hist(alive, edges, color=BLUE, edgecolor="white", linewidth=0.5)
@@ -144,7 +144,7 @@ def plot_l0_histogram(l0_counts: np.ndarray, path: Path) -> None:
     edges = np.arange(max(0, low - 5 * width), high + 6 * width, width) - 0.5
     bars, _ = np.histogram(l0, edges, weights=percent)
     title = f"A token has {mean:,.1f} active features on average"
-    with _picture(path, f"{title} (n = {n_tokens:,} tokens)", (7.5, 4.4)) as (_, axes):
+    with picture(path, f"{title} (n = {n_tokens:,} tokens)", (7.5, 4.4)) as (_, axes):
         axes.bar(edges[:-1], bars, width, align="edge", color=BLUE, edgecolor="white")
         _mark(axes, mean, f"mean {mean:,.1f}")
         note, outside = f"exactly {mode:,} on {percent[mode]:.1f}% of tokens", 100 - bars.sum()
@@ -168,7 +168,7 @@ def plot_fidelity(summary: dict, path: Path) -> None:
         title += f" (n = {cross_entropy['n_tokens']:,} tokens)"
     names = ("untouched", f"layer {layer}\nreconstructed", f"layer {layer}\nzero-ablated")
     values = [cross_entropy[name] for name in ("untouched", "reconstruction", "zero_ablated")]
-    with _picture(path, title, (7.5, 3.1)) as (_, axes):
+    with picture(path, title, (7.5, 3.1)) as (_, axes):
         bars = axes.barh(names, values, 0.62, color=(GREY, BLUE, ORANGE))
         axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=5, path_effects=HALO)
         axes.invert_yaxis()
@@ -194,7 +194,7 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     group = drawn.top_subset.where(drawn.top_subset.isin(subsets), OTHER).mask(mixed, MIXED)
     counts = group.value_counts()
     title = f"{(~mixed).sum():,} of {len(drawn):,} features are active mainly in one kind of text"
-    with _picture(path, title, (11, 8)) as (figure, axes):
+    with picture(path, title, (11, 8)) as (figure, axes):
         points = drawn[["umap_x", "umap_y"]].to_numpy()
         grown = np.clip(np.log10(drawn.frequency) / 4 + 1.25, 0, 1)  # 1 in 100,000 to 1 in 10
         areas = np.clip(60_000 / max(1, len(drawn)), 3, 40) * (0.4 + 2.4 * grown**1.5)
@@ -250,87 +250,6 @@ def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels:
             text.remove()
 
 
-def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
-    """Scores of examples against how active a feature is on them.
-
-    Args:
-        levels: Of `specificity.by_level`.
-    """
-    first, last = levels.iloc[0], levels.iloc[-1]
-    title = f"Specificity: a mean score of {first['mean']:.2f} where features are weakest, "
-    title += f"{last['mean']:.2f} where strongest"
-    title += f" (n = {levels.n.sum():,} examples of {levels.n_features.max():,} features)"
-    names = ("irrelevant", "vaguely related", "related text nearby", "clean match")
-    middle, width = 100 * (levels.low + levels.high) / 2, 100 * (last.high - last.low)
-    with _picture(path, title, (9, 3.9), ncols=2) as (_, (left, right)):
-        under = np.zeros(len(levels))
-        for score, colour in enumerate((PALE, "#F6C7A4", "#EC8F4B", ORANGE)):
-            share = 100 * levels[f"share_{score}"]
-            left.bar(middle, share, 0.92 * width, under, color=colour, label=names[score])
-            under += share
-        left.set(title="Scores at each level", ylabel="% of examples", ylim=(0, 100))
-        left.legend(
-            *[part[::-1] for part in left.get_legend_handles_labels()],
-            loc="upper left",
-            bbox_to_anchor=(0, -0.2),
-            ncols=2,
-        )
-        interval = [levels["mean"] - levels.mean_low, levels.mean_high - levels["mean"]]
-        right.errorbar(
-            middle,
-            levels["mean"],
-            interval,
-            fmt="o-",
-            color=ORANGE,
-            capsize=3,
-            label="its own concept, 95% interval",
-        )
-        right.plot(middle, levels.chance, "o--", color=GREY, label="another feature's concept")
-        right.set(title="Mean score", ylabel="score, 0 to 3", ylim=(0, 3))
-        right.legend(loc="upper left")
-        for axes in (left, right):
-            axes.set(xlabel="activation, % of the feature's maximum", xlim=(0, 100))
-
-
-def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None:
-    """Share of words that have a feature against how frequent they are, with the fitted sigmoids.
-
-    Args:
-        table: A row a word and dictionary: ``n_latents, frequency, covered``.
-        fits: Of `completeness.study`.
-    """
-    most = fits[-1]
-    title = f"Completeness: {most['n_covered']:,} of {most['n_words']:,} words, the frequent ones, "
-    title += f"have a feature among {most['n_alive']:,}"
-    colours = (BLUE, ORANGE, "#117733", "#AA4499", "#88CCEE")
-    with _picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
-        for fit, colour in zip(fits, itertools.cycle(colours)):
-            own = table[table.n_latents == fit["n_latents"]]
-            bins = np.round(4 * np.log10(own.frequency)) / 4
-            points = own.groupby(bins).agg(covered=("covered", "mean"))
-            for axes, factor in ((left, 1e6), (right, fit["n_alive"])):
-                axes.plot(
-                    10**points.index * factor,
-                    100 * points.covered,
-                    "o",
-                    ms=4,
-                    color=colour,
-                    label=f"{fit['n_latents']:,} latents",
-                )
-                if "half" in fit:
-                    x = np.logspace(*np.log10([own.frequency.min(), own.frequency.max()]), 200)
-                    steepness = fit["slope"] * np.log10(x / fit["half"])
-                    axes.plot(x * factor, 100 / (1 + np.exp(-steepness)), color=colour)
-        left.set(title="By frequency", xlabel="occurrences per million tokens")
-        left.set(ylabel="% of words with a feature")
-        left.legend(loc="upper left")
-        right.axvline(1, color=GREY, linestyle="--", linewidth=1)
-        right.set(title="Rescaled by living features")
-        right.set(xlabel="occurrences a token × living features")
-        for axes in (left, right):
-            axes.set(xscale="log", ylim=(-2, 102))
-
-
 def plot_scaling_laws(grid: pd.DataFrame, optima: pd.DataFrame, fits: dict, path: Path) -> None:
     """Loss against compute, a line a size; optimal latents, steps and learning rate against it.
 
@@ -351,7 +270,7 @@ def plot_scaling_laws(grid: pd.DataFrame, optima: pd.DataFrame, fits: dict, path
         lower = 1 - 10 ** fits["loss"]["exponent"]
         title = f"Ten times the compute, spent best, lowers the loss by {lower:.0%}"
     title += f" (n = {len(grid):,} runs)"
-    with _picture(path, title, (10, 7.5), nrows=2, ncols=2, sharex=True) as (_, axes):
+    with picture(path, title, (10, 7.5), nrows=2, ncols=2, sharex=True) as (_, axes):
         sizes = grid.groupby("n_latents")
         colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(sizes)))
         for (n_latents, runs), colour in zip(sizes, colours, strict=True):

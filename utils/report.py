@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils import plots
+from utils import plots, study_plots
 from utils.browser import write_report
 from utils.catalogue import Catalogue
 from utils.embedded import TITLES
@@ -53,11 +53,11 @@ def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
     }
     if summary.get("specificity"):
         levels = pd.DataFrame(summary["specificity"])
-        plots.plot_specificity(levels, folder / "specificity.png")
+        study_plots.plot_specificity(levels, folder / "specificity.png")
         drawn["Is what a feature is about there where it is active?"] = folder / "specificity.png"
     if "completeness" in summary:
         words = pd.read_csv(folder / "completeness.csv")
-        plots.plot_completeness(words, summary["completeness"], folder / "completeness.png")
+        study_plots.plot_completeness(words, summary["completeness"], folder / "completeness.png")
         drawn["Which words have a feature?"] = folder / "completeness.png"
     if features["umap_x"].notna().any():
         plots.plot_umap(features, folder / "umap.png")

@@ -55,6 +55,41 @@ def show_record(record: dict[str, Any], width: int) -> str:
     return side_by_side(("untouched", title), (record["untouched"], record["steered"]), width)
 
 
+def show_attribution(pair: Sequence[str], difference: float, top: Any, prompt: str) -> str:
+    """The features that most raise or lower one token's logit over another's, a line each.
+
+    Args:
+        pair: Texts of the two tokens.
+        difference: Of their logits.
+        top: A row a feature: ``feature, label, activation, attribution, ablation``.
+    """
+    first, second = (repr(one_line(word)) for word in pair)
+    lines = [
+        f"Prompt: {one_line(prompt)}",
+        f"The logit of {first} is {difference:.2f} above that of {second}. What adds to that:",
+        "",
+        "feature  attribution  ablation  activation  label",
+    ]
+    for row in top.itertuples():
+        lines.append(
+            f"{row.feature:7d}  {row.attribution:11.3f}  {row.ablation:8.3f}  "
+            f"{row.activation:10.2f}  {one_line(str(row.label))}"
+        )
+    return "\n".join(lines)
+
+
+def show_correlations(found: dict[str, Any]) -> str:
+    """How well attribution, and mere activation, tell what ablation does, with 95% intervals."""
+    lines = [
+        f"\nCorrelation with the effect of ablation, over {found['n_features']:,} active features "
+        f"of {found['n_prompts']} held-out prompts:"
+    ]
+    for name in ("attribution", "activation"):
+        value, low, high = found[name]
+        lines.append(f"  {name:12s} {value:5.2f}  ({low:.2f} to {high:.2f})")
+    return "\n".join(lines)
+
+
 def side_by_side(
     titles: tuple[str, str], texts: tuple[str, str], width: int, narrowest: int = 28
 ) -> str:

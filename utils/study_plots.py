@@ -1,0 +1,126 @@
+"""Pictures of the studies: specificity, completeness, attribution."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.plots import BLUE, GREY, ORANGE, PALE, picture
+
+N_SHOWN = 5  # features of a token
+
+
+def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
+    """Scores of examples against how active a feature is on them.
+
+    Args:
+        levels: Of `specificity.by_level`.
+    """
+    first, last = levels.iloc[0], levels.iloc[-1]
+    title = f"Specificity: a mean score of {first['mean']:.2f} where features are weakest, "
+    title += f"{last['mean']:.2f} where strongest"
+    title += f" (n = {levels.n.sum():,} examples of {levels.n_features.max():,} features)"
+    names = ("irrelevant", "vaguely related", "related text nearby", "clean match")
+    middle, width = 100 * (levels.low + levels.high) / 2, 100 * (last.high - last.low)
+    with picture(path, title, (9, 3.9), ncols=2) as (_, (left, right)):
+        under = np.zeros(len(levels))
+        for score, colour in enumerate((PALE, "#F6C7A4", "#EC8F4B", ORANGE)):
+            share = 100 * levels[f"share_{score}"]
+            left.bar(middle, share, 0.92 * width, under, color=colour, label=names[score])
+            under += share
+        left.set(title="Scores at each level", ylabel="% of examples", ylim=(0, 100))
+        left.legend(
+            *[part[::-1] for part in left.get_legend_handles_labels()],
+            loc="upper left",
+            bbox_to_anchor=(0, -0.2),
+            ncols=2,
+        )
+        interval = [levels["mean"] - levels.mean_low, levels.mean_high - levels["mean"]]
+        right.errorbar(
+            middle,
+            levels["mean"],
+            interval,
+            fmt="o-",
+            color=ORANGE,
+            capsize=3,
+            label="its own concept, 95% interval",
+        )
+        right.plot(middle, levels.chance, "o--", color=GREY, label="another feature's concept")
+        right.set(title="Mean score", ylabel="score, 0 to 3", ylim=(0, 3))
+        right.legend(loc="upper left")
+        for axes in (left, right):
+            axes.set(xlabel="activation, % of the feature's maximum", xlim=(0, 100))
+
+
+def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None:
+    """Share of words that have a feature against how frequent they are, with the fitted sigmoids.
+
+    Args:
+        table: A row a word and dictionary: ``n_latents, frequency, covered``.
+        fits: Of `completeness.study`.
+    """
+    most = fits[-1]
+    title = f"Completeness: {most['n_covered']:,} of {most['n_words']:,} words, the frequent ones, "
+    title += f"have a feature among {most['n_alive']:,}"
+    colours = (BLUE, ORANGE, "#117733", "#AA4499", "#88CCEE")
+    with picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
+        for fit, colour in zip(fits, itertools.cycle(colours)):
+            own = table[table.n_latents == fit["n_latents"]]
+            bins = np.round(4 * np.log10(own.frequency)) / 4
+            points = own.groupby(bins).agg(covered=("covered", "mean"))
+            for axes, factor in ((left, 1e6), (right, fit["n_alive"])):
+                axes.plot(
+                    10**points.index * factor,
+                    100 * points.covered,
+                    "o",
+                    ms=4,
+                    color=colour,
+                    label=f"{fit['n_latents']:,} latents",
+                )
+                if "half" in fit:
+                    x = np.logspace(*np.log10([own.frequency.min(), own.frequency.max()]), 200)
+                    steepness = fit["slope"] * np.log10(x / fit["half"])
+                    axes.plot(x * factor, 100 / (1 + np.exp(-steepness)), color=colour)
+        left.set(title="By frequency", xlabel="occurrences per million tokens")
+        left.set(ylabel="% of words with a feature")
+        left.legend(loc="upper left")
+        right.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        right.set(title="Rescaled by living features")
+        right.set(xlabel="occurrences a token × living features")
+        for axes in (left, right):
+            axes.set(xscale="log", ylim=(-2, 102))
+
+
+def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:
+    """The tokens of a prompt, and at each the features that most add to the difference of logits.
+
+    Args:
+        found: Of `attribution.attribute`.
+        words: Texts of the two tokens that are compared, then of the prompt's.
+        labels: Of features, by number.
+    """
+    first, second, *prompt = (repr(word)[1:-1] for word in words)
+    title = f"What makes “{first.strip()}” likelier than “{second.strip()}”: "
+    title += f"{found.difference:.2f} logits"
+    places = found.places.sort_values("attribution", key=abs, ascending=False)
+    height = 1.2 + 0.34 * len(prompt)
+    with picture(path, title, (9, height)) as (_, axes):
+        for position in range(len(prompt)):
+            own = places[places.position == position].head(N_SHOWN)
+            ends = {True: 0.0, False: 0.0}
+            for value in own.attribution:
+                colour = ORANGE if value > 0 else BLUE
+                axes.barh(position, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
+                ends[value > 0] += value
+            named = [f"{feature} “{str(labels[feature])[:18]}”" for feature in own.feature]
+            place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+            text = "; ".join(named[:2]).replace("$", r"\$")
+            axes.text(1.02, position, text, color=GREY, **place)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_yticks(range(len(prompt)), [word.replace("$", r"\$") for word in prompt])
+        axes.set(xlabel="attribution (logits); orange adds, blue takes away")
+        axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest")
+        axes.set_ylim(len(prompt) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
