@@ -21,8 +21,9 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES = ("specificity", "completeness")  # studies to make beside; see utils/ by these names
-N_STUDIED = 1_000  # features drawn to measure specificity on
+STUDIES = ("specificity", "completeness", "neurons")  # to make beside; see utils/ by these names
+N_STUDIED = 1_000  # features drawn for specificity and neurons
+N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over
 OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness to compare
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random
@@ -40,6 +41,7 @@ NOT_RECORDED = (
     "analysis_dir",
     "overwrite",
 )
+N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
 OUTPUTS = ("*.parquet", "*.csv", "summary.json", "vocabulary.json", "*.png", "report.html")
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import catalogue, completeness, specificity
+    from utils import catalogue, completeness, neurons, specificity
     from utils.activations import ActivationStore
     from utils.evaluation import cross_entropies
     from utils.features import FeaturePass
@@ -111,17 +113,33 @@ def main() -> None:
             )
             words.to_csv(folder / "completeness.csv", index=False)
 
-        # 7. Save the catalogue.
+        # 7. Features against neurons: is a feature not merely a neuron?
+        if "neurons" in settings.studies:
+            some = store.first(settings.n_neuron_tokens)
+            n_tokens, n_features = len(some) * store.context_length, settings.n_studied
+            frequent = neurons.draw_features(
+                features["frequency"].to_numpy(), n_tokens, n_features, settings.seed
+            )
+            correlations = neurons.correlate_with_neurons(
+                language_model, autoencoder, store, some, frequent, N_TOGETHER
+            )
+            correlations.to_csv(folder / "neurons.csv", index=False)
+            summary["neurons"] = neurons.summarise(correlations)
+
+        # 8. Save the catalogue.
         catalogue.save_catalogue(folder, features, examples, pieces, summary)
 
-        # 8. Draw the plots, and put everything into one page.
+        # 9. Draw the plots, and put everything into one page.
         make_report(folder, found.fidelity.l0_counts, settings.n_reported, settings.seed)
         print(describe(summary, folder))
 
 
 def check(settings) -> None:
     """Refuse wrong settings before anything is loaded."""
-    require_positive(settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "batch_size")
+    require_positive(
+        settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
+        "batch_size",
+    )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     for study in settings.studies:
         require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
@@ -167,6 +185,11 @@ def describe_studies(summary: dict) -> str:
             f"{fit['half'] * fit['n_alive']:.1f} times a feature's share.\n"
             if "half" in fit
             else ".\n"
+        )
+    if found := summary.get("neurons"):
+        lines += (
+            f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
+            "most 0.3 with any neuron of the model up to the layer.\n"
         )
     return lines
 

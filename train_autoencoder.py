@@ -34,7 +34,7 @@ SELECTION_DTYPE = "auto"  # of the product that chooses latents; bfloat16, float
 PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # matryoshka: shares of the latents, rising to 1
 
 # --- l1, gated, jumprelu
-SPARSITY_COEFFICIENT = 5.0  # λ, the price of activity; 2, 5 and 10 in the paper (l1)
+SPARSITY_COEFFICIENT = 2.0  # λ, the price of activity; 2, 5 and 10 in the paper (l1), mostly 5
 SPARSITY_WARMUP: float | None = None  # share of the steps in which λ rises; None: 0.05; jumprelu 1
 BANDWIDTH = 2.0  # jumprelu: width of the ramp that stands for the step in the gradient
 TANH_SCALE = 1.0  # jumprelu: c, how soon an active latent costs the full λ

@@ -17,7 +17,8 @@ from utils.backend import use_backend
 
 SPARSE = ["--k", "4", "--dead-after", "64"]
 DENSE = ["--sparsity-coefficient", "0.3"]
-KINDS = {"topk": SPARSE, "batch_topk": SPARSE, "l1": DENSE, "gated": DENSE}
+KINDS = dict.fromkeys(("topk", "batch_topk", "matryoshka"), SPARSE)
+KINDS |= dict.fromkeys(("l1", "gated", "jumprelu"), DENSE)
 N_LATENTS, BACKUP_AT = 64, 13
 
 

@@ -86,10 +86,10 @@ def test_analysis(tiny_run):
     assert set(features["top_subset"]) == {"Garden", "Harbour"}
     assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
     assert features["umap_x"].isna().all()  # no map was asked for
-    pictures = {"density", "l0", "fidelity", "specificity", "completeness"}
+    pictures = {"density", "l0", "fidelity", "specificity", "completeness", "neurons"}
     assert {path.stem for path in folder.glob("*.png")} == pictures
     html = (folder / "report.html").read_text()
-    assert html.count("<img") == 5 and "Garden" in html
+    assert html.count("<img") == 6 and "Garden" in html
 
 
 def test_studies(tiny_run):
@@ -105,6 +105,9 @@ def test_studies(tiny_run):
     assert set(words["word"]) >= {word for words in SUBSETS.values() for word in words}
     [fit] = summary["completeness"]  # of words that a context's end cuts, too
     assert 16 <= fit["n_words"] == len(words) and fit["n_alive"] == summary["n_alive"]
+    neurons = pd.read_csv(folder / "neurons.csv")
+    assert summary["neurons"]["n_features"] == len(neurons) > 20
+    assert neurons["block"].isin([0, 1]).all() and neurons["correlation"].between(0, 1.001).all()
     printed = tiny_run.printed["analyze_features"]
     assert "Specificity, 0 to 3: " in printed and f"of {len(words)} words have" in printed
 
@@ -184,7 +187,7 @@ def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedde
         (
             "analyze_features",
             ["--studies", "spelling"],
-            "STUDIES must be of specificity, completeness; one is 'spelling'",
+            "STUDIES must be of specificity, completeness, neurons; one is 'spelling'",
         ),
         ("influence_llm", ["--prompt", " "], "PROMPT must hold some text; it is empty"),
     ],

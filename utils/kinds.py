@@ -50,7 +50,7 @@ class DenseAutoencoder(SparseAutoencoder):
         sparsity_warmup: Steps over which λ rises linearly from 0.
     """
 
-    def __init__(self, sparsity_coefficient: float = 5.0, sparsity_warmup: int = 0, **kwargs):
+    def __init__(self, sparsity_coefficient: float = 2.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
         self.sparsity_coefficient, self.sparsity_warmup = sparsity_coefficient, sparsity_warmup
 

@@ -93,6 +93,20 @@ def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None
             axes.set(xscale="log", ylim=(-2, 102))
 
 
+def plot_neurons(correlations: np.ndarray, path: Path) -> None:
+    """The largest correlation of each feature with a neuron."""
+    share = (correlations <= 0.3).mean()
+    title = f"{share:.0%} of features correlate at most 0.3 with any neuron"
+    with picture(path, f"{title} (n = {len(correlations):,} features)", (7.5, 3.6)) as (_, axes):
+        bins = np.arange(0, 1.0001, 0.025)
+        _, _, bars = axes.hist(correlations, bins, edgecolor="white", linewidth=0.5)
+        for bar, start in zip(bars, bins, strict=False):
+            bar.set_facecolor(BLUE if start < 0.3 - 1e-9 else PALE)
+        axes.axvline(0.3, color=GREY, linestyle="--", linewidth=1)
+        axes.set(xlabel="largest Pearson correlation with a neuron of the blocks up to the layer")
+        axes.set(xlim=(0, 1), ylabel="features")
+
+
 def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:
     """The tokens of a prompt, and at each the features that most add to the difference of logits.
 
