@@ -19,6 +19,9 @@ demo: .venv/installed
 	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
 	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192
+	$(BIN)/python influence_llm.py --study attribute --prompt "The capital of France is the city of" \
+	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis \
+	    --influence-dir $(DEMO)/influence
 	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature quantum \
 	    --strength 0 1 1.5 --autoencoder-dir $(DEMO)/autoencoder \
 	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
@@ -37,6 +40,7 @@ bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m tests.benchmarks.extraction
 	$(BIN)/python -m tests.benchmarks.training speed
 	$(BIN)/python -m tests.benchmarks.training quality
+	$(BIN)/python -m tests.benchmarks.planted
 
 # The other libraries, in an environment of their own. sae-lens and its like bring a torchvision
 # that breaks transformers on a CPU.

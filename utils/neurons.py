@@ -74,12 +74,12 @@ class Correlations:
             for squares, mean in zip(self.squares, means, strict=True)
         ]
         # Row by row of the left side, for the whole may be the largest thing in memory.
-        rows = []
+        pearson = torch.empty_like(self.products)
         for i, product in enumerate(self.products):
             covariance = product.double() / self.n - means[0][i] * means[1]
             both = deviations[0][i] * deviations[1]
-            rows.append(torch.where(both > 1e-12, covariance / both, 0.0).float())
-        return torch.stack(rows)
+            pearson[i] = torch.where(both > 1e-12, covariance / both, 0.0)
+        return pearson
 
 
 def draw_features(frequency: np.ndarray, n_tokens: int, n_features: int, seed: int) -> np.ndarray:
@@ -92,7 +92,12 @@ def draw_features(frequency: np.ndarray, n_tokens: int, n_features: int, seed: i
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:
-    """``n_features``, their ``median`` correlation, and the share ``at_most`` `LOW`."""
+    """``n_features``, their ``median`` correlation, and the share ``at_most`` `LOW`.
+
+    Nothing if no feature is active often enough.
+    """
+    if table.empty:
+        return {}
     return {
         "n_features": len(table),
         "median": float(table["correlation"].median()),

@@ -59,7 +59,7 @@ def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
         words = pd.read_csv(folder / "completeness.csv")
         study_plots.plot_completeness(words, summary["completeness"], folder / "completeness.png")
         drawn["Which words have a feature?"] = folder / "completeness.png"
-    if "neurons" in summary and summary["neurons"]["n_features"]:
+    if summary.get("neurons"):
         correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
         study_plots.plot_neurons(correlations, folder / "neurons.png")
         drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
