@@ -268,7 +268,7 @@ def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
     facts = dict.fromkeys(("model_name", "revision", "layer", "dtype", "dataset"), "made up")
     facts |= {"context_length": shape[1], "d_model": shape[2], "world_size": 1}
     found = {"sum": writer.sum.tolist(), "sum_squared_norm": writer.sum_squared_norm}
-    found |= {"shards": [writer.finish()], "outlier_norm": 0.0, "finished": True}
+    found |= {"shards": [writer.finish()], "outlier_norm": 0.0, "finished": True, "subsets": ["made up"]}
     write_json(folder / "manifest.json", new_manifest(**facts) | found)
     return ActivationStore(folder)
 
