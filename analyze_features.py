@@ -41,8 +41,10 @@ NOT_RECORDED = (
     "analysis_dir",
     "overwrite",
 )
-N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
-OUTPUTS = ("*.parquet", "*.csv", "summary.json", "vocabulary.json", "*.png", "report.html")
+OUTPUTS = (
+    "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
+    "report.html",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -51,12 +53,10 @@ def main() -> None:
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import catalogue, completeness, neurons, specificity
+    from utils import completeness, neurons, specificity
     from utils.activations import ActivationStore
-    from utils.evaluation import cross_entropies
-    from utils.features import FeaturePass
+    from utils.analysis import Analysis
     from utils.kinds import open_autoencoder
-    from utils.language_model import load_language_model
     from utils.report import make_report
 
     store = ActivationStore(settings.activations_dir)
@@ -71,66 +71,31 @@ def main() -> None:
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         store.verify()
-        language_model = load_language_model(store.model_name, store.layer, store.dtype)
+        analysis = Analysis(
+            folder, settings, store, autoencoder, trained, [other for other, _ in others]
+        )
 
-        # 2. One pass over the activations: statistics and examples of every feature.
-        contexts = store.first(settings.n_tokens)
-        found = FeaturePass(autoencoder, store, settings.seed)
-        found.run(contexts, settings.batch_size)
+        # 2. One pass over the activations: statistics, examples, map; tokens each promotes.
+        analysis.go_through()
 
         # 3. What the model loses when it computes with the reconstruction.
-        _, held_out = store.split(trained["held_out"])
-        losses = cross_entropies(
-            language_model, autoencoder, store, held_out, settings.n_loss_tokens
-        )
+        analysis.make("cross_entropy", Analysis.measure_loss)
 
-        # 4. The tokens each feature promotes, and the map of decoder directions.
-        pieces = catalogue.vocabulary(language_model.tokenizer)
-        directions = autoencoder.directions()
-        promoted = catalogue.promoted_tokens(language_model, directions, pieces)
-        places = catalogue.map_directions(
-            directions, found.uses > 0, settings.seed, settings.map_features
-        )
-
-        examples = catalogue.example_table(found, store)
-        features = catalogue.feature_table(found, examples, promoted, places, pieces)
-        summary = catalogue.summarise(found, store, trained, losses)
-
-        # 5. Specificity: is what a feature is about there where it is active?
+        # 4. Specificity: is what a feature is about there where it is active?
         if "specificity" in settings.studies:
-            drawn = specificity.draw_examples(examples, pieces, settings.n_studied, settings.seed)
-            scores = specificity.measure_specificity(drawn, found.subset_shares(), settings.seed)
-            features["specificity"] = specificity.of_features(scores, len(features))
-            levels = specificity.by_level(scores, settings.seed)
-            summary["specificity"] = levels.to_dict("records")
-            scores.to_csv(folder / "specificity.csv", index=False)
+            analysis.make("specificity", specificity.study)
 
-        # 6. Completeness: which words have a feature, and how frequent are they?
+        # 5. Completeness: which words have a feature, and how frequent are they?
         if "completeness" in settings.studies:
-            sizes = [autoencoder, *(other for other, _ in others)]
-            words, summary["completeness"] = completeness.study(
-                sizes, store, contexts, pieces, settings.batch_size, settings.seed
-            )
-            words.to_csv(folder / "completeness.csv", index=False)
+            analysis.make("completeness", completeness.study)
 
-        # 7. Features against neurons: is a feature not merely a neuron?
+        # 6. Features against neurons: is a feature not merely a neuron?
         if "neurons" in settings.studies:
-            some = store.first(settings.n_neuron_tokens)
-            n_tokens, n_features = len(some) * store.context_length, settings.n_studied
-            frequent = neurons.draw_features(
-                features["frequency"].to_numpy(), n_tokens, n_features, settings.seed
-            )
-            correlations = neurons.correlate_with_neurons(
-                language_model, autoencoder, store, some, frequent, N_TOGETHER
-            )
-            correlations.to_csv(folder / "neurons.csv", index=False)
-            summary["neurons"] = neurons.summarise(correlations)
+            analysis.make("neurons", neurons.study)
 
-        # 8. Save the catalogue.
-        catalogue.save_catalogue(folder, features, examples, pieces, summary)
-
-        # 9. Draw the plots, and put everything into one page.
-        make_report(folder, found.fidelity.l0_counts, settings.n_reported, settings.seed)
+        # 7. Save the tables, draw the plots, and put everything into one page.
+        summary = analysis.save()
+        make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
 
 

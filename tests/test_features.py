@@ -11,6 +11,7 @@ from conftest import LAYER, write_activations
 
 from utils import catalogue
 from utils.activations import ActivationStore
+from utils.artifacts import write_json
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import cross_entropies, loss_recovered
 from utils.features import N_BUCKETS, N_PER_BUCKET, N_TOP, WINDOW, BestPerGroup, FeaturePass
@@ -246,7 +247,8 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
     )
     places = np.zeros((N_FEATURES, 2))
     features = catalogue.feature_table(found, examples, promoted, places, PIECES)
-    catalogue.save_catalogue(folder, features, examples, PIECES, {"n_latents": N_FEATURES})
+    catalogue.save_tables(folder, features, examples, PIECES)
+    write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
 
 

@@ -21,7 +21,6 @@ import torch
 
 from utils.activations import ActivationStore
 from utils.artifacts import missing_stage, read_json, replacing, write_json
-from utils.evaluation import loss_recovered
 from utils.features import WINDOW, FeaturePass, window_start
 from utils.language_model import LanguageModel
 
@@ -188,9 +187,7 @@ def make_label(peak_tokens: list[str], n_words: int = 3) -> str:
     return ", ".join(list(dict.fromkeys(shown))[:n_words])
 
 
-def summarise(
-    found: FeaturePass, store: ActivationStore, trained: dict, losses: dict[str, float]
-) -> dict[str, Any]:
+def summarise(found: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Any]:
     """What the analysis found as a whole, and what it was made from.
 
     ``trained`` is the training's metrics, with its settings and the autoencoder's fingerprint.
@@ -214,25 +211,25 @@ def summarise(
         "held_out_fvu": trained["fvu"],
         "cosine": found.fidelity.cosine,
         "l0": found.fidelity.l0,
-        "cross_entropy": losses,
-        "loss_recovered": loss_recovered(losses),
+        "l0_counts": found.fidelity.l0_counts.tolist(),
+        "subset_shares": found.subset_shares(),
     }
 
 
-def save_catalogue(
-    folder: Path,
-    features: pd.DataFrame,
-    examples: pyarrow.Table,
-    pieces: list[str],
-    summary: dict[str, Any],
+def save_tables(
+    folder: Path, features: pd.DataFrame, examples: pyarrow.Table, pieces: list[str]
 ) -> None:
-    """Write the tables, and the summary last: where it is, the others are whole."""
-    with replacing(folder / "features.parquet") as partial:
-        features.to_parquet(partial, index=False)
+    """Write what a pass over the activations found."""
+    save_features(folder, features)
     with replacing(folder / "examples.parquet") as partial:
         pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
     write_json(folder / "vocabulary.json", pieces)
-    write_json(folder / "summary.json", summary)
+
+
+def save_features(folder: Path, features: pd.DataFrame) -> None:
+    """Write the table of features."""
+    with replacing(folder / "features.parquet") as partial:
+        features.to_parquet(partial, index=False)
 
 
 # ---------------------------------------------------------------------------------------- reading

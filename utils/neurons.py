@@ -16,12 +16,14 @@ import torch
 from tqdm import tqdm
 
 from utils.activations import ActivationStore
+from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
 from utils.language_model import LanguageModel, residual_at
 from utils.steering import encode
 
 LEAST_ACTIVE = 30  # tokens of the sample
 LOW = 0.3  # the paper's line
+N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
 
 
 @contextlib.contextmanager
@@ -150,3 +152,19 @@ def correlate_with_neurons(
             "correlation": largest.cpu().numpy(),
         }
     )
+
+
+def study(analysis: Analysis) -> Findings:
+    """The neuron that each of ``N_STUDIED`` features correlates with most, and how often little."""
+    store, settings = analysis.store, analysis.settings
+    contexts = store.first(settings.n_neuron_tokens)
+    frequent = draw_features(
+        analysis.features["frequency"].to_numpy(),
+        len(contexts) * store.context_length,
+        settings.n_studied,
+        settings.seed,
+    )
+    correlations = correlate_with_neurons(
+        analysis.language_model, analysis.autoencoder, store, contexts, frequent, N_TOGETHER
+    )
+    return Findings(summarise(correlations), {"neurons": correlations})

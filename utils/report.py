@@ -13,7 +13,7 @@ from utils.embedded import TITLES
 N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
 
 
-def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int) -> None:
+def make_report(folder: Path, n_selected: int, seed: int) -> None:
     """Draw the plots of a saved catalogue and write ``report.html``, the last file of a run."""
     catalogue = Catalogue(folder)
     shown = {
@@ -26,7 +26,7 @@ def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int)
         {**catalogue.summary, **named},
         catalogue.features,
         catalogue.examples_of([*shown["random"], *shown["selected"]]),
-        draw_plots(catalogue, l0_counts),
+        draw_plots(catalogue),
         shown,
     )
 
@@ -38,13 +38,13 @@ def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
+def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
     """Draw every plot into the catalogue's folder; returns their paths by caption."""
     folder, features, summary = catalogue.folder, catalogue.features, catalogue.summary
     plots.plot_density_histogram(
         features["frequency"].to_numpy(), summary["n_tokens"], folder / "density.png"
     )
-    plots.plot_l0_histogram(l0_counts, folder / "l0.png")
+    plots.plot_l0_histogram(np.array(summary["l0_counts"]), folder / "l0.png")
     plots.plot_fidelity(summary, folder / "fidelity.png")
     drawn = {
         "How often features fire": folder / "density.png",

@@ -24,12 +24,11 @@ import pandas as pd
 import pyarrow
 import pyarrow.compute
 
+from utils.analysis import Analysis, Findings
 from utils.concepts import CONCEPTS
 
 NEARBY = 12  # tokens to each side of the peak
-SHARE = (
-    0.5  # of the examples chosen from, that a list or a kind of text must hold to be the concept
-)
+SHARE = 0.5  # of these examples, that a list or a kind of text must hold to be the concept
 COMMON = 0.3  # a word is of the concept if so large a share of these examples peak at it
 N_LEVELS = 5  # equal parts between 0 and a feature's maximum
 LISTED = {name: {word.lower() for word in words} for name, words in CONCEPTS.items()}
@@ -192,3 +191,15 @@ def by_level(scores: pd.DataFrame, seed: int, n_draws: int = 1_000) -> pd.DataFr
             | {"chance": own["chance"].mean(), **shares}
         )
     return pd.DataFrame(rows)
+
+
+def study(analysis: Analysis) -> Findings:
+    """Scores of the examples of ``N_STUDIED`` features, their levels, and a score a feature."""
+    settings = analysis.settings
+    drawn = draw_examples(analysis.examples, analysis.pieces, settings.n_studied, settings.seed)
+    scores = measure_specificity(drawn, analysis.subset_shares, settings.seed)
+    return Findings(
+        by_level(scores, settings.seed).to_dict("records"),
+        {"specificity": scores},
+        {"specificity": of_features(scores, len(analysis.features))},
+    )
