@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.artifacts import missing_stage, read_json
+from utils.artifacts import fingerprint, missing_stage, read_json
+from utils.settings import require
 
 
 class Catalogue:
@@ -45,19 +46,40 @@ class Catalogue:
         examples["pieces"] = [list(self.pieces[tokens]) for tokens in examples["tokens"]]
         return examples
 
+    def autoencoder_path(self, folder: str | Path) -> Path:
+        """The file of the autoencoder in ``folder``, which the analysis must be of.
+
+        Raises:
+            InputError: It is missing, or another one.
+        """
+        path = Path(folder) / "autoencoder.keras"
+        if not path.exists():
+            raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
+        analysed, found = self.summary["autoencoder_fingerprint"], fingerprint(path)
+        require(
+            analysed == found,
+            f"{self.folder} must be of the autoencoder in {folder}; it is of {analysed}, not of "
+            f"{found}. Run analyze_features.py for this autoencoder, or name the folders that "
+            "belong together with --analysis-dir and --autoencoder-dir.",
+        )
+        return path
+
     def search(self, words: str, n: int) -> pd.DataFrame:
         """The features that best fit some words, with a column ``match``, best first.
 
-        A feature fits by the share of its highest examples that peak at one of the words, and a
-        little by the share of the tokens it promotes that are one. Dead features never fit.
+        A feature fits by the share of its highest examples that peak at one of the words, half as
+        much by the share of the words that its label has, and a little by the share of the tokens
+        it promotes that are one. Dead features never fit.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
-        match = [
-            share_at(wanted, row) + 0.2 * share_of(wanted, row.promoted_tokens)
-            for row in alive.itertuples()
-        ]
-        found = alive.assign(match=np.array(match, float))
+        labels = alive["label"].str.lower()
+        shares = [labels.str.contains(rf"\b{word}\b") for word in wanted]
+        match = 0.5 * np.mean(shares, axis=0) if shares else np.zeros(len(alive))
+        match += summed_where(wanted, alive["peak_tokens"], alive["peak_shares"])
+        n_promoted = alive["promoted_tokens"].map(len)
+        match += 0.2 * summed_where(wanted, alive["promoted_tokens"]) / np.maximum(1, n_promoted)
+        found = alive.assign(match=match)
         return found[found["match"] > 0].nlargest(n, "match")
 
     def propose(self, n: int) -> pd.DataFrame:
@@ -81,9 +103,22 @@ def words_of(tokens: list[str]) -> set[str]:
     return {word for word in words if len(word) > 3 and word.isalpha()}
 
 
-def share_of(wanted: set[str], tokens: list[str]) -> float:
-    """Share of ``tokens`` that are one of the wanted words."""
-    return sum(token.strip().lower() in wanted for token in tokens) / max(1, len(tokens))
+def summed_where(
+    wanted: set[str], tokens: pd.Series, weights: pd.Series | None = None
+) -> np.ndarray:
+    """Of lists of tokens, a list a feature, the weights of those that are a wanted word, summed.
+
+    Args:
+        weights: A number a token; each counts 1 if None.
+    """
+    if tokens.empty:
+        return np.zeros(0)
+    feature = np.repeat(np.arange(len(tokens)), tokens.map(len))
+    number, texts = pd.factorize(np.concatenate(tokens.to_list()))
+    is_wanted = np.array([text.strip().lower() in wanted for text in texts], float)[number]
+    if weights is not None:
+        is_wanted *= np.concatenate(weights.to_list())
+    return np.bincount(feature, is_wanted, minlength=len(tokens))
 
 
 def share_at(wanted: set[str], feature) -> float:

@@ -49,7 +49,7 @@ class BestPerGroup:
     def add(self, entries: dict[str, np.ndarray]) -> None:
         self._parts.append(entries)
         self._pending += len(entries["group"])
-        if self._pending > max(100_000, self.size * len(self.threshold)):
+        if self._pending > max(100_000, self.size * len(self.threshold) // 4):
             self.best()
 
     def best(self) -> dict[str, np.ndarray]:
@@ -241,8 +241,8 @@ class FeaturePass:
     def examples(self) -> dict[str, np.ndarray]:
         """The kept examples by feature, bucket and rank.
 
-        Bucket 0 holds the `N_TOP` highest of different texts; bucket b up to `N_PER_BUCKET` random ones whose peak
-        lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
+        Bucket 0 holds the `N_TOP` highest of different texts; bucket b up to `N_PER_BUCKET` random
+        ones whose peak lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
         """
         top = dict(self.top.best())
         top["bucket"] = np.zeros(len(top["feature"]), np.int64)
