@@ -51,7 +51,7 @@ def write_browser(
     for name in ("data", "pictures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for path in pictures.values():
-        shutil.copyfile(path, folder / "pictures" / path.name)
+        _copy(path, folder / "pictures")
     features = catalogue.features
     index = {
         "about": {name: summary[name] for name in ("model_name", "layer", "kind", "dataset")},
@@ -66,8 +66,12 @@ def write_browser(
     _write(folder, "search", _searched(features))
     _write_details(folder, catalogue)
     for path in sorted(PAGE.iterdir(), key=lambda path: path.name == "index.html"):
-        with replacing(folder / path.name) as partial:
-            shutil.copyfile(path, partial)
+        _copy(path, folder)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    with replacing(folder / path.name) as partial:
+        shutil.copyfile(path, partial)
 
 
 def _write(folder: Path, name: str, content: Any) -> None:
