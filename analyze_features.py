@@ -2,7 +2,7 @@
 
 Reads data/activations and data/autoencoder, and the model and layer that they were made from.
 Writes data/analysis: features.parquet and examples.parquet (the catalogue of features), a table for
-each study, summary.json, plots, and report.html, which shows it all.
+each study, summary.json, plots, and browser/index.html, a page to look at it all.
 
     python analyze_features.py --n-reported 40
 """
@@ -26,7 +26,7 @@ N_STUDIED = 1_000  # features drawn for specificity and neurons
 N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over
 OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness to compare
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
-N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random
+N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
 BATCH_SIZE = 8_192  # tokens encoded together
 SEED = 0  # of the random examples, the features drawn, and the map
 
@@ -41,9 +41,10 @@ NOT_RECORDED = (
     "analysis_dir",
     "overwrite",
 )
+PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
-    "report.html",
+    "browser",
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
 
     with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
-        if (folder / "report.html").exists():
+        if (folder / PAGE).exists():
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         store.verify()
@@ -126,7 +127,7 @@ def describe(summary: dict, folder: Path) -> str:
         f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
         f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
         f"{describe_studies(summary)}"
-        f"Open {folder / 'report.html'} to read the features."
+        f"Open {folder / PAGE} to look at the features."
     )
 
 

@@ -14,7 +14,16 @@ from utils.activations import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import cross_entropies, loss_recovered
-from utils.features import N_BUCKETS, N_PER_BUCKET, N_TOP, WINDOW, BestPerGroup, FeaturePass
+from utils.features import (
+    N_BINS,
+    N_BUCKETS,
+    N_PER_BUCKET,
+    N_TOP,
+    WINDOW,
+    BestPerGroup,
+    FeaturePass,
+    Histograms,
+)
 from utils.fidelity import Fidelity
 from utils.kinds import L1Autoencoder, load_autoencoder
 from utils.language_model import load_language_model
@@ -98,6 +107,33 @@ def test_statistics_are_exact(found, planted, reported):
         assert statistics["top_subset_share"][feature] == pytest.approx(share, rel=1e-5)
     assert found.fidelity.n_rows == n_kept
     assert found.fidelity.l0 == pytest.approx(uses.sum() / n_kept)
+
+
+def test_histograms_count_every_active_token(found, reported):
+    statistics = found.statistics()
+    for feature in range(N_FEATURES):
+        active = reported[..., feature][reported[..., feature] > 0]
+        span = statistics["histogram_range"][feature]
+        expected, _ = np.histogram(active, N_BINS, (0, span))
+        assert np.array_equal(statistics["histogram"][feature], expected)
+        assert not len(active) or span / 2 < active.max() <= span
+
+
+def test_histograms_widen_as_larger_values_come():
+    draw = np.random.default_rng(0)
+    histograms, seen = Histograms(3), [[], [], []]
+    for scale in (1e-6, 0.3, 0.1, 40):  # the first below the smallest range
+        group = draw.integers(0, 2, 5_000)
+        values = (scale * (1 - draw.random(5_000))).astype(np.float32)
+        histograms.add(group, values)
+        for i in range(2):
+            seen[i] += values[group == i].tolist()
+    assert histograms.ranges.tolist() == [64, 64, 2**-16]
+    for i, values in enumerate(seen):
+        expected, _ = np.histogram(values, N_BINS, (0, histograms.ranges[i]))
+        assert histograms.counts[i].tolist() == expected.tolist()
+    histograms.add(np.array([2]), np.array([8.0]))  # a power of two is in the last bin
+    assert histograms.ranges[2] == 8 and histograms.counts[2].tolist() == [0] * 31 + [1]
 
 
 def test_top_examples_are_the_highest_peaks_of_contexts(found, reported):

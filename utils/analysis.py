@@ -20,6 +20,7 @@ from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import cross_entropies, loss_recovered
 from utils.features import FeaturePass
 from utils.language_model import LanguageModel, load_language_model
+from utils.neighbours import neighbour_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Analysis:
         )
         examples = catalogue.example_table(found, self.store)
         features = catalogue.feature_table(found, examples, promoted, places, pieces)
+        nearest = neighbour_table(directions, found.uses > 0)
+        features[["neighbours", "neighbour_cosines"]] = nearest
         catalogue.save_tables(self.folder, features, examples, pieces)
 
     def measure_loss(self) -> Findings:

@@ -1,6 +1,6 @@
 """The catalogue of features: made by an analysis, saved as tables, loaded and searched.
 
-features.parquet    a row a feature: statistics, label, promoted tokens, place on the map
+features.parquet    a row a feature: statistics, label, promoted tokens, neighbours, place on a map
 examples.parquet    a row an example: tokens and activations around a feature's peak
 vocabulary.json     the text of every token, so that reading needs no tokenizer
 summary.json        what the analysis found as a whole, and what it was made from

@@ -2,9 +2,11 @@
 
 An activation is f_i · ‖W_dec,i‖. Its examples are kept, while streaming, by `BestPerGroup`: the
 highest of each feature, and a random few of each half octave of its activation, from which the
-evenly spaced buckets between the maximum and 0 are drawn at the end. Memory is bounded by the
-number of features, not by the data.
+evenly spaced buckets between the maximum and 0 are drawn at the end; `Histograms` counts how often
+a feature is how active. Memory is bounded by the number of features, not by the data.
 """
+
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -21,6 +23,8 @@ WINDOW = 48  # tokens of an example
 WINDOW_BEFORE = 32  # of these, before the peak
 HALF_OCTAVES = 32  # bins of activation, 2^-8 to 2^8, that random examples are kept for
 PER_HALF_OCTAVE = 4
+N_BINS = 32  # of a feature's histogram, at least half of them up to its maximum
+SMALLEST_RANGE = -16  # exponent of 2: histograms begin with bins from 0 to here
 
 
 def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
@@ -68,6 +72,38 @@ class BestPerGroup:
         return self._parts[0]
 
 
+class Histograms:
+    """Of a stream of positive values in groups, a histogram of each group in equal bins from 0.
+
+    A group's bins reach to a power of two; where a value passes it, pairs of bins become one, so
+    that counts are exact whatever comes, and the maximum ends in the upper half of the bins.
+
+    Attributes:
+        counts: Shape (n_groups, `N_BINS`).
+    """
+
+    def __init__(self, n_groups: int):
+        self.counts = np.zeros((n_groups, N_BINS), np.int32)
+        self._exponents = np.full(n_groups, SMALLEST_RANGE)
+
+    @property
+    def ranges(self) -> np.ndarray:
+        """The upper edge of each group's last bin, shape (n_groups,)."""
+        return np.exp2(self._exponents)
+
+    def add(self, group: np.ndarray, values: np.ndarray) -> None:
+        needed = self._exponents.copy()
+        np.maximum.at(needed, group, np.ceil(np.log2(np.maximum(values, 1e-9))).astype(int))
+        while len(narrow := np.flatnonzero(self._exponents < needed)):
+            pairs = self.counts[narrow].reshape(-1, N_BINS // 2, 2).sum(axis=2)
+            self.counts[narrow] = np.pad(pairs, ((0, 0), (0, N_BINS // 2)))
+            self._exponents[narrow] += 1
+        bins = (values * (N_BINS / self.ranges[group])).astype(int)
+        bins = group * N_BINS + np.minimum(bins, N_BINS - 1)  # the upper edge is in the last
+        counts = np.bincount(bins, minlength=self.counts.size)
+        self.counts += counts.reshape(self.counts.shape).astype(np.int32)
+
+
 class FeaturePass:
     """The pass: statistics and examples of every feature, and the fidelity of the autoencoder.
 
@@ -86,6 +122,7 @@ class FeaturePass:
         self.uses = np.zeros(n, np.int64)
         self.sums = np.zeros(n)
         self.maxima = np.zeros(n)
+        self.histograms = Histograms(n)
         self.subset_sums = np.zeros((n, len(self.subsets)))
         self.subset_tokens = np.zeros(len(self.subsets), np.int64)
         self.top = BestPerGroup(n, N_TOP)
@@ -117,6 +154,7 @@ class FeaturePass:
         n = len(self.norms)
         self.uses += np.bincount(feature, minlength=n)
         self.sums += np.bincount(feature, activation, minlength=n)
+        self.histograms.add(feature, activation)
         self._add_subsets(contexts, at, feature, activation)
         self._add_examples(contexts.start, feature, context, position, activation)
 
@@ -190,8 +228,12 @@ class FeaturePass:
         shares = self.subset_tokens / max(1, self.subset_tokens.sum())
         return dict(zip(self.subsets, shares.tolist(), strict=True))
 
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Per feature: frequency, maximum and mean activation, and its leading corpus subset."""
+    def statistics(self) -> dict[str, Any]:
+        """Per feature: frequency, maximum and mean activation, leading corpus subset, histogram.
+
+        ``histogram`` counts the tokens, of those on which the feature is active, in `N_BINS` equal
+        bins of activation from 0 to ``histogram_range``.
+        """
         uses = np.maximum(self.uses, 1)
         total = np.maximum(self.subset_sums.sum(axis=1), 1e-12)
         return {
@@ -201,6 +243,8 @@ class FeaturePass:
             "dead": self.uses == 0,
             "top_subset": np.array(self.subsets)[self.subset_sums.argmax(axis=1)],
             "top_subset_share": self.subset_sums.max(axis=1) / total,
+            "histogram": list(self.histograms.counts),
+            "histogram_range": self.histograms.ranges,
         }
 
     def examples(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The report of an analysis: its plots, and the features that one page shows."""
+"""The report of an analysis: its plots, and the browser that shows them and every feature."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from utils import plots, study_plots
-from utils.browser import write_report
+from utils.browser import write_browser
 from utils.catalogue import Catalogue
 from utils.embedded import TITLES
 
@@ -14,20 +14,15 @@ N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' wo
 
 
 def make_report(folder: Path, n_selected: int, seed: int) -> None:
-    """Draw the plots of a saved catalogue and write ``report.html``, the last file of a run."""
+    """Draw the plots of a saved catalogue and write its browser, the last files of a run."""
     catalogue = Catalogue(folder)
     shown = {
         "random": draw_features(catalogue.features, seed),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
-    write_report(
-        folder / "report.html",
-        {**catalogue.summary, **named},
-        catalogue.features,
-        catalogue.examples_of([*shown["random"], *shown["selected"]]),
-        draw_plots(catalogue),
-        shown,
+    write_browser(
+        folder / "browser", catalogue, {**catalogue.summary, **named}, draw_plots(catalogue), shown
     )
 
 
