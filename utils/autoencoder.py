@@ -175,7 +175,7 @@ class SparseAutoencoder(keras.Model):
         x = self.normalise(x)
         reconstruction = y_pred["reconstruction"] if training else self.normalise(y_pred)
         loss = self.loss_terms(x, y_pred) if training else squared_error(x, reconstruction)
-        variance = ops.mean(ops.sum(ops.square(x - ops.mean(x, axis=0)), axis=-1))
+        variance = squared_error(x, ops.mean(x, axis=0))
         values = {"loss": loss, "fvu": squared_error(x, reconstruction) / variance}
         if training:
             self.step.assign_add(1)
@@ -238,4 +238,5 @@ class SparseAutoencoder(keras.Model):
 
 def squared_error(x, reconstruction):
     """Mean over the batch of ‖x − x̂‖², summed over d_model."""
-    return ops.mean(ops.sum(ops.square(x - reconstruction), axis=-1))
+    error = ops.reshape(x - reconstruction, (-1,))
+    return ops.vdot(error, error) / ops.cast(ops.shape(x)[0], "float32")  # stores no squares

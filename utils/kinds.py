@@ -9,6 +9,7 @@ import difflib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -203,13 +204,14 @@ class TopKAutoencoder(SparseAutoencoder):
         loss = mean ‖x − x̂‖² + α mean ‖e − ê‖²,  e = x − x̂
 
     ê is e reconstructed from dead latents only (AuxK). Only choosing the k needs the dense product,
-    which is not differentiated; the chosen pre-activations are then computed again from their
-    encoder rows and decoded from their decoder rows (`utils.sparse`).
+    which is not differentiated: the gradients of the chosen pre-activations come from their encoder
+    rows, and they are decoded from their decoder rows (`utils.sparse`).
 
     Args:
         k: Latents active for a row.
         auxk_coefficient: α; 0 turns AuxK off.
-        selection_dtype: Precision of the product that chooses, in training. Values are float32.
+        selection_dtype: Precision of that product, and so of pre-activations, in training. All
+            else is float32.
 
     Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", 2.3 and A.2.
     """
@@ -255,13 +257,17 @@ class TopKAutoencoder(SparseAutoencoder):
         reconstruction = self.denormalise(picks.sum(values, self.W_dec) + self.b_dec)
         return *picks.positive(values), ops.convert_to_numpy(reconstruction)
 
-    def choose(self, x) -> Picks:
-        """The latents that a batch uses while training."""
-        return Picks(self.top_latents(x, self.k, self.selection_dtype)[1], self.n_latents)
+    def choose(self, x) -> tuple[Picks, Any]:
+        """The latents that a batch uses while training, and their pre-activations."""
+        values, indices = self.top_latents(x, self.k, self.selection_dtype)
+        picks = Picks(indices, self.n_latents)
+        return picks, picks.of(values)
 
     def forward_pass(self, x):
-        picks = self.choose(x)
-        values = ops.relu(picks.dot(x, self.W_enc) + picks.take(self.b_enc))
+        picks, found = self.choose(x)
+        biases = picks.take(self.b_enc)
+        products = picks.dot(x, self.W_enc, known=found - ops.stop_gradient(biases))
+        values = ops.relu(products + biases)
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
             **self.reconstruct(picks, values),
@@ -313,7 +319,8 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        return Picks(indices, self.n_latents, values >= smallest)
+        picks = Picks(indices, self.n_latents, values >= smallest)
+        return picks, picks.of(values)
 
     def _exactly(self, x, indices):
         """Pre-activations of candidates in float32, (batch, width), not differentiated."""
