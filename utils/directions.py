@@ -20,7 +20,7 @@ from utils.activations import ActivationStore
 from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import as_torch
-from utils.language_model import LanguageModel, load_language_model, replaced_residual
+from utils.language_model import LanguageModel, replaced_residual
 from utils.neurons import draw_features
 from utils.steering import encode
 
@@ -66,7 +66,7 @@ def measure_directions(
     """The rise in loss when features, and directions beside them, are changed alike.
 
     Args:
-        language_model: In float32, for the rises are small beside the precision of bfloat16.
+        language_model: The model whose residual stream the autoencoder was trained on.
         contexts: Where to look for the features, best held out.
         features: Numbers of features.
         seed: Of the directions and contexts drawn.
@@ -119,13 +119,14 @@ def _summed_losses(
     """
     losses = []
     for some in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
-        batch = tokens.expand(len(some), -1)
-        with replaced_residual(language_model.blocks[layer], some.add):
-            logits = language_model.model(batch, use_cache=False).logits[:, :-1]
-        found = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2).float(), batch[:, 1:], reduction="none"
-        )
-        losses += (found * (tokens[1:] != language_model.bos)).double().sum(dim=1).tolist()
+        # One context goes in; where the changes are added it becomes one for each of them.
+        with replaced_residual(
+            language_model.blocks[layer], lambda residual, some=some: residual + some.to(residual)
+        ):
+            every = language_model.model(tokens[None], use_cache=False).logits[:, :-1]
+        for logits in every:
+            found = torch.nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="none")
+            losses.append(float(found[tokens[1:] != language_model.bos].double().sum()))
     return losses
 
 
@@ -159,6 +160,7 @@ def study(analysis: Analysis) -> Findings:
     n_tokens = len(contexts) * store.context_length
     frequency = analysis.features["frequency"].to_numpy()
     features = draw_features(frequency, n_tokens, N_FEATURES, seed)
-    exact = load_language_model(store.model_name, store.layer, "float32")
-    table = measure_directions(exact, analysis.autoencoder, store, contexts, features, seed)
+    table = measure_directions(
+        analysis.language_model, analysis.autoencoder, store, contexts, features, seed
+    )
     return Findings(summarise(table, seed), {"directions": table})
