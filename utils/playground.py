@@ -1,0 +1,345 @@
+"""The playground: a page where features are found, turned, and seen at work while the model writes.
+
+Served to this machine alone. The model is one for all visitors; what a visitor chose is kept in
+that visitor's session. Each token is one pass for the untouched and the steered text together,
+under a lock and with its own hooks: visitors take turns, and never meet another's features.
+"""
+
+import contextlib
+import functools
+import html
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr
+import torch
+
+from utils.autoencoder import SparseAutoencoder
+from utils.catalogue import Catalogue
+from utils.embedded import TITLES
+from utils.evaluation import as_torch
+from utils.language_model import LanguageModel, residual_at
+from utils.settings import InputError
+from utils.steering import Clamp, encode, prompt_tokens, steered
+from utils.streaming import beside_untouched, chat_tokens, stream
+from utils.terminal import one_line
+
+HOST = "127.0.0.1"
+N_FOUND = 8  # features that a search, or a token, offers
+N_EXAMPLES = 5
+N_SLOTS = 5  # features turned at once
+LONGEST_PROMPT = 20_000  # characters
+LONGEST_TEXT = 200  # new tokens
+PROMPT = "My favourite food is"
+FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: auto}
+#examples .textfield {white-space: pre-wrap}
+#tokens .token {border-bottom: 1px dotted; margin-right: 1px}
+#tokens label span, #examples label span {display: none}
+.remove {min-width: 2.5em !important; max-width: 2.5em; align-self: center}
+footer {display: none !important}
+"""
+
+
+class Playground:
+    """What stands behind the controls of the page; it keeps nothing of any visitor.
+
+    Args:
+        catalogue: The features.
+        language_model: The model that the autoencoder is of.
+        autoencoder: On the torch backend of Keras.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, language_model: LanguageModel, autoencoder: SparseAutoencoder
+    ):
+        self.catalogue, self.autoencoder = catalogue, autoencoder
+        self.language_model, self.layer = language_model, catalogue.summary["layer"]
+        self.outlier_norm = catalogue.summary["outlier_norm"]
+        self.running = threading.Lock()
+
+    def name(self, feature: int) -> str:
+        return f"{feature} · {one_line(self.catalogue.features.loc[feature, 'label'])}"
+
+    def find(self, words: str) -> list[int]:
+        """Living features by a number or by words; without either, some that stand out."""
+        catalogue, words = self.catalogue, words.strip()
+        if words.isdecimal():
+            alive = catalogue.features.index[~catalogue.features["dead"]]
+            return [int(words)] if int(words) in alive else []
+        found = catalogue.search(words, N_FOUND) if words else catalogue.propose(N_FOUND)
+        return found["feature"].tolist()
+
+    def examples(self, feature: int) -> list[tuple[str, float | None]]:
+        """Pieces of a feature's highest examples, each with its share of the maximum."""
+        maximum = self.catalogue.features.loc[feature, "max_activation"]
+        examples = self.catalogue.examples_of([feature])
+        pieces = []
+        top = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
+        for example in top.itertuples():
+            for piece, activation in zip(example.pieces, example.activations, strict=True):
+                word = piece.lstrip(" ")  # the space before a word stays out of its box
+                pieces.append((piece[: len(piece) - len(word)], None))
+                pieces.append((one_line(word), float(activation / maximum) or None))
+            pieces.append(("\n\n", None))
+        return pieces
+
+    def describe(self, feature: int) -> str:
+        row = self.catalogue.features.loc[feature]
+        promoted = " ".join(one_line(token).strip() for token in row.promoted_tokens[:6])
+        return (
+            f"Feature {self.name(feature)}: active on {100 * row.frequency:.2g}% of tokens, "
+            f"at most {row.max_activation:.3g}; promotes {promoted}"
+        )
+
+    def tokens(self, prompt: str, chat: bool) -> torch.Tensor:
+        """Token ids of the prompt, as plain text or as a question, shape (1, context)."""
+        if chat:
+            return chat_tokens(self.language_model, [{"role": "user", "content": prompt}])
+        return prompt_tokens(self.language_model, prompt)
+
+    def pieces(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
+        """The prompt's tokens as texts."""
+        numbers = self.tokens(prompt, chat)[0].cpu().numpy()
+        return [(one_line(piece), None) for piece in self.catalogue.pieces[numbers]]
+
+    def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
+        """The strongest features at a token of the prompt, with their activations f_i ‖W_dec,i‖.
+
+        None at BOS and other positions of outlying norm, which no autoencoder is trained on.
+        """
+        tokens = self.tokens(prompt, chat)[:, : position + 1]
+        with self.running:
+            residual = residual_at(self.language_model, tokens, self.layer)[0, -1]
+            latents = encode(self.autoencoder, residual) * as_torch(
+                self.autoencoder.decoder_norms()
+            )
+        if residual.float().norm() > self.outlier_norm:
+            return []
+        strongest = latents.topk(N_FOUND)
+        pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
+        return [(feature, activation) for feature, activation in pairs if activation > 0]
+
+    def write(
+        self,
+        prompt: str,
+        chat: bool,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        strengths: dict[int, float],
+    ) -> Iterator[tuple[str, str]]:
+        """The untouched and the steered continuation so far, as they are written side by side."""
+        maxima = self.catalogue.features["max_activation"]
+        clamps = [Clamp(f, strength, float(maxima[f])) for f, strength in strengths.items()]
+        tokens = self.tokens(prompt, chat).expand(2, -1)
+        for texts in stream(
+            self.language_model,
+            tokens,
+            max_new_tokens,
+            lambda: self.change(clamps),
+            temperature,
+            seed,
+        ):
+            yield tuple(texts)
+
+    @contextlib.contextmanager
+    def change(self, clamps: list[Clamp]) -> Iterator[None]:
+        """The model for one pass: nobody else's, its second row steered."""
+        model = self.language_model, self.layer
+        steering = steered(*model, self.autoencoder, clamps, self.outlier_norm)
+        with self.running, beside_untouched(*model, steering):
+            yield
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def build_page(playground: Playground) -> gr.Blocks:
+    """The page: what is seen, then what each control does."""
+    summary = playground.catalogue.summary
+    model_name = (
+        TITLES["model_name"] if summary["model_name"] == "embedded" else summary["model_name"]
+    )
+    with gr.Blocks(title="Playground", analytics_enabled=False) as page:
+        shown = gr.State(None)  # number of the feature whose examples are seen
+        chosen = gr.State([])  # numbers of the features that are turned
+        gr.Markdown(
+            f"## Playground\n{summary['n_alive']:,} features of {model_name}, layer "
+            f"{summary['layer']}. Find one, turn it, and see what becomes of the text."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=360):
+                words = gr.Textbox(
+                    label="Find features by words, or by number", submit_btn="Find", elem_id="words"
+                )
+                found = _offer(
+                    "Some that stand out", playground, playground.find(""), elem_id="found"
+                )
+                at_token = gr.Radio(visible=False, elem_id="at_token")
+                turn = gr.Button(visible=False, variant="primary", elem_id="turn")
+                examples = gr.HighlightedText(visible=False, elem_id="examples")
+            with gr.Column(scale=3, min_width=480):
+                prompt = gr.Textbox(
+                    PROMPT, label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
+                )
+                chat = gr.Checkbox(
+                    label="Ask it, in the model's chat template",
+                    visible=playground.language_model.tokenizer.chat_template is not None,
+                )
+                tokens = gr.HighlightedText(
+                    playground.pieces(PROMPT, False),
+                    label="Its tokens; click one for its top features",
+                    elem_id="tokens",
+                )
+                slots = [_slot(number) for number in range(N_SLOTS)]
+                with gr.Row():
+                    length = gr.Slider(1, LONGEST_TEXT, 40, step=1, label="New tokens")
+                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id="go")
+                    stop = gr.Button("Stop", elem_id="stop")
+                with gr.Row():
+                    untouched = gr.Textbox(label="Untouched", lines=9, elem_id="untouched")
+                    changed = gr.Textbox(label="Steered", lines=9, elem_id="steered")
+
+        sliders = [slider for _, slider, _ in slots]
+        turned = [chosen, *sliders]
+        turned_seen = [chosen, *(part for row, slider, _ in slots for part in (row, slider))]
+
+        def search(text):
+            features = playground.find(text)
+            return _offer(f"Found for {text!r}: {len(features)}", playground, features)
+
+        def read(text, is_question, event: gr.SelectData):
+            pairs = playground.features_at(text, is_question, event.index)
+            return _offer(
+                f"Active at token {event.index}: {len(pairs)}",
+                playground,
+                *zip(*pairs, strict=True),
+            )
+
+        def write(text, is_question, length, temperature, seed, numbers, *strengths):
+            pairs = dict(zip(numbers, strengths, strict=False))
+            with _told():
+                yield from playground.write(
+                    text, is_question, length, temperature, int(seed or 0), pairs
+                )
+
+        def add(feature, numbers, *strengths):
+            strengths = dict(zip(numbers, strengths, strict=False))
+            if len(strengths) == N_SLOTS and feature not in strengths:
+                raise gr.Error(f"{N_SLOTS} features at most; remove one first.")
+            return _turned(playground, {feature: 1.0} | strengths)
+
+        def remove(slot, numbers, *strengths):
+            strengths = dict(zip(numbers, strengths, strict=False))
+            del strengths[numbers[slot]]
+            return _turned(playground, strengths)
+
+        gr.on([words.submit], search, words, found)
+        for offer in (found, at_token):
+            offer.input(
+                lambda feature: (feature, *_seen(playground, feature)),
+                offer,
+                [shown, examples, turn],
+            )
+        gr.on(
+            [prompt.change, chat.change],
+            playground.pieces,
+            [prompt, chat],
+            tokens,
+            trigger_mode="always_last",
+        )
+        tokens.select(read, [prompt, chat], at_token)
+        turn.click(add, [shown, *turned], turned_seen)
+        for number, (_, _, button) in enumerate(slots):
+            button.click(functools.partial(remove, number), turned, turned_seen)
+        asked = [prompt, chat, length, temperature, seed, *turned]
+        writing = go.click(write, asked, [untouched, changed], concurrency_limit=None)
+        stop.click(None, cancels=[writing])
+    return page
+
+
+def _slot(number: int) -> tuple[gr.Row, gr.Slider, gr.Button]:
+    """Room for a feature that is turned: a slider, and a button that takes it away."""
+    with gr.Row(visible=False) as row:
+        slider = gr.Slider(-10, 10, 1, step=0.1, elem_id=f"slider-{number}", scale=8)
+        button = gr.Button("✕", elem_id=f"remove-{number}", elem_classes="remove", scale=0)
+    return row, slider, button
+
+
+def _offer(
+    title: str,
+    playground: Playground,
+    features: list[int],
+    activations: list[float] = (),
+    **options,
+) -> gr.Radio:
+    """Features to choose one from, with their activations if there are any."""
+    names = [playground.name(feature) for feature in features]
+    if activations:
+        names = [f"{name}: {value:.2f}" for name, value in zip(names, activations, strict=True)]
+    pairs = list(zip(names, features, strict=True))
+    return gr.Radio(pairs, value=None, label=title, visible=True, **options)
+
+
+def _seen(playground: Playground, feature: int) -> tuple[gr.HighlightedText, gr.Button]:
+    """A feature's examples, and the button that turns it."""
+    label = playground.describe(feature)
+    return (
+        gr.HighlightedText(playground.examples(feature), label=label, visible=True),
+        gr.Button(f"Turn {playground.name(feature)}", visible=True),
+    )
+
+
+def _turned(playground: Playground, strengths: dict[int, float]) -> list[Any]:
+    """The numbers of the features that are turned, and every slot as it is to be seen."""
+    seen = []
+    pairs = list(strengths.items())
+    for slot in range(N_SLOTS):
+        used = slot < len(pairs)
+        feature, strength = pairs[slot] if used else (None, 1.0)
+        label = f"{playground.name(feature)}, × its maximum (0 ablates it)" if used else None
+        seen += [gr.Row(visible=used), gr.Slider(value=strength, label=label)]
+    return [list(strengths), *seen]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A visitor's mistake becomes a message on the page."""
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(html.escape(str(error))) from None
+
+
+def require_free(port: int) -> None:
+    """Refuse a port that another process listens on, before the model is loaded.
+
+    Raises:
+        InputError: It is taken, or not for this user.
+    """
+    try:
+        socket.create_server((HOST, port)).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"PORT must be free on {HOST}; {port} is not ({error}). Choose another --port."
+        ) from None
+
+
+def serve(playground: Playground, port: int) -> None:
+    """Show the page on this machine until Ctrl-C."""
+    theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
+    print(f"Playground: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    build_page(playground).launch(
+        server_name=HOST, server_port=port, share=False, quiet=True, theme=theme, css=CSS,
+        ssr_mode=False, mcp_server=False, footer_links=[],
+    )  # fmt: skip
