@@ -68,6 +68,7 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Texts with and without a feature clamped."""
     from utils import generations
     from utils.export import save_vectors
+    from utils.steering import Clamp
 
     # 1. Choose the feature to clamp: by number, by word, or proposed.
     feature = choose_feature(catalogue, settings)
@@ -75,9 +76,8 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     requests = generations.list_requests(settings, catalogue, feature)
     recorded = generations.read_records(log)
     if settings.save_vector:
-        save_vectors(
-            settings.save_vector, catalogue, autoencoder_path, generations.clamps_of(requests[0])
-        )
+        clamps = [Clamp(feature, requests[0]["strength"], requests[0]["maximum"])]
+        save_vectors(settings.save_vector, clamps, catalogue.summary, autoencoder_path)
 
     # 2. Load the model and the autoencoder, unless every text is recorded already.
     missing = [request for request in requests if generations.key(request) not in recorded]

@@ -18,6 +18,7 @@ after the block's last addition), which is our layer N; it has no direction for 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -28,6 +29,8 @@ from safetensors.torch import save_file
 from utils.artifacts import replacing
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import as_torch
+from utils.kinds import load_autoencoder
+from utils.language_model import read_config
 from utils.settings import require
 from utils.steering import Clamp
 
@@ -63,6 +66,29 @@ def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> 
     return reported.to(unit) @ unit / as_torch(autoencoder.scale).cpu()
 
 
+def save_vectors(
+    paths: Sequence[str], clamps: Sequence[Clamp], summary: dict[str, Any], autoencoder_path: Path
+) -> None:
+    """Save the vector of some clamps to every path.
+
+    Args:
+        paths: Their endings choose the formats.
+        clamps: Of different features.
+        summary: The catalogue's, for the model's name and the layer.
+        autoencoder_path: The autoencoder that the features are of.
+
+    Raises:
+        InputError: As for `require_exportable`.
+    """
+    name, layer = summary["model_name"], summary["layer"]
+    require_exportable(paths, layer)
+    architecture = read_config(name, layer).get_text_config().model_type
+    vector = steering_vector(load_autoencoder(autoencoder_path), clamps)
+    for path in paths:
+        save_vector(path, vector, clamps, name, architecture, layer)
+        print(f"Saved {path}: norm {vector.norm():.4g}, for the output of block {layer}.")
+
+
 def save_vector(
     path: str | Path,
     vector: torch.Tensor,
@@ -78,7 +104,7 @@ def save_vector(
         clamps: What it was made from.
         model_name: The model, for people.
         architecture: The model's, as llama.cpp names it: "llama".
-        layer: The block after which it is added, counted from 0.
+        layer: The block to whose output it is added, counted from 0.
     """
     settings = {
         "model_name": model_name,

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -35,7 +36,7 @@ N_EXAMPLES = 5
 N_SLOTS = 5  # features turned at once
 LONGEST_PROMPT = 20_000  # characters
 LONGEST_TEXT = 200  # new tokens
-PROMPT = "My favourite food is"
+PROMPT = "My favourite food is"  # to begin with
 FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
@@ -162,110 +163,120 @@ class Playground:
 
 
 def build_page(playground: Playground) -> gr.Blocks:
-    """The page: what is seen, then what each control does."""
-    summary = playground.catalogue.summary
-    model_name = (
-        TITLES["model_name"] if summary["model_name"] == "embedded" else summary["model_name"]
-    )
+    """The page: what is seen, and what each control does."""
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
-        shown = gr.State(None)  # number of the feature whose examples are seen
-        chosen = gr.State([])  # numbers of the features that are turned
-        gr.Markdown(
-            f"## Playground\n{summary['n_alive']:,} features of {model_name}, layer "
-            f"{summary['layer']}. Find one, turn it, and see what becomes of the text."
-        )
-        with gr.Row():
-            with gr.Column(scale=2, min_width=360):
-                words = gr.Textbox(
-                    label="Find features by words, or by number", submit_btn="Find", elem_id="words"
-                )
-                found = _offer(
-                    "Some that stand out", playground, playground.find(""), elem_id="found"
-                )
-                at_token = gr.Radio(visible=False, elem_id="at_token")
-                turn = gr.Button(visible=False, variant="primary", elem_id="turn")
-                examples = gr.HighlightedText(visible=False, elem_id="examples")
-            with gr.Column(scale=3, min_width=480):
-                prompt = gr.Textbox(
-                    PROMPT, label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
-                )
-                chat = gr.Checkbox(
-                    label="Ask it, in the model's chat template",
-                    visible=playground.language_model.tokenizer.chat_template is not None,
-                )
-                tokens = gr.HighlightedText(
-                    playground.pieces(PROMPT, False),
-                    label="Its tokens; click one for its top features",
-                    elem_id="tokens",
-                )
-                slots = [_slot(number) for number in range(N_SLOTS)]
-                with gr.Row():
-                    length = gr.Slider(1, LONGEST_TEXT, 40, step=1, label="New tokens")
-                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="go")
-                    stop = gr.Button("Stop", elem_id="stop")
-                with gr.Row():
-                    untouched = gr.Textbox(label="Untouched", lines=9, elem_id="untouched")
-                    changed = gr.Textbox(label="Steered", lines=9, elem_id="steered")
-
-        sliders = [slider for _, slider, _ in slots]
-        turned = [chosen, *sliders]
-        turned_seen = [chosen, *(part for row, slider, _ in slots for part in (row, slider))]
-
-        def search(text):
-            features = playground.find(text)
-            return _offer(f"Found for {text!r}: {len(features)}", playground, features)
-
-        def read(text, is_question, event: gr.SelectData):
-            pairs = playground.features_at(text, is_question, event.index)
-            return _offer(
-                f"Active at token {event.index}: {len(pairs)}",
-                playground,
-                *zip(*pairs, strict=True),
-            )
-
-        def write(text, is_question, length, temperature, seed, numbers, *strengths):
-            pairs = dict(zip(numbers, strengths, strict=False))
-            with _told():
-                yield from playground.write(
-                    text, is_question, length, temperature, int(seed or 0), pairs
-                )
-
-        def add(feature, numbers, *strengths):
-            strengths = dict(zip(numbers, strengths, strict=False))
-            if len(strengths) == N_SLOTS and feature not in strengths:
-                raise gr.Error(f"{N_SLOTS} features at most; remove one first.")
-            return _turned(playground, {feature: 1.0} | strengths)
-
-        def remove(slot, numbers, *strengths):
-            strengths = dict(zip(numbers, strengths, strict=False))
-            del strengths[numbers[slot]]
-            return _turned(playground, strengths)
-
-        gr.on([words.submit], search, words, found)
-        for offer in (found, at_token):
-            offer.input(
-                lambda feature: (feature, *_seen(playground, feature)),
-                offer,
-                [shown, examples, turn],
-            )
-        gr.on(
-            [prompt.change, chat.change],
-            playground.pieces,
-            [prompt, chat],
-            tokens,
-            trigger_mode="always_last",
-        )
-        tokens.select(read, [prompt, chat], at_token)
-        turn.click(add, [shown, *turned], turned_seen)
-        for number, (_, _, button) in enumerate(slots):
-            button.click(functools.partial(remove, number), turned, turned_seen)
-        asked = [prompt, chat, length, temperature, seed, *turned]
-        writing = go.click(write, asked, [untouched, changed], concurrency_limit=None)
-        stop.click(None, cancels=[writing])
+        _connect(playground, _lay_out(playground))
     return page
+
+
+def _lay_out(playground: Playground) -> SimpleNamespace:
+    """What is seen, by name."""
+    summary, seen = playground.catalogue.summary, SimpleNamespace()
+    name = summary["model_name"]
+    seen.shown = gr.State(None)  # number of the feature whose examples are seen
+    seen.chosen = gr.State([])  # numbers of the features that are turned
+    gr.Markdown(
+        f"## Playground\n{summary['n_alive']:,} features of layer {summary['layer']} of "
+        f"{TITLES['model_name'] if name == 'embedded' else name}. "
+        "Find one, turn it, and see what becomes of the text."
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=360):
+            seen.words = gr.Textbox(
+                label="Find features by words, or by number", submit_btn="Find", elem_id="words"
+            )
+            standing_out = [(feature, None) for feature in playground.find("")]
+            seen.found = _offer("Some that stand out", playground, standing_out, elem_id="found")
+            seen.at_token = gr.Radio(visible=False, elem_id="at_token")
+            seen.turn = gr.Button(visible=False, variant="primary", elem_id="turn")
+            seen.examples = gr.HighlightedText(visible=False, elem_id="examples")
+        with gr.Column(scale=3, min_width=480):
+            seen.prompt = gr.Textbox(
+                PROMPT, label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
+            )
+            seen.chat = gr.Checkbox(
+                label="Ask it, in the model's chat template",
+                visible=playground.language_model.tokenizer.chat_template is not None,
+                elem_id="chat",
+            )
+            seen.tokens = gr.HighlightedText(
+                playground.pieces(PROMPT, False),
+                label="Its tokens; click one for its top features",
+                elem_id="tokens",
+            )
+            seen.slots = [_slot(number) for number in range(N_SLOTS)]
+            with gr.Row():
+                seen.length = gr.Slider(
+                    1, LONGEST_TEXT, 40, step=1, label="New tokens", elem_id="length"
+                )
+                seen.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
+                seen.seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            with gr.Row():
+                seen.go = gr.Button("Generate", variant="primary", elem_id="go")
+                seen.stop = gr.Button("Stop", elem_id="stop")
+            with gr.Row():
+                seen.untouched = gr.Textbox(label="Untouched", lines=9, elem_id="untouched")
+                seen.steered = gr.Textbox(label="Steered", lines=9, elem_id="steered")
+    return seen
+
+
+def _connect(playground: Playground, seen: SimpleNamespace) -> None:
+    """What each control does."""
+    question = [seen.prompt, seen.chat]
+    turned = [seen.chosen, *(slider for _, slider, _ in seen.slots)]
+    slots = [part for row, slider, _ in seen.slots for part in (row, slider)]
+
+    def search(words):
+        pairs = [(feature, None) for feature in playground.find(words)]
+        return _offer(f"Found for {words!r}: {len(pairs)}", playground, pairs)
+
+    def read(prompt, chat, event: gr.SelectData):
+        pairs = playground.features_at(prompt, chat, event.index)
+        return _offer(f"Active at token {event.index}: {len(pairs)}", playground, pairs)
+
+    def look(feature):
+        return (
+            feature,
+            gr.Button(f"Turn {playground.name(feature)}", visible=True),
+            gr.HighlightedText(
+                playground.examples(feature), label=playground.describe(feature), visible=True
+            ),
+        )
+
+    def add(feature, chosen, *strengths):
+        strengths = dict(zip(chosen, strengths, strict=False))
+        if feature not in strengths and len(strengths) == N_SLOTS:
+            raise gr.Error(f"{N_SLOTS} features at most. Remove one first.")
+        return _turned(playground, strengths | {feature: strengths.get(feature, 1.0)})
+
+    def remove(slot, chosen, *strengths):
+        strengths = dict(zip(chosen, strengths, strict=False))
+        del strengths[chosen[slot]]
+        return _turned(playground, strengths)
+
+    def write(prompt, chat, length, temperature, seed, chosen, *strengths):
+        strengths = dict(zip(chosen, strengths, strict=False))
+        try:
+            yield from playground.write(prompt, chat, length, temperature, seed or 0, strengths)
+        except InputError as error:
+            raise gr.Error(html.escape(str(error))) from None
+
+    seen.words.submit(search, seen.words, seen.found)
+    for offer in (seen.found, seen.at_token):
+        offer.input(look, offer, [seen.shown, seen.turn, seen.examples])
+    for asked in question:
+        asked.change(playground.pieces, question, seen.tokens, trigger_mode="always_last")
+    seen.tokens.select(read, question, seen.at_token)
+    seen.turn.click(add, [seen.shown, *turned], [seen.chosen, *slots])
+    for number, (_, _, button) in enumerate(seen.slots):
+        button.click(functools.partial(remove, number), turned, [seen.chosen, *slots])
+    writing = seen.go.click(
+        write,
+        [*question, seen.length, seen.temperature, seen.seed, *turned],
+        [seen.untouched, seen.steered],
+        concurrency_limit=None,
+    )
+    seen.stop.click(None, cancels=[writing])
 
 
 def _slot(number: int) -> tuple[gr.Row, gr.Slider, gr.Button]:
@@ -277,48 +288,24 @@ def _slot(number: int) -> tuple[gr.Row, gr.Slider, gr.Button]:
 
 
 def _offer(
-    title: str,
-    playground: Playground,
-    features: list[int],
-    activations: list[float] = (),
-    **options,
+    title: str, playground: Playground, pairs: list[tuple[int, float | None]], **options
 ) -> gr.Radio:
-    """Features to choose one from, with their activations if there are any."""
-    names = [playground.name(feature) for feature in features]
-    if activations:
-        names = [f"{name}: {value:.2f}" for name, value in zip(names, activations, strict=True)]
-    pairs = list(zip(names, features, strict=True))
-    return gr.Radio(pairs, value=None, label=title, visible=True, **options)
-
-
-def _seen(playground: Playground, feature: int) -> tuple[gr.HighlightedText, gr.Button]:
-    """A feature's examples, and the button that turns it."""
-    label = playground.describe(feature)
-    return (
-        gr.HighlightedText(playground.examples(feature), label=label, visible=True),
-        gr.Button(f"Turn {playground.name(feature)}", visible=True),
-    )
+    """Features to choose one from, each with its activation, if that is known."""
+    choices = [
+        (playground.name(feature) + ("" if value is None else f": {value:.2f}"), feature)
+        for feature, value in pairs
+    ]
+    return gr.Radio(choices, value=None, label=title, visible=True, **options)
 
 
 def _turned(playground: Playground, strengths: dict[int, float]) -> list[Any]:
     """The numbers of the features that are turned, and every slot as it is to be seen."""
     seen = []
-    pairs = list(strengths.items())
-    for slot in range(N_SLOTS):
-        used = slot < len(pairs)
-        feature, strength = pairs[slot] if used else (None, 1.0)
-        label = f"{playground.name(feature)}, × its maximum (0 ablates it)" if used else None
-        seen += [gr.Row(visible=used), gr.Slider(value=strength, label=label)]
+    for feature, strength in strengths.items():
+        label = f"{playground.name(feature)}: times its maximum (0 ablates it)"
+        seen += [gr.Row(visible=True), gr.Slider(value=strength, label=label)]
+    seen += [gr.Row(visible=False), gr.Slider()] * (N_SLOTS - len(strengths))
     return [list(strengths), *seen]
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A visitor's mistake becomes a message on the page."""
-    try:
-        yield
-    except InputError as error:
-        raise gr.Error(html.escape(str(error))) from None
 
 
 def require_free(port: int) -> None:
