@@ -9,8 +9,8 @@ from utils.autoencoder import SparseAutoencoder
 from utils.catalogue import Catalogue
 from utils.language_model import LanguageModel
 from utils.settings import InputError, require
-from utils.steering import Clamp, steered
-from utils.streaming import chat_tokens, stream
+from utils.steering import Clamp, prompt_tokens, steered
+from utils.streaming import stream
 from utils.terminal import one_line, show_feature
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -39,7 +39,7 @@ class Chat:
     ):
         self.catalogue = catalogue
         self.language_model, self.autoencoder = language_model, autoencoder
-        chat_tokens(language_model, [{"role": "user", "content": ""}])
+        prompt_tokens(language_model, "", chat=True)
         self.reset()
 
     def reset(self) -> None:
@@ -127,7 +127,7 @@ class Chat:
         if not line:
             return
         messages = [*self.messages, {"role": "user", "content": line}]
-        tokens = chat_tokens(self.language_model, messages)
+        tokens = prompt_tokens(self.language_model, messages, chat=True)
         said = ""
         try:
             for (text,) in stream(self.language_model, tokens, LONGEST_ANSWER, self.steering):

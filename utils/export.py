@@ -15,6 +15,7 @@ llama.cpp adds tensor ``direction.N`` to the output of its block N, counted from
 after the block's last addition), which is our layer N; it has no direction for block 0.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +24,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from keras import ops
 from safetensors.torch import save_file
 
 from utils.artifacts import replacing
 from utils.autoencoder import SparseAutoencoder
-from utils.evaluation import as_torch
 from utils.kinds import load_autoencoder
 from utils.language_model import read_config
 from utils.settings import require
-from utils.steering import Clamp
+from utils.steering import Clamp, change_by
 
 FORMATS = (".safetensors", ".gguf")
 
@@ -59,11 +58,8 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
 
 def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> torch.Tensor:
     """What the clamps would add if their features were not active, raw, float32, (d_model,)."""
-    features = torch.tensor([clamp.feature for clamp in clamps])
-    reported = torch.tensor([clamp.strength * clamp.maximum for clamp in clamps])
-    rows = as_torch(ops.take(autoencoder.W_dec, features, axis=0)).cpu()
-    unit = rows / rows.norm(dim=-1, keepdim=True)
-    return reported.to(unit) @ unit / as_torch(autoencoder.scale).cpu()
+    added = [dataclasses.replace(clamp, how="add") for clamp in clamps]
+    return change_by(autoencoder, added)(torch.zeros(autoencoder.d_model))
 
 
 def save_vectors(

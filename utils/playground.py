@@ -11,7 +11,7 @@ import html
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +26,8 @@ from utils.embedded import TITLES
 from utils.evaluation import as_torch
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError
-from utils.steering import Clamp, encode, prompt_tokens, steered
-from utils.streaming import beside_untouched, chat_tokens, stream
+from utils.steering import Clamp, change_by, changed, encode, prompt_tokens
+from utils.streaming import stream
 from utils.terminal import one_line
 
 HOST = "127.0.0.1"
@@ -40,7 +40,7 @@ PROMPT = "My favourite food is"  # to begin with
 FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
-#examples .textfield {white-space: pre-wrap}
+#examples .textfield {white-space: pre-line}
 #tokens .token {border-bottom: 1px dotted; margin-right: 1px}
 #tokens label span, #examples label span {display: none}
 .remove {min-width: 2.5em !important; max-width: 2.5em; align-self: center}
@@ -85,9 +85,7 @@ class Playground:
         top = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
         for example in top.itertuples():
             for piece, activation in zip(example.pieces, example.activations, strict=True):
-                word = piece.lstrip(" ")  # the space before a word stays out of its box
-                pieces.append((piece[: len(piece) - len(word)], None))
-                pieces.append((one_line(word), float(activation / maximum) or None))
+                pieces.append((one_line(piece), float(activation / maximum) or None))
             pieces.append(("\n\n", None))
         return pieces
 
@@ -99,15 +97,9 @@ class Playground:
             f"at most {row.max_activation:.3g}; promotes {promoted}"
         )
 
-    def tokens(self, prompt: str, chat: bool) -> torch.Tensor:
-        """Token ids of the prompt, as plain text or as a question, shape (1, context)."""
-        if chat:
-            return chat_tokens(self.language_model, [{"role": "user", "content": prompt}])
-        return prompt_tokens(self.language_model, prompt)
-
     def pieces(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
         """The prompt's tokens as texts."""
-        numbers = self.tokens(prompt, chat)[0].cpu().numpy()
+        numbers = prompt_tokens(self.language_model, prompt, chat)[0].cpu().numpy()
         return [(one_line(piece), None) for piece in self.catalogue.pieces[numbers]]
 
     def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
@@ -115,7 +107,7 @@ class Playground:
 
         None at BOS and other positions of outlying norm, which no autoencoder is trained on.
         """
-        tokens = self.tokens(prompt, chat)[:, : position + 1]
+        tokens = prompt_tokens(self.language_model, prompt, chat)[:, : position + 1]
         with self.running:
             residual = residual_at(self.language_model, tokens, self.layer)[0, -1]
             latents = encode(self.autoencoder, residual) * as_torch(
@@ -139,23 +131,25 @@ class Playground:
         """The untouched and the steered continuation so far, as they are written side by side."""
         maxima = self.catalogue.features["max_activation"]
         clamps = [Clamp(f, strength, float(maxima[f])) for f, strength in strengths.items()]
-        tokens = self.tokens(prompt, chat).expand(2, -1)
+        change = change_by(self.autoencoder, [[], clamps], self.language_model.device)
+        tokens = prompt_tokens(self.language_model, prompt, chat).expand(2, -1)
         for texts in stream(
             self.language_model,
             tokens,
             max_new_tokens,
-            lambda: self.change(clamps),
+            lambda: self.changed(change),
             temperature,
             seed,
         ):
             yield tuple(texts)
 
     @contextlib.contextmanager
-    def change(self, clamps: list[Clamp]) -> Iterator[None]:
-        """The model for one pass: nobody else's, its second row steered."""
-        model = self.language_model, self.layer
-        steering = steered(*model, self.autoencoder, clamps, self.outlier_norm)
-        with self.running, beside_untouched(*model, steering):
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """The model, changed, for one pass: nobody else's meanwhile."""
+        with (
+            self.running,
+            changed(self.language_model, self.layer, change, self.outlier_norm),
+        ):
             yield
 
 

@@ -219,13 +219,16 @@ def steered(
     return changed(language_model, layer, change, outlier_norm, where)
 
 
-def prompt_tokens(language_model: LanguageModel, prompt: str, chat: bool = False) -> torch.Tensor:
+def prompt_tokens(
+    language_model: LanguageModel, prompt: str | list[dict[str, str]], chat: bool = False
+) -> torch.Tensor:
     """Token ids of a prompt, shape (1, context), begun with BOS as the activations' contexts were.
 
     Without it the first word would take BOS's place as the attention sink, and be an outlier.
 
     Args:
-        chat: Make the prompt a user's message, and let the model reply as an assistant.
+        chat: Make the prompt a user's message, and let the model reply as an assistant. Then the
+            prompt may also be a conversation, messages with a ``role`` and their ``content``.
 
     Raises:
         InputError: The model has no chat template.
@@ -237,12 +240,23 @@ def prompt_tokens(language_model: LanguageModel, prompt: str, chat: bool = False
             f"CHAT needs a model with a chat template; {language_model.name} has none. Turn it "
             "off, or use an instruction-tuned model.",
         )
-        messages = [{"role": "user", "content": prompt}]
+        is_text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if is_text else prompt
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if tokens[:1] != [language_model.bos]:
         tokens = [language_model.bos, *tokens]
     return torch.tensor([tokens], device=language_model.device)
+
+
+def require_room(language_model: LanguageModel, length: int, max_new_tokens: int) -> None:
+    """Refuse a prompt of ``length`` tokens that does not leave room for the new ones."""
+    context = language_model.model.config.get_text_config().max_position_embeddings
+    require(
+        length + max_new_tokens <= context,
+        f"PROMPT must leave room for MAX_NEW_TOKENS in the model's context of {context} tokens; "
+        f"it has {length} and {max_new_tokens} are asked for. Shorten either.",
+    )
 
 
 def generate_tokens(
@@ -272,12 +286,7 @@ def generate_tokens(
     """
     model, device = language_model.model, language_model.device
     length = max(prompt.shape[1] for prompt in prompts)
-    context = model.config.get_text_config().max_position_embeddings
-    require(
-        length + max_new_tokens <= context,
-        f"PROMPT must leave room for MAX_NEW_TOKENS in the model's context of {context} tokens; "
-        f"it has {length} and {max_new_tokens} are asked for. Shorten either.",
-    )
+    require_room(language_model, length, max_new_tokens)
     tokens = torch.full((len(prompts), length), language_model.bos, device=device)
     attention_mask = torch.zeros_like(tokens)
     for row, prompt in enumerate(prompts):

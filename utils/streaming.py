@@ -4,56 +4,14 @@ A change of the model is open only while the model runs, never while a reader lo
 so far. Texts that are written at the same time, in turns, therefore do not reach one another.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from transformers import DynamicCache
 
-from utils.language_model import LanguageModel, replaced_residual
-from utils.settings import require
-from utils.steering import prompt_tokens
-
-
-def chat_tokens(language_model: LanguageModel, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Token ids of a conversation in the model's chat template, up to where it answers.
-
-    Args:
-        messages: Each with a ``role``, ``user`` or ``assistant``, and its ``content``.
-
-    Returns:
-        Shape (1, context).
-
-    Raises:
-        InputError: The model has no chat template.
-    """
-    require(
-        language_model.tokenizer.chat_template is not None,
-        f"A chat needs a model with a chat template; {language_model.name} has none: it continues "
-        "text. Give it a prompt, or analyse an instruct model.",
-    )
-    text = language_model.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    return prompt_tokens(language_model, text)
-
-
-@contextlib.contextmanager
-def beside_untouched(
-    language_model: LanguageModel, layer: int, steering: AbstractContextManager
-) -> Iterator[None]:
-    """While open, ``steering`` reaches every row of a batch but the first.
-
-    Hooks run in the order in which they came on: one keeps the first row, one puts it back.
-    """
-    block, kept = language_model.blocks[layer], []
-    with (
-        replaced_residual(block, lambda residual: kept.append(residual[:1])),
-        steering,
-        replaced_residual(block, lambda residual: torch.cat([kept.pop(), residual[1:]])),
-    ):
-        yield
+from utils.language_model import LanguageModel
+from utils.steering import decode, require_room
 
 
 def stream(
@@ -81,13 +39,8 @@ def stream(
     Raises:
         InputError: Prompt and new tokens do not fit into the model's context.
     """
-    model, tokenizer = language_model.model, language_model.tokenizer
-    context = model.config.get_text_config().max_position_embeddings
-    require(
-        tokens.shape[1] + max_new_tokens <= context,
-        f"PROMPT must leave room for MAX_NEW_TOKENS in the model's context of {context} tokens; "
-        f"it has {tokens.shape[1]} and {max_new_tokens} are asked for. Shorten either.",
-    )
+    model = language_model.model
+    require_room(language_model, tokens.shape[1], max_new_tokens)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     draws = torch.Generator(language_model.device).manual_seed(seed)
@@ -101,11 +54,7 @@ def stream(
             if not ends.intersection(text):
                 text.append(token)
         # A character of several tokens is shown once it is whole.
-        yield [
-            tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            .rstrip("�")
-            for text in written
-        ]  # fmt: skip
+        yield [decode(language_model, text).rstrip("�") for text in written]
         if all(ends.intersection(text) for text in written):
             return
         fed = chosen[:, None]
