@@ -24,6 +24,9 @@ from utils.settings import read_settings, require, require_positive, run
 from utils.terminal import show_attribution, show_correlations, show_feature, show_record
 
 STUDY = "steer"  # steer: write with a feature clamped; attribute: what leads to the next token
+PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
+CHAT = False  # a chat in the terminal with features turned, instead of a study
+PORT = 7_860  # of the playground
 
 # --- what to say
 PROMPT = "My favourite food is"  # plain text that the model continues
@@ -34,6 +37,7 @@ SEED = 0  # of the drawing
 # --- what to change
 FEATURE: int | str | None = None  # a number, or a word to find a feature by; None proposes some
 STRENGTH: tuple[float, ...] = (0.0, 1.0, 2.0)  # multiples of its maximum, -10 to 10; 0 ablates it
+SAVE_VECTOR: tuple[str, ...] = ()  # .safetensors, or .gguf for llama.cpp: what STRENGTH would add
 N_PROPOSALS = 5  # features to propose where FEATURE is None
 
 # --- attribute
@@ -55,18 +59,25 @@ def main() -> None:
     check(settings)
     use_backend("torch")
     catalogue, autoencoder_path = read_analysis(settings)
+    if settings.playground or settings.chat:
+        return play(settings, catalogue, autoencoder_path)
     {"steer": steer, "attribute": attribute}[settings.study](settings, catalogue, autoencoder_path)
 
 
 def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Texts with and without a feature clamped."""
     from utils import generations
+    from utils.export import save_vectors
+    from utils.steering import Clamp
 
     # 1. Choose the feature to clamp: by number, by word, or proposed.
     feature = choose_feature(catalogue, settings)
     log = generations.open_log(settings.influence_dir)
     requests = generations.list_requests(settings, catalogue, feature)
     recorded = generations.read_records(log)
+    if settings.save_vector:
+        clamps = [Clamp(feature, requests[0]["strength"], requests[0]["maximum"])]
+        save_vectors(settings.save_vector, clamps, catalogue.summary, autoencoder_path)
 
     # 2. Load the model and the autoencoder, unless every text is recorded already.
     missing = [request for request in requests if generations.key(request) not in recorded]
@@ -133,6 +144,21 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
         print(show_correlations(attribution.correlations(table, settings.seed)))
 
 
+def play(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """The playground in a browser, or the chat in the terminal, until the user leaves."""
+    from utils.generations import load_models
+
+    if settings.chat:
+        from utils.chat import Chat
+
+        return Chat(catalogue, *load_models(catalogue, autoencoder_path)).run()
+
+    from utils.playground import Playground, require_free, serve
+
+    require_free(settings.port)
+    serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings.port)
+
+
 def check(settings: Any) -> None:
     """Refuse wrong settings before anything is read."""
     require(
@@ -149,6 +175,10 @@ def check(settings: Any) -> None:
         len(settings.strength) > 0 and all(map(math.isfinite, settings.strength)),
         f"STRENGTH must be one finite number or several; it is {settings.strength}. "
         "The useful range is -10 to 10.",
+    )
+    require(
+        not settings.save_vector or len(settings.strength) == 1,
+        f"SAVE_VECTOR needs one STRENGTH; there are {len(settings.strength)}. Give one.",
     )
     require(
         math.isfinite(settings.temperature) and settings.temperature >= 0,
