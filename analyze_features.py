@@ -5,14 +5,18 @@ Writes data/analysis: features.parquet and examples.parquet (the catalogue of fe
 each study, summary.json, plots, and browser/index.html, a page to look at it all.
 
     python analyze_features.py --n-reported 40
+    python analyze_features.py --search "San Francisco"   # searches what is there
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 from utils.artifacts import open_stage, read_json
 from utils.backend import use_backend
+from utils.search import search
 from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.terminal import show_found
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -30,6 +34,15 @@ N_REPORTED = 30  # features that stand out, marked in the browser beside ten dra
 BATCH_SIZE = 8_192  # tokens encoded together
 SEED = 0  # of the random examples, the features drawn, and the map
 
+# --- instead of analysing: search the finished analysis in ANALYSIS_DIR
+SEARCH: str | None = None  # words: features that peak at them, are labelled or promote them
+SEARCH_LIKE: int | None = None  # a feature: those that write the most similar directions
+SEARCH_PROMPT: tuple[str, ...] = ()  # texts: features active on all of them; loads the model
+SEARCH_NOT: tuple[str, ...] = ()  # texts that features found by SEARCH_PROMPT are silent on
+SEARCH_TOKEN: str | None = None  # compare at this token of each text; None: the mean over it
+SEARCH_CLASSIFIER = False  # tell SEARCH_PROMPT from SEARCH_NOT by a linear classifier of features
+N_FOUND = 10  # features to print
+
 # --- writing
 ANALYSIS_DIR = "data/analysis"  # folder to write to
 OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
@@ -40,6 +53,13 @@ NOT_RECORDED = (
     "other_autoencoders",
     "analysis_dir",
     "overwrite",
+    "search",
+    "search_like",
+    "search_prompt",
+    "search_not",
+    "search_token",
+    "search_classifier",
+    "n_found",
 )
 PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
 OUTPUTS = (
@@ -53,6 +73,9 @@ def main() -> None:
 
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
+    if settings.search or settings.search_prompt or settings.search_like is not None:
+        print(show_found(*search(settings), shutil.get_terminal_size().columns))
+        return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
     from utils import completeness, neurons, specificity
     from utils.activations import ActivationStore
@@ -104,7 +127,7 @@ def check(settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
-        "batch_size",
+        "batch_size", "n_found",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     for study in settings.studies:
@@ -112,6 +135,19 @@ def check(settings) -> None:
     require(
         not settings.other_autoencoders or "completeness" in settings.studies,
         "OTHER_AUTOENCODERS is for completeness, which is not in STUDIES. Leave it out, or add it.",
+    )
+    asked = (settings.search is not None, settings.search_like is not None)
+    require(
+        sum(asked) + bool(settings.search_prompt) <= 1,
+        "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
+    )
+    require(
+        bool(settings.search_prompt) or not (settings.search_not or settings.search_token),
+        "SEARCH_NOT and SEARCH_TOKEN belong to SEARCH_PROMPT, which is not given.",
+    )
+    require(
+        bool(settings.search_prompt and settings.search_not) or not settings.search_classifier,
+        "SEARCH_CLASSIFIER needs texts in both SEARCH_PROMPT and SEARCH_NOT.",
     )
 
 

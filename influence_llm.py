@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import fingerprint, make_folder, missing_stage
+from utils.artifacts import make_folder
 from utils.backend import use_backend
 from utils.settings import read_settings, require, require_positive, run
 from utils.terminal import show_attribution, show_correlations, show_feature, show_record
@@ -196,17 +196,7 @@ def read_analysis(settings: Any) -> tuple[Any, Path]:
     from utils.catalogue import Catalogue
 
     catalogue = Catalogue(settings.analysis_dir)
-    path = Path(settings.autoencoder_dir) / "autoencoder.keras"
-    if not path.exists():
-        raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
-    analysed, found = catalogue.summary["autoencoder_fingerprint"], fingerprint(path)
-    require(
-        analysed == found,
-        f"{settings.analysis_dir} must be of the autoencoder in {settings.autoencoder_dir}; it is "
-        f"of {analysed}, not of {found}. Run analyze_features.py for this autoencoder, or name the "
-        "folders that belong together with --analysis-dir and --autoencoder-dir.",
-    )
-    return catalogue, path
+    return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)
 
 
 def choose_feature(catalogue: Any, settings: Any) -> int:

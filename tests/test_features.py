@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import LAYER, write_activations
 
-from utils import catalogue
+from utils import catalogue, tables
 from utils.activations import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import cross_entropies, loss_recovered
 from utils.features import (
+    AROUND,
     N_BINS,
     N_BUCKETS,
     N_PER_BUCKET,
@@ -23,6 +24,7 @@ from utils.features import (
     BestPerGroup,
     FeaturePass,
     Histograms,
+    text_around,
 )
 from utils.fidelity import Fidelity
 from utils.kinds import L1Autoencoder, load_autoencoder
@@ -166,7 +168,7 @@ def test_random_examples_lie_in_their_buckets(found, reported):
 
 
 def test_windows_are_the_activations_around_the_peak(found, planted, reported):
-    table = catalogue.example_table(found, found.store).to_pandas()
+    table = tables.example_table(found, found.store).to_pandas()
     assert len(table) > 5 * N_TOP
     for example in table.itertuples():
         position = np.flatnonzero(
@@ -206,6 +208,25 @@ def test_best_per_group_against_brute_force():
     for name in ("group", "priority", "own"):
         assert np.array_equal(kept[name], expected[name]), name
     assert kept["rank"].tolist() == [0, 1, 2] * 45
+
+
+def test_of_entries_with_one_text_the_best_is_kept():
+    best = BestPerGroup(n_groups=2, size=2)
+    for priority in ([1.0, 5.0, 3.0, 2.0], [4.0, 0.5, 6.0, 1.0]):
+        text = np.array([7, 7, 8, 9], np.uint64)
+        entries = {"group": np.array([0, 0, 0, 1]), "priority": np.array(priority), "text": text}
+        best.add(entries)
+        kept = best.best()
+    assert kept["group"].tolist() == [0, 0, 1] and kept["rank"].tolist() == [0, 1, 0]
+    assert kept["text"].tolist() == [8, 7, 9] and kept["priority"].tolist() == [6, 5, 2]
+
+
+def test_the_text_around_a_position():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 50_000, (2, 100), np.int32)
+    tokens[1, 40 : 40 + 2 * AROUND + 1] = tokens[0, 20 : 20 + 2 * AROUND + 1]
+    found = text_around(tokens)
+    assert len(np.unique(found)) == 199 and found[1, 40 + AROUND] == found[0, 20 + AROUND]
 
 
 # --------------------------------------------------------------------------------------- fidelity
@@ -274,7 +295,7 @@ def test_loss_recovered_known_answer():
 @pytest.fixture(scope="module")
 def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
     folder = tmp_path_factory.mktemp("catalogue")
-    examples = catalogue.example_table(found, store)
+    examples = tables.example_table(found, store)
     promoted = pd.DataFrame(
         {
             "promoted_tokens": [[" sail"]] * 5 + [[" rose"]],
@@ -282,8 +303,8 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
         }
     )
     places = np.zeros((N_FEATURES, 2))
-    features = catalogue.feature_table(found, examples, promoted, places, PIECES)
-    catalogue.save_tables(folder, features, examples, PIECES)
+    features = tables.feature_table(found, examples, promoted, places, PIECES)
+    tables.save_tables(folder, features, examples, PIECES)
     write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
 
@@ -321,13 +342,13 @@ def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
 
 def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
-    pieces = catalogue.vocabulary(language_model.tokenizer)
+    pieces = tables.vocabulary(language_model.tokenizer)
     assert len(pieces) == len(language_model.tokenizer)
     directions = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     unembedding = language_model.model.get_output_embeddings().weight.float().numpy()
     tokens = [pieces.index(" anchor"), pieces.index(" rain")]
     directions[0], directions[1] = 3 * unembedding[tokens[0]], -3 * unembedding[tokens[1]]
-    promoted = catalogue.promoted_tokens(language_model, directions, pieces, batch=10)
+    promoted = tables.promoted_tokens(language_model, directions, pieces, batch=10)
     assert len(promoted) == 64
     assert promoted["promoted_tokens"][0][0] == " anchor"
     assert promoted["suppressed_tokens"][1][0] == " rain"
@@ -336,8 +357,8 @@ def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
 def test_the_map_leaves_out_dead_features(tiny_run):
     directions = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     alive = np.arange(10) < 3
-    assert np.isnan(catalogue.map_directions(directions, alive, seed=0)).all()
-    assert np.isnan(catalogue.map_directions(directions, ~alive, seed=0, wanted=False)).all()
+    assert np.isnan(tables.map_directions(directions, alive, seed=0)).all()
+    assert np.isnan(tables.map_directions(directions, ~alive, seed=0, wanted=False)).all()
 
 
 def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):

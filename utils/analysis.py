@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 
-from utils import catalogue
+from utils import tables
 from utils.activations import ActivationStore
 from utils.artifacts import read_json, replacing, write_json
 from utils.autoencoder import SparseAutoencoder
@@ -86,7 +86,7 @@ class Analysis:
             found = FeaturePass(self.autoencoder, self.store, self.settings.seed)
             found.run(self.contexts, self.settings.batch_size)
             self._save_tables(found)
-            write_json(done, catalogue.summarise(found, self.store, self.trained))
+            write_json(done, tables.summarise(found, self.store, self.trained))
         self.summary = read_json(done)
         self.subset_shares = self.summary["subset_shares"]
         self.features = pd.read_parquet(self.folder / "features.parquet")
@@ -94,17 +94,17 @@ class Analysis:
         self.pieces = read_json(self.folder / "vocabulary.json")
 
     def _save_tables(self, found: FeaturePass) -> None:
-        pieces = catalogue.vocabulary(self.language_model.tokenizer)
+        pieces = tables.vocabulary(self.language_model.tokenizer)
         directions = self.autoencoder.directions()
-        promoted = catalogue.promoted_tokens(self.language_model, directions, pieces)
-        places = catalogue.map_directions(
+        promoted = tables.promoted_tokens(self.language_model, directions, pieces)
+        places = tables.map_directions(
             directions, found.uses > 0, self.settings.seed, self.settings.map_features
         )
-        examples = catalogue.example_table(found, self.store)
-        features = catalogue.feature_table(found, examples, promoted, places, pieces)
+        examples = tables.example_table(found, self.store)
+        features = tables.feature_table(found, examples, promoted, places, pieces)
         nearest = neighbour_table(directions, found.uses > 0)
         features[["neighbours", "neighbour_cosines"]] = nearest
-        catalogue.save_tables(self.folder, features, examples, pieces)
+        tables.save_tables(self.folder, features, examples, pieces)
 
     def measure_loss(self) -> Findings:
         """What the model loses when it computes with the reconstruction, on held-out tokens."""
@@ -135,6 +135,6 @@ class Analysis:
             The summary.
         """
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
-        catalogue.save_features(self.folder, self.features)
+        tables.save_features(self.folder, self.features)
         write_json(self.folder / "summary.json", self.summary)
         return self.summary

@@ -1,4 +1,4 @@
-"""Pictures of the studies: specificity, completeness, attribution."""
+"""Pictures of the studies: specificity, completeness, splitting, directions, attribution."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.plots import BLUE, GREY, ORANGE, PALE, picture
+from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 
 N_SHOWN = 5  # features of a token
 
@@ -105,6 +105,115 @@ def plot_neurons(correlations: np.ndarray, path: Path) -> None:
         axes.axvline(0.3, color=GREY, linestyle="--", linewidth=1)
         axes.set(xlabel="largest Pearson correlation with a neuron of the blocks up to the layer")
         axes.set(xlim=(0, 1), ylabel="features")
+
+
+def plot_directions(found: list[dict], path: Path) -> None:
+    """By how much the loss rises when features, and other directions, are changed alike.
+
+    Args:
+        found: Of `directions.summarise`.
+    """
+    table = pd.DataFrame(found).set_index(["direction", "change"])
+    rises, n = table["mean"], table["n_features"].iloc[0]
+    ratio = rises["feature", "ablated"] / rises["covariance", "ablated"]
+    title = f"Ablating a feature costs {ratio:.1f} times as much as a change of its size elsewhere"
+    names = {
+        "feature": "the feature's own",
+        "covariance": "drawn with the covariance\nof activations",
+        "random": "drawn at random",
+    }
+    with picture(path, f"{title} (n = {n} features)", (8.5, 3.4)) as (_, axes):
+        for offset, (change, factor, colour) in zip(
+            (-0.19, 0.19), (("ablated", "× 0", BLUE), ("doubled", "× 2", ORANGE)), strict=True
+        ):
+            own = table.xs(change, level="change").loc[list(names)]
+            interval = [own["mean"] - own["low"], own["high"] - own["mean"]]
+            about = {"xerr": interval, "color": colour, "capsize": 3, "ecolor": GREY}
+            label = f"{change} ({factor}), 95% interval"
+            axes.barh(np.arange(len(names)) + offset, own["mean"], 0.36, label=label, **about)
+        axes.set_yticks(range(len(names)), names.values())
+        axes.invert_yaxis()
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.set(title="Direction in which the residual stream is moved")
+        axes.set(xlabel="rise in cross-entropy (nats for each position moved)")
+        axes.legend(loc="lower right")
+
+
+def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
+    """What one feature of the smallest dictionary becomes in the larger ones, as a tree.
+
+    Args:
+        table: Of `splitting.study`.
+        ancestor: The feature.
+    """
+    sizes = sorted(table.n_latents.unique())
+    family = table[table.ancestor == ancestor]
+    rows = {size: family[family.n_latents == size] for size in sizes}
+    heights, n_leaves = {}, 0
+
+    def place(level: int, feature: int) -> float:
+        """A leaf gets the next line, a parent the middle of its children."""
+        nonlocal n_leaves
+        children = []
+        if level + 1 < len(sizes):
+            below = rows[sizes[level + 1]]
+            children = below[below.parent == feature].sort_values("label").feature.tolist()
+        own = [place(level + 1, child) for child in children]
+        n_leaves += not own
+        heights[level, feature] = (own[0] + own[-1]) / 2 if own else n_leaves - 1
+        return heights[level, feature]
+
+    place(0, ancestor)
+    counts = " → ".join(str(len(rows[size])) for size in sizes)
+    title = f"Splitting: “{rows[sizes[0]].label.iloc[0]}” is {counts} features"
+    with picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
+        for level, size in enumerate(sizes):
+            for row in rows[size].itertuples():
+                y = heights[level, row.feature]
+                if level:
+                    up = heights[level - 1, row.parent]
+                    x = np.linspace(level - 0.42, level, 30)
+                    bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
+                    axes.plot(x, up + (y - up) * bend, color=BLUE, linewidth=4 * row.cosine**2)
+                cosine = f"  {row.cosine:.2f}" if level else ""
+                text = f"{row.feature} “{row.label[:24]}”{cosine}".replace("$", r"\$")
+                axes.text(level + 0.02, y, text, va="center", fontsize=8)
+        names = [f"{size:,} latents" for size in sizes]
+        axes.set_xticks(range(len(sizes)), names, ha="left", color=GREY)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.set(xlim=(0, len(sizes) - 0.3), ylim=(n_leaves - 0.5, -0.5), yticks=[])
+        axes.set_xlabel("number, tokens at the peaks, cosine to the parent", loc="left", color=GREY)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+
+
+def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
+    """The features of several dictionaries on one map, those of one family ringed.
+
+    Args:
+        table: Of `splitting.study`, with ``x`` and ``y``.
+        ancestor: Of that family.
+    """
+    drawn = table[table.x.notna()]
+    sizes = sorted(drawn.n_latents.unique())
+    title = f"{len(sizes)} dictionaries on one map (n = {len(drawn):,} features)"
+    with picture(path, title, (9, 7.4)) as (figure, axes):
+        colours = [ORANGE, BLUE, "#8FB8D3", PALE][: len(sizes)]
+        for size, colour in reversed(list(zip(sizes, itertools.cycle(colours)))):
+            own = drawn[drawn.n_latents == size]
+            area = np.clip(30_000 / len(own), 3, 16)
+            label = f"{size:,} latents, {len(own):,} drawn"
+            axes.scatter(own.x, own.y, area, color=colour, linewidths=0, label=label)
+        family = drawn[drawn.ancestor == ancestor]
+        if len(family):
+            name = str(family.label.iloc[0]).replace("$", r"\$")
+            ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1}
+            axes.scatter(family.x, family.y, 60, label=f"the family of “{name}”", **ring)
+        axes.set(title="UMAP of decoder directions by cosine", aspect="equal", adjustable="datalim")
+        axes.set_axis_off()
+        figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)
 
 
 def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:

@@ -22,6 +22,27 @@ def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) 
     return "\n".join(lines)
 
 
+def show_found(catalogue: Any, found: Any, width: int) -> str:
+    """Features that a search found, two lines each: what it is in words, and its top example.
+
+    Args:
+        found: Of `search.search`.
+    """
+    examples = catalogue.examples_of(found["feature"].tolist())
+    top = examples[(examples["bucket"] == 0) & (examples["rank"] == 0)].set_index("feature")
+    lines = []
+    for row in found.itertuples():
+        lines.append(
+            f"{row.match:6.2f}  feature {row.feature}, {one_line(str(row.label))}: on "
+            f"{100 * row.frequency:.2g}% of tokens, {100 * row.top_subset_share:.0f}% of it in "
+            f"{row.top_subset}"
+        )
+        if row.feature in top.index:
+            example = top.loc[row.feature]
+            lines.append(" " * 8 + mark_peak(list(example.pieces), int(example.peak), width - 8))
+    return "\n".join(lines) or "No feature was found."
+
+
 def mark_peak(pieces: Sequence[str], peak: int, width: int) -> str:
     """One line of the text around the token ``pieces[peak]``, which is put in « »."""
     pieces = [one_line(piece) for piece in pieces]
