@@ -151,12 +151,14 @@ def play(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     if settings.chat:
         from utils.chat import Chat
 
-        return Chat(catalogue, *load_models(catalogue, autoencoder_path)).run()
+        models = load_models(catalogue, autoencoder_path)
+        how = settings.max_new_tokens, settings.temperature, settings.seed
+        return Chat(catalogue, *models, *how).run()
 
     from utils.playground import Playground, require_free, serve
 
     require_free(settings.port)
-    serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings.port)
+    serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
 
 
 def check(settings: Any) -> None:

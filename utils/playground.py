@@ -35,8 +35,7 @@ N_FOUND = 8  # features that a search, or a token, offers
 N_EXAMPLES = 5
 N_SLOTS = 5  # features turned at once
 LONGEST_PROMPT = 20_000  # characters
-LONGEST_TEXT = 200  # new tokens
-PROMPT = "My favourite food is"  # to begin with
+LONGEST_TEXT = 400  # new tokens
 FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
@@ -136,8 +135,8 @@ class Playground:
         for texts in stream(
             self.language_model,
             tokens,
-            max_new_tokens,
             lambda: self.changed(change),
+            max_new_tokens,
             temperature,
             seed,
         ):
@@ -156,14 +155,18 @@ class Playground:
 # ---------------------------------------------------------------------------------------- the page
 
 
-def build_page(playground: Playground) -> gr.Blocks:
-    """The page: what is seen, and what each control does."""
+def build_page(playground: Playground, settings: Any) -> gr.Blocks:
+    """The page: what is seen, and what each control does.
+
+    Args:
+        settings: What the controls begin with: ``prompt, max_new_tokens, temperature, seed``.
+    """
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
-        _connect(playground, _lay_out(playground))
+        _connect(playground, _lay_out(playground, settings))
     return page
 
 
-def _lay_out(playground: Playground) -> SimpleNamespace:
+def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
     """What is seen, by name."""
     summary, seen = playground.catalogue.summary, SimpleNamespace()
     name = summary["model_name"]
@@ -186,7 +189,11 @@ def _lay_out(playground: Playground) -> SimpleNamespace:
             seen.examples = gr.HighlightedText(visible=False, elem_id="examples")
         with gr.Column(scale=3, min_width=480):
             seen.prompt = gr.Textbox(
-                PROMPT, label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
+                settings.prompt,
+                label="Prompt",
+                lines=2,
+                max_length=LONGEST_PROMPT,
+                elem_id="prompt",
             )
             seen.chat = gr.Checkbox(
                 label="Ask it, in the model's chat template",
@@ -194,17 +201,21 @@ def _lay_out(playground: Playground) -> SimpleNamespace:
                 elem_id="chat",
             )
             seen.tokens = gr.HighlightedText(
-                playground.pieces(PROMPT, False),
+                playground.pieces(settings.prompt, False),
                 label="Its tokens; click one for its top features",
                 elem_id="tokens",
             )
             seen.slots = [_slot(number) for number in range(N_SLOTS)]
             with gr.Row():
                 seen.length = gr.Slider(
-                    1, LONGEST_TEXT, 40, step=1, label="New tokens", elem_id="length"
+                    1,
+                    max(LONGEST_TEXT, settings.max_new_tokens),
+                    settings.max_new_tokens,
+                    step=1,
+                    label="New tokens",
                 )
-                seen.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
-                seen.seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                seen.temperature = gr.Number(settings.temperature, label="Temperature", minimum=0)
+                seen.seed = gr.Number(settings.seed, label="Seed", precision=0, minimum=0)
             with gr.Row():
                 seen.go = gr.Button("Generate", variant="primary", elem_id="go")
                 seen.stop = gr.Button("Stop", elem_id="stop")
@@ -251,7 +262,9 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
     def write(prompt, chat, length, temperature, seed, chosen, *strengths):
         strengths = dict(zip(chosen, strengths, strict=False))
         try:
-            yield from playground.write(prompt, chat, length, temperature, seed or 0, strengths)
+            yield from playground.write(
+                prompt, chat, length, temperature or 0, seed or 0, strengths
+            )
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
 
@@ -316,11 +329,11 @@ def require_free(port: int) -> None:
         ) from None
 
 
-def serve(playground: Playground, port: int) -> None:
-    """Show the page on this machine until Ctrl-C."""
+def serve(playground: Playground, settings: Any) -> None:
+    """Show the page on this machine, at ``settings.port``, until Ctrl-C; see `build_page`."""
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
-    print(f"Playground: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
-    build_page(playground).launch(
-        server_name=HOST, server_port=port, share=False, quiet=True, theme=theme, css=CSS,
+    print(f"Playground: http://{HOST}:{settings.port}  (Ctrl-C ends it)", flush=True)
+    build_page(playground, settings).launch(
+        server_name=HOST, server_port=settings.port, share=False, quiet=True, theme=theme, css=CSS,
         ssr_mode=False, mcp_server=False, footer_links=[],
     )  # fmt: skip
