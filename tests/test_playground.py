@@ -17,7 +17,7 @@ from utils.catalogue import Catalogue
 from utils.evaluation import as_torch
 from utils.generations import load_models
 from utils.language_model import residual_at
-from utils.playground import HOST, Playground
+from utils.playground import HOST, N_FOUND, Playground
 from utils.steering import encode, prompt_tokens
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -97,7 +97,7 @@ def turn(page: Page, words: str, strength: float) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#found")).to_contain_text(f"Found for '{words}'", timeout=SECONDS)
     page.locator("#found label").first.click()
-    expect(page.locator("#examples")).to_contain_text("active on", timeout=SECONDS)
+    expect(page.locator("#about textarea")).to_have_value(re.compile("^Active on"), timeout=SECONDS)
     page.click("#turn")
     slider = page.locator("#slider-0 input[type=number]")
     expect(slider).to_have_value("1", timeout=SECONDS)
@@ -213,7 +213,7 @@ def test_features_of_a_token_are_the_largest_of_its_latents(playground):
     expected = latents * as_torch(playground.autoencoder.decoder_norms())
     for position in range(1, tokens.shape[1]):
         found = playground.features_at(PROMPT, False, position)
-        assert 0 < len(found) <= 8
+        assert 0 < len(found) <= N_FOUND
         numbers = [feature for feature, _ in found]
         values = torch.tensor([activation for _, activation in found])
         torch.testing.assert_close(values, expected[position, numbers])
