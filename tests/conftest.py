@@ -99,7 +99,6 @@ def save_tiny_model(folder: Path, seed: int = 0, d_model: int = 32) -> Path:
     )
     bpe.train_from_iterator((text for text, _ in make_texts()), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=d_model,

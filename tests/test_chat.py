@@ -1,9 +1,13 @@
 """The chat, by its user's command in a pseudo-terminal."""
 
+import json
+import shutil
+
 import pexpect
 import pytest
 from conftest import ROOT, command, environment
 
+from utils.artifacts import write_json
 from utils.catalogue import Catalogue
 from utils.chat import printable
 
@@ -15,10 +19,24 @@ def feature(tiny_run):
     return int(Catalogue(tiny_run.folder / "analysis").search("rose", 1)["feature"].iloc[0])
 
 
+@pytest.fixture(scope="module")
+def analysis(tiny_run, tiny_model, tmp_path_factory):
+    """The analysis, of a model that has a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    model = shutil.copytree(tiny_model, folder / "model")
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    analysis = shutil.copytree(tiny_run.folder / "analysis", folder / "analysis")
+    summary = json.loads((analysis / "summary.json").read_text())
+    write_json(analysis / "summary.json", summary | {"model_name": str(model)})
+    return analysis
+
+
 @pytest.fixture
-def say(tiny_run, request):
+def say(tiny_run, analysis, request):
     """Type a line; the answer, up to where the next line can be typed."""
     flags = [*tiny_run.flags.influence_llm, "--chat", "--max-new-tokens", request.param]
+    flags += ["--analysis-dir", analysis]
     program, *words = command("influence_llm", *flags)
     child = pexpect.spawn(
         program, words, cwd=ROOT, env=environment(TERM="dumb"), encoding="utf-8",
@@ -94,6 +112,11 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(say):
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 0
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny_run, run_here):
+    ended = run_here("influence_llm", *tiny_run.flags.influence_llm, "--chat", check=False)
+    assert "needs a model with a chat template" in ended.message
 
 
 def test_an_answer_cannot_command_the_terminal():
