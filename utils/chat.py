@@ -23,22 +23,36 @@ HELP = """\
 /features                what is clamped
 /reset                   begin a new conversation, with no feature
 /quit                    leave (or Ctrl-D); Ctrl-C stops an answer"""
-LONGEST_ANSWER = 200  # tokens
 N_FOUND = 5
 
 
 class Chat:
     """A conversation, and the clamps that it is answered with.
 
+    Args:
+        catalogue: The features.
+        language_model: The model, with a chat template.
+        autoencoder: On the torch backend of Keras.
+        max_new_tokens: Of an answer, at most.
+        temperature: As for `stream`.
+        seed: As for `stream`.
+
     Raises:
         InputError: The model has no chat template.
     """
 
     def __init__(
-        self, catalogue: Catalogue, language_model: LanguageModel, autoencoder: SparseAutoencoder
+        self,
+        catalogue: Catalogue,
+        language_model: LanguageModel,
+        autoencoder: SparseAutoencoder,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
     ):
         self.catalogue = catalogue
         self.language_model, self.autoencoder = language_model, autoencoder
+        self.how = max_new_tokens, temperature, seed
         prompt_tokens(language_model, "", chat=True)
         self.reset()
 
@@ -47,7 +61,10 @@ class Chat:
 
     def run(self) -> None:
         """Read lines until the user leaves."""
-        print(f"Chat with {self.language_model.name}. /help shows the commands.")
+        print(
+            f"Chat with {self.language_model.name}, answers of at most {self.how[0]} tokens "
+            "(--max-new-tokens). /help shows the commands."
+        )
         while True:
             try:
                 line = input("\n> ").strip()
@@ -130,7 +147,7 @@ class Chat:
         tokens = prompt_tokens(self.language_model, messages, chat=True)
         said = ""
         try:
-            for (text,) in stream(self.language_model, tokens, LONGEST_ANSWER, self.steering):
+            for (text,) in stream(self.language_model, tokens, self.steering, *self.how):
                 print(printable(text[len(said) :]), end="", flush=True)
                 said = text
         except KeyboardInterrupt:

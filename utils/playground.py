@@ -31,16 +31,15 @@ from utils.streaming import stream
 from utils.terminal import one_line
 
 HOST = "127.0.0.1"
-N_FOUND = 8  # features that a search, or a token, offers
-N_EXAMPLES = 5
+N_FOUND = 6  # features that a search, or a token, offers
+N_EXAMPLES = 4
 N_SLOTS = 5  # features turned at once
 LONGEST_PROMPT = 20_000  # characters
-LONGEST_TEXT = 200  # new tokens
-PROMPT = "My favourite food is"  # to begin with
 FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
-#examples .textfield {white-space: pre-line}
+#examples .textfield {font-size: 0.85em; line-height: 1.4}
+#examples .block {padding: 4px 8px}
 #tokens .token {border-bottom: 1px dotted; margin-right: 1px}
 #tokens label span, #examples label span {display: none}
 .remove {min-width: 2.5em !important; max-width: 2.5em; align-self: center}
@@ -77,23 +76,22 @@ class Playground:
         found = catalogue.search(words, N_FOUND) if words else catalogue.propose(N_FOUND)
         return found["feature"].tolist()
 
-    def examples(self, feature: int) -> list[tuple[str, float | None]]:
-        """Pieces of a feature's highest examples, each with its share of the maximum."""
+    def examples(self, feature: int) -> list[list[tuple[str, float | None]]]:
+        """A feature's highest examples, each its pieces with their shares of the maximum."""
         maximum = self.catalogue.features.loc[feature, "max_activation"]
         examples = self.catalogue.examples_of([feature])
-        pieces = []
+        texts = []
         top = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
         for example in top.itertuples():
-            for piece, activation in zip(example.pieces, example.activations, strict=True):
-                pieces.append((one_line(piece), float(activation / maximum) or None))
-            pieces.append(("\n\n", None))
-        return pieces
+            shares = [float(activation / maximum) or None for activation in example.activations]
+            texts.append(list(zip(map(one_line, example.pieces), shares, strict=True)))
+        return texts + [[]] * (N_EXAMPLES - len(texts))
 
     def describe(self, feature: int) -> str:
         row = self.catalogue.features.loc[feature]
         promoted = " ".join(one_line(token).strip() for token in row.promoted_tokens[:6])
         return (
-            f"Feature {self.name(feature)}: active on {100 * row.frequency:.2g}% of tokens, "
+            f"Active on {100 * row.frequency:.2g}% of tokens, "
             f"at most {row.max_activation:.3g}; promotes {promoted}"
         )
 
@@ -136,8 +134,8 @@ class Playground:
         for texts in stream(
             self.language_model,
             tokens,
-            max_new_tokens,
             lambda: self.changed(change),
+            max_new_tokens,
             temperature,
             seed,
         ):
@@ -156,14 +154,18 @@ class Playground:
 # ---------------------------------------------------------------------------------------- the page
 
 
-def build_page(playground: Playground) -> gr.Blocks:
-    """The page: what is seen, and what each control does."""
+def build_page(playground: Playground, settings: Any) -> gr.Blocks:
+    """The page: what is seen, and what each control does.
+
+    Args:
+        settings: What the controls begin with: ``prompt, max_new_tokens, temperature, seed``.
+    """
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
-        _connect(playground, _lay_out(playground))
+        _connect(playground, _lay_out(playground, settings))
     return page
 
 
-def _lay_out(playground: Playground) -> SimpleNamespace:
+def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
     """What is seen, by name."""
     summary, seen = playground.catalogue.summary, SimpleNamespace()
     name = summary["model_name"]
@@ -183,10 +185,18 @@ def _lay_out(playground: Playground) -> SimpleNamespace:
             seen.found = _offer("Some that stand out", playground, standing_out, elem_id="found")
             seen.at_token = gr.Radio(visible=False, elem_id="at_token")
             seen.turn = gr.Button(visible=False, variant="primary", elem_id="turn")
-            seen.examples = gr.HighlightedText(visible=False, elem_id="examples")
+            seen.about = gr.Textbox(visible=False, elem_id="about", lines=2, label="What it is")
+            with gr.Column(elem_id="examples", elem_classes="gap"):
+                seen.examples = [
+                    gr.HighlightedText(visible=False, show_label=False) for _ in range(N_EXAMPLES)
+                ]
         with gr.Column(scale=3, min_width=480):
             seen.prompt = gr.Textbox(
-                PROMPT, label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="prompt"
+                settings.prompt,
+                label="Prompt",
+                lines=2,
+                max_length=LONGEST_PROMPT,
+                elem_id="prompt",
             )
             seen.chat = gr.Checkbox(
                 label="Ask it, in the model's chat template",
@@ -194,17 +204,17 @@ def _lay_out(playground: Playground) -> SimpleNamespace:
                 elem_id="chat",
             )
             seen.tokens = gr.HighlightedText(
-                playground.pieces(PROMPT, False),
+                playground.pieces(settings.prompt, False),
                 label="Its tokens; click one for its top features",
                 elem_id="tokens",
             )
             seen.slots = [_slot(number) for number in range(N_SLOTS)]
             with gr.Row():
-                seen.length = gr.Slider(
-                    1, LONGEST_TEXT, 40, step=1, label="New tokens", elem_id="length"
+                seen.length = gr.Number(
+                    settings.max_new_tokens, label="New tokens", precision=0, minimum=1
                 )
-                seen.temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
-                seen.seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                seen.temperature = gr.Number(settings.temperature, label="Temperature", minimum=0)
+                seen.seed = gr.Number(settings.seed, label="Seed", precision=0, minimum=0)
             with gr.Row():
                 seen.go = gr.Button("Generate", variant="primary", elem_id="go")
                 seen.stop = gr.Button("Stop", elem_id="stop")
@@ -232,9 +242,8 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
         return (
             feature,
             gr.Button(f"Turn {playground.name(feature)}", visible=True),
-            gr.HighlightedText(
-                playground.examples(feature), label=playground.describe(feature), visible=True
-            ),
+            gr.Textbox(playground.describe(feature), visible=True),
+            *(gr.HighlightedText(e, visible=bool(e)) for e in playground.examples(feature)),
         )
 
     def add(feature, chosen, *strengths):
@@ -251,13 +260,15 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
     def write(prompt, chat, length, temperature, seed, chosen, *strengths):
         strengths = dict(zip(chosen, strengths, strict=False))
         try:
-            yield from playground.write(prompt, chat, length, temperature, seed or 0, strengths)
+            yield from playground.write(
+                prompt, chat, length or 1, temperature or 0, seed or 0, strengths
+            )
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
 
     seen.words.submit(search, seen.words, seen.found)
     for offer in (seen.found, seen.at_token):
-        offer.input(look, offer, [seen.shown, seen.turn, seen.examples])
+        offer.input(look, offer, [seen.shown, seen.turn, seen.about, *seen.examples])
     for asked in question:
         asked.change(playground.pieces, question, seen.tokens, trigger_mode="always_last")
     seen.tokens.select(read, question, seen.at_token)
@@ -296,7 +307,7 @@ def _turned(playground: Playground, strengths: dict[int, float]) -> list[Any]:
     """The numbers of the features that are turned, and every slot as it is to be seen."""
     seen = []
     for feature, strength in strengths.items():
-        label = f"{playground.name(feature)}: times its maximum (0 ablates it)"
+        label = f"{playground.name(feature)}, times its maximum"
         seen += [gr.Row(visible=True), gr.Slider(value=strength, label=label)]
     seen += [gr.Row(visible=False), gr.Slider()] * (N_SLOTS - len(strengths))
     return [list(strengths), *seen]
@@ -316,11 +327,11 @@ def require_free(port: int) -> None:
         ) from None
 
 
-def serve(playground: Playground, port: int) -> None:
-    """Show the page on this machine until Ctrl-C."""
+def serve(playground: Playground, settings: Any) -> None:
+    """Show the page on this machine, at ``settings.port``, until Ctrl-C; see `build_page`."""
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
-    print(f"Playground: http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
-    build_page(playground).launch(
-        server_name=HOST, server_port=port, share=False, quiet=True, theme=theme, css=CSS,
+    print(f"Playground: http://{HOST}:{settings.port}  (Ctrl-C ends it)", flush=True)
+    build_page(playground, settings).launch(
+        server_name=HOST, server_port=settings.port, share=False, quiet=True, theme=theme, css=CSS,
         ssr_mode=False, mcp_server=False, footer_links=[],
     )  # fmt: skip

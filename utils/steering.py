@@ -118,7 +118,7 @@ def change_by(
 def _check(clamps: Sequence[Clamp], n_latents: int) -> None:
     features = [clamp.feature for clamp in clamps]
     for clamp in clamps:
-        feature, how = clamp.feature, clamp.how
+        feature = clamp.feature
         require(
             0 <= feature < n_latents,
             f"FEATURE must be between 0 and {n_latents - 1}; it is {feature}.",
@@ -128,14 +128,15 @@ def _check(clamps: Sequence[Clamp], n_latents: int) -> None:
             f"A feature can be clamped once; {feature} is clamped {features.count(feature)} times.",
         )
         require(math.isfinite(clamp.strength), f"STRENGTH must be finite; it is {clamp.strength}.")
-        require(
-            how in INTERVENTIONS,
-            f"INTERVENTION must be one of {', '.join(INTERVENTIONS)}; it is {how!r}.",
-        )
+        check_change(clamp.how)
 
 
-def check_where(where: str | Sequence[int]) -> None:
-    """Refuse places that are neither a name of `PLACES` nor positions."""
+def check_change(how: str, where: str | Sequence[int] = "everywhere") -> None:
+    """Refuse what is none of `INTERVENTIONS`, and neither a name of `PLACES` nor positions."""
+    require(
+        how in INTERVENTIONS,
+        f"INTERVENTION must be one of {', '.join(INTERVENTIONS)}; it is {how!r}.",
+    )
     require(
         where in PLACES if isinstance(where, str) else len(where) > 0 and min(where) >= 0,
         f"WHERE must be {' or '.join(PLACES)}, or positions from 0, BOS, on; it is {where!r}.",
@@ -172,7 +173,7 @@ def changed(
         InputError: ``where`` is neither; while running, a change takes the residual stream out of
             the range of the model's dtype.
     """
-    check_where(where)
+    check_change(INTERVENTIONS[0], where)
     ends = []  # the last position of each prompt
 
     def replace(residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
@@ -237,8 +238,8 @@ def prompt_tokens(
     if chat:
         require(
             bool(tokenizer.chat_template),
-            f"CHAT needs a model with a chat template; {language_model.name} has none. Turn it "
-            "off, or use an instruction-tuned model.",
+            f"CHAT_TEMPLATE needs a model with a chat template; {language_model.name} has none. "
+            "Turn it off, or use an instruction-tuned model.",
         )
         is_text = isinstance(prompt, str)
         messages = [{"role": "user", "content": prompt}] if is_text else prompt

@@ -17,8 +17,8 @@ from utils.steering import decode, require_room
 def stream(
     language_model: LanguageModel,
     tokens: torch.Tensor,
-    max_new_tokens: int,
     change: Callable[[], AbstractContextManager],
+    max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[list[str]]:
@@ -26,8 +26,8 @@ def stream(
 
     Args:
         tokens: Token ids of the prompts, shape (batch, context), without padding.
-        max_new_tokens: Greater than 0.
         change: Opens what changes the model; called for each token.
+        max_new_tokens: Greater than 0.
         temperature: 0 takes the likeliest token; above it, tokens are drawn from the model's whole
             distribution. All rows share the draws, so that equal rows stay equal and the others
             differ by what changes them, not by chance.

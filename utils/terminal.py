@@ -67,13 +67,44 @@ def one_line(text: str) -> str:
 
 def show_record(record: dict[str, Any], width: int) -> str:
     """The two texts of a record under their titles, as lines of at most ``width`` characters."""
-    feature, strength = record["request"]["feature"], record["request"]["strength"]
-    title = f"feature {feature} at {strength:g} × its maximum"
-    if strength == 0:
-        title = f"feature {feature} at 0: ablation"
+    title = change_title(record["request"])
     if record.get("was_recorded"):
         title += " (recorded)"
     return side_by_side(("untouched", title), (record["untouched"], record["steered"]), width)
+
+
+def change_title(request: dict[str, Any]) -> str:
+    """What a request of `generations` does to its features, in words."""
+    features, c, how = request["features"], request["strength"], request["intervention"]
+    several = len(features) > 1
+    name = f"feature{'s' * several} {', '.join(map(str, features))}"
+    if how == "ablate" or (how == "clamp" and c == 0):
+        return f"{name} at 0: ablation"
+    its = "their" if several else "its"
+    return {
+        "clamp": f"{name} at {c:g} × {its} maximum",
+        "add": f"{c:g} × {its} maximum added to {name}",
+        "scale": f"{name} scaled by {c:g}",
+    }[how]
+
+
+def show_evidence(found: dict[str, Any], max_perplexity: float) -> str:
+    """What `evidence.summarise` found, in a few lines."""
+    concept, p = found["concept"], found["p_feature_greater"]
+    lines = [
+        f"{found['n_features']} features, each clamped at the strength found for it "
+        f"(median {found['median_strength']:g} × its maximum):",
+        f"  concept score above the untouched text's for {found['share_raised']:.0%}",
+        f"  perplexity {found['perplexity']:.2f} × the untouched on average, below "
+        f"{max_perplexity:g} × for {found['share_fluent']:.0%}",
+        "",
+        f"{'':44s}  concept score, % of the maximum",
+    ]
+    for method, values in concept.items():
+        mean, low, high = (100 * value for value in values)
+        line = f"  {method:42s}  {mean:5.1f}  ({low:.1f} to {high:.1f})"
+        lines.append(line + (f"  p = {p[method]:.1e}" if method in p else ""))
+    return "\n".join(lines)
 
 
 def show_attribution(pair: Sequence[str], difference: float, top: Any, prompt: str) -> str:
