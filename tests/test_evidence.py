@@ -178,7 +178,7 @@ def test_a_strength_is_found_for_several_features(run_here, tiny_run, tmp_path):
         (["--study", "prove"], "STUDY must be steer, evidence or attribute; it is 'prove'"),
         (["--n-features", 0], "N_FEATURES must be greater than 0"),
         (["--strength", "auto", "--where", 3], "STRENGTH auto needs"),
-        (["--chat"], "CHAT needs a model with a chat template"),
+        (["--chat-template"], "CHAT_TEMPLATE needs a model with a chat template"),
     ],
 )
 def test_what_cannot_be_is_refused(run_here, tiny_run, tmp_path, flags, rule):

@@ -343,7 +343,9 @@ def test_a_padded_batch_says_what_its_prompts_say_alone(language_model, autoenco
 
 
 def test_chat_is_put_into_the_models_template(language_model, monkeypatch):
-    with pytest.raises(InputError, match="CHAT needs a model with a chat template; tiny has none"):
+    with pytest.raises(
+        InputError, match="CHAT_TEMPLATE needs a model with a chat template; tiny has none"
+    ):
         generate(language_model, PROMPT, 3, chat=True)
     template = "{{ bos_token }} w5 {{ messages[0].content }} w6"
     monkeypatch.setattr(language_model.tokenizer, "chat_template", template)

@@ -235,8 +235,8 @@ def prompt_tokens(language_model: LanguageModel, prompt: str, chat: bool = False
     if chat:
         require(
             bool(tokenizer.chat_template),
-            f"CHAT needs a model with a chat template; {language_model.name} has none. Turn it "
-            "off, or use an instruction-tuned model.",
+            f"CHAT_TEMPLATE needs a model with a chat template; {language_model.name} has none. "
+            "Turn it off, or use an instruction-tuned model.",
         )
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
