@@ -26,10 +26,10 @@ from utils.artifacts import make_folder, write_json
 from utils.backend import use_backend
 from utils.settings import read_settings, require, require_positive, run
 from utils.terminal import (
+    choose_features,
     show_attribution,
     show_correlations,
     show_evidence,
-    show_feature,
     show_record,
 )
 
@@ -40,7 +40,7 @@ PORT = 7_860  # of the playground
 
 # --- what to say
 PROMPT = "My favourite food is"  # text that the model continues
-CHAT_TEMPLATE = False  # put PROMPT into the model's chat template, so that the model replies to it
+CHAT_TEMPLATE = False  # put PROMPT into the model's chat template, so that it is replied to
 MAX_NEW_TOKENS = 40  # tokens to generate; fewer where the model ends its text
 TEMPERATURE = 0.0  # 0 takes the likeliest token; 1 draws from the model's own distribution
 SEED = 0  # of the drawing
@@ -89,7 +89,8 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     from utils.export import save_vectors
 
     # 1. Choose the features to change: by number, by word, or proposed.
-    features = choose_features(catalogue, settings)
+    width = shutil.get_terminal_size().columns
+    features = choose_features(catalogue, settings.feature, settings.n_proposals, width)
     log = generations.open_log(settings.influence_dir)
     recorded, models = generations.read_records(log), None
 
@@ -114,7 +115,7 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     # 5. Print the texts side by side.
     print(f"Prompt: {settings.prompt}")
     for record in records:
-        print("\n" + show_record(record, shutil.get_terminal_size().columns))
+        print("\n" + show_record(record, width))
     if not models:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
 
@@ -267,45 +268,6 @@ def read_analysis(settings: Any) -> tuple[Any, Path]:
 
     catalogue = Catalogue(settings.analysis_dir)
     return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)
-
-
-def choose_features(catalogue: Any, settings: Any) -> list[int]:
-    """The features that FEATURE asks for; prints them, or the candidates each is the first of."""
-    chosen = []
-    for wanted in settings.feature or (None,):
-        if isinstance(wanted, int):
-            check_feature(catalogue, wanted)
-            candidates = [wanted]
-        elif wanted is None:
-            candidates = catalogue.propose(settings.n_proposals)["feature"].tolist()
-        else:
-            candidates = catalogue.search(wanted, settings.n_proposals)["feature"].tolist()
-        require(
-            len(candidates) > 0,
-            "FEATURE must be a number, or a word that some feature goes by; it is "
-            f"{wanted!r}, and none was found. Try a number or another word.",
-        )
-        for feature in candidates:
-            print(show_feature(catalogue, feature, shutil.get_terminal_size().columns) + "\n")
-        if not isinstance(wanted, int):
-            source = "proposed" if wanted is None else f"found for {wanted!r}"
-            print(
-                f"Feature {candidates[0]} is taken, the first of {len(candidates)} {source}. To "
-                "choose another: --feature NUMBER, or a word to find one by.\n"
-            )
-        chosen.append(candidates[0])
-    return list(dict.fromkeys(chosen))
-
-
-def check_feature(catalogue: Any, feature: int) -> None:
-    """Refuse a feature that is out of range or dead."""
-    n_latents = catalogue.summary["n_latents"]
-    n_dead = int(catalogue.features["dead"].sum())
-    rule = f"FEATURE must be from 0 to {n_latents - 1}, and not one of the {n_dead} dead ones;"
-    remedy = "Leave --feature out for proposals, or give a word to find one by."
-    require(0 <= feature < n_latents, f"{rule} it is {feature}. {remedy}")
-    dead = bool(catalogue.features.loc[feature, "dead"])
-    require(not dead, f"{rule} {feature} was active on no token of the analysis. {remedy}")
 
 
 if __name__ == "__main__":

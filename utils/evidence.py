@@ -50,7 +50,7 @@ from utils.steering import (
 )
 
 METHODS = ("untouched", "reconstruction", "feature", "mean difference", "random")
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 TRIAL_PROMPTS = ("I think that", "She opened the letter and")
 PROMPTS = ("My favourite food is", "Once upon a time", "The meeting was about")
 MORE_REPETITION = 0.25  # than untouched, at which a text has collapsed

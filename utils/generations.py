@@ -24,7 +24,7 @@ def list_requests(
     return [
         {
             "prompt": settings.prompt,
-            "chat": settings.chat_template,
+            "chat_template": settings.chat_template,
             "features": features,
             "intervention": settings.intervention,
             "where": list(settings.where) if isinstance(settings.where, tuple) else settings.where,
@@ -109,24 +109,24 @@ def generate_records(
 
 
 def clamps_of(request: dict[str, Any]) -> list[Clamp]:
-    """The change of each feature that a request asks for."""
-    return [
-        Clamp(feature, request["strength"], maximum, request["intervention"])
-        for feature, maximum in zip(request["features"], request["maxima"], strict=True)
-    ]
+    """What a request changes."""
+    features = zip(request["features"], request["maxima"], strict=True)
+    how = request["intervention"]
+    return [Clamp(feature, request["strength"], maximum, how) for feature, maximum in features]
 
 
 def generate_text(models: tuple, request: dict[str, Any], steer: bool) -> str:
     """The continuation that a request asks for, or the untouched one."""
     language_model, autoencoder = models
+    clamps = clamps_of(request)
     place = request["outlier_norm"], request["where"]
-    steering = steered(language_model, request["layer"], autoencoder, clamps_of(request), *place)
+    steering = steered(language_model, request["layer"], autoencoder, clamps, *place)
     with steering if steer else contextlib.nullcontext():
         return generate(
             language_model,
             request["prompt"],
             request["max_new_tokens"],
-            request["chat"],
+            request["chat_template"],
             temperature=request["temperature"],
             seed=request["seed"],
         )

@@ -1,10 +1,12 @@
-"""What the terminal shows: a feature with its examples, and two texts side by side."""
+"""What the terminal shows: features with examples, two texts side by side, what studies found."""
 
 import itertools
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+from utils.settings import require
 
 
 def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) -> str:
@@ -41,6 +43,51 @@ def show_found(catalogue: Any, found: Any, width: int) -> str:
             example = top.loc[row.feature]
             lines.append(" " * 8 + mark_peak(list(example.pieces), int(example.peak), width - 8))
     return "\n".join(lines) or "No feature was found."
+
+
+def choose_features(
+    catalogue: Any, named: Sequence[int | str], n_proposals: int, width: int
+) -> list[int]:
+    """The features that FEATURE names; prints them, or the candidates each is the first of.
+
+    Raises:
+        InputError: One is out of range or dead, or no feature goes by a word.
+    """
+    chosen = []
+    for wanted in named or (None,):
+        if isinstance(wanted, int):
+            check_feature(catalogue, wanted)
+            candidates = [wanted]
+        elif wanted is None:
+            candidates = catalogue.propose(n_proposals)["feature"].tolist()
+        else:
+            candidates = catalogue.search(wanted, n_proposals)["feature"].tolist()
+        require(
+            len(candidates) > 0,
+            "FEATURE must be a number, or a word that some feature goes by; it is "
+            f"{wanted!r}, and none was found. Try a number or another word.",
+        )
+        for feature in candidates:
+            print(show_feature(catalogue, feature, width) + "\n")
+        if not isinstance(wanted, int):
+            source = "proposed" if wanted is None else f"found for {wanted!r}"
+            print(
+                f"Feature {candidates[0]} is taken, the first of {len(candidates)} {source}. To "
+                "choose another: --feature NUMBER, or a word to find one by.\n"
+            )
+        chosen.append(candidates[0])
+    return list(dict.fromkeys(chosen))
+
+
+def check_feature(catalogue: Any, feature: int) -> None:
+    """Refuse a feature that is out of range or dead."""
+    n_latents = catalogue.summary["n_latents"]
+    n_dead = int(catalogue.features["dead"].sum())
+    rule = f"FEATURE must be from 0 to {n_latents - 1}, and not one of the {n_dead} dead ones;"
+    remedy = "Leave --feature out for proposals, or give a word to find one by."
+    require(0 <= feature < n_latents, f"{rule} it is {feature}. {remedy}")
+    dead = bool(catalogue.features.loc[feature, "dead"])
+    require(not dead, f"{rule} {feature} was active on no token of the analysis. {remedy}")
 
 
 def mark_peak(pieces: Sequence[str], peak: int, width: int) -> str:
