@@ -280,7 +280,7 @@ def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> No
         frontier.axvline(max_perplexity, color=INK, linewidth=0.8)
         fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
         fluency.set(ylabel="times that of the untouched text")
-        concept.set(title="Concept in the text", ylabel="mean activation, % of the maximum")
+        concept.set(title="Concept in the text", ylabel="activation, % of maximum")
         frontier.set(xscale="log", title="One against the other", ylabel=concept.get_ylabel())
         frontier.set(xlabel="perplexity, times that of the untouched text")
         for panel in (concept, fluency):
