@@ -123,6 +123,11 @@ def summed_where(
     return np.bincount(feature, is_wanted, minlength=len(tokens))
 
 
+def share_of(wanted: set[str], tokens: list[str]) -> float:
+    """Share of ``tokens`` that are one of the wanted words."""
+    return sum(token.strip().lower() in wanted for token in tokens) / max(1, len(tokens))
+
+
 def share_at(wanted: set[str], feature) -> float:
     """Share of a feature's highest examples that peak at one of the wanted words."""
     peaks = zip(feature.peak_tokens, feature.peak_shares, strict=True)
