@@ -408,4 +408,4 @@ def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
         "influence_llm", *tiny_run.flags.influence_llm, "--feature", "anchor", "--strength", 5,
         "--max-new-tokens", 5, "--influence-dir", tmp_path,
     ).stdout  # fmt: skip
-    assert f"Clamping feature {found}," in printed and "anchor" in printed
+    assert f"Feature {found} is taken," in printed and "anchor" in printed

@@ -40,7 +40,7 @@ def write_browser(
     pictures: dict[str, Path],
     shown: dict[str, list[int]],
 ) -> None:
-    """Write the browser of a catalogue; its ``index.html`` last, so that the others are there.
+    """Write the browser of a catalogue; its ``index.html`` last: where it is, all is whole.
 
     Args:
         folder: Where to; made if it is not there.
@@ -51,7 +51,7 @@ def write_browser(
     for name in ("data", "pictures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for path in pictures.values():
-        _copy(path, folder / "pictures")
+        shutil.copyfile(path, folder / "pictures" / path.name)
     features = catalogue.features
     index = {
         "about": {name: summary[name] for name in ("model_name", "layer", "kind", "dataset")},
@@ -66,12 +66,8 @@ def write_browser(
     _write(folder, "search", _searched(features))
     _write_details(folder, catalogue)
     for path in sorted(PAGE.iterdir(), key=lambda path: path.name == "index.html"):
-        _copy(path, folder)
-
-
-def _copy(path: Path, folder: Path) -> None:
-    with replacing(folder / path.name) as partial:
-        shutil.copyfile(path, partial)
+        with replacing(folder / path.name) as partial:
+            shutil.copyfile(path, partial)
 
 
 def _write(folder: Path, name: str, content: Any) -> None:
@@ -80,8 +76,8 @@ def _write(folder: Path, name: str, content: Any) -> None:
     All but ASCII is escaped, and "<" too: no text can end a script, or depend on an encoding.
     """
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    with replacing(folder / "data" / f"{name}.js") as partial:
-        partial.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
+    path = folder / "data" / f"{name}.js"
+    path.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
 
 
 def _columns(features: pd.DataFrame) -> dict[str, Any]:
@@ -101,7 +97,12 @@ def _columns(features: pd.DataFrame) -> dict[str, Any]:
 
 def _rounded(values: Any, digits: int = 4) -> list[float | None]:
     """Numbers to some significant digits; None where there is none."""
-    return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]
+    values = np.asarray(values, float)
+    finite = np.isfinite(values).tolist()
+    return [
+        float(f"{value:.{digits}g}") if is_finite else None
+        for value, is_finite in zip(values.tolist(), finite, strict=True)
+    ]
 
 
 def _searched(features: pd.DataFrame) -> list[str]:

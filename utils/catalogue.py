@@ -85,15 +85,17 @@ class Catalogue:
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
 
-        Those whose highest examples peak at whole words, and that are neither rare nor everywhere.
+        Those whose highest examples peak at whole words and that promote these words too, for a
+        feature that only reads a word does not write it; neither rare nor everywhere.
         """
         features = self.features
         common = features[features["frequency"].between(5e-4, 2e-2)]
         common = common if len(common) else features[~features["dead"]]
-        match = [
-            share_at(words_of(row.peak_tokens), row) * row.max_activation
-            for row in common.itertuples()
-        ]
+        match = []
+        for row in common.itertuples():
+            words = words_of(row.peak_tokens)
+            promoted = 0.05 + share_of(words, row.promoted_tokens)
+            match.append(share_at(words, row) * promoted * row.max_activation)
         return common.assign(match=np.array(match, float)).nlargest(n, "match")
 
 
@@ -119,6 +121,11 @@ def summed_where(
     if weights is not None:
         is_wanted *= np.concatenate(weights.to_list())
     return np.bincount(feature, is_wanted, minlength=len(tokens))
+
+
+def share_of(wanted: set[str], tokens: list[str]) -> float:
+    """Share of ``tokens`` that are one of the wanted words."""
+    return sum(token.strip().lower() in wanted for token in tokens) / max(1, len(tokens))
 
 
 def share_at(wanted: set[str], feature) -> float:

@@ -17,7 +17,7 @@ from keras import ops
 
 from utils.activations import ActivationStore
 from utils.artifacts import fingerprint, missing_stage, read_json
-from utils.autoencoder import SparseAutoencoder, squared_error
+from utils.autoencoder import SparseAutoencoder, of_some, squared_error
 from utils.settings import InputError, require
 from utils.sparse import Picks, top_latents
 
@@ -55,11 +55,11 @@ class DenseAutoencoder(SparseAutoencoder):
         super().__init__(**kwargs)
         self.sparsity_coefficient, self.sparsity_warmup = sparsity_coefficient, sparsity_warmup
 
-    def encode(self, activations):
-        return self.latents(self.pre_activations(self.normalise(activations)))
+    def encode(self, activations, features=None):
+        return self.latents(self.pre_activations(self.normalise(activations), features), features)
 
-    def latents(self, pre_activations):
-        """f of pre-activations, both (batch, n_latents)."""
+    def latents(self, pre_activations, features=None):
+        """f of pre-activations, both (batch, n_latents), or of some latents alone."""
         raise NotImplementedError
 
     def forward_pass(self, x):
@@ -95,7 +95,7 @@ class L1Autoencoder(DenseAutoencoder):
     Reference: "Scaling Monosemanticity", Sparse Autoencoders; "Update on how we train SAEs".
     """
 
-    def latents(self, pre_activations):
+    def latents(self, pre_activations, features=None):
         return ops.relu(pre_activations)
 
     def loss_terms(self, x, passed):
@@ -127,8 +127,10 @@ class GatedAutoencoder(DenseAutoencoder):
         super().initialize(*args, **kwargs)
         self.b_mag.assign(self.b_enc + 0.0)  # a copy: JAX updates both in place
 
-    def latents(self, pre_activations):
-        magnitude = ops.exp(self.r_mag) * (pre_activations - self.b_enc) + self.b_mag
+    def latents(self, pre_activations, features=None):
+        weights = (self.r_mag, self.b_enc, self.b_mag)
+        r_mag, b_enc, b_mag = (of_some(weight, features) for weight in weights)
+        magnitude = ops.exp(r_mag) * (pre_activations - b_enc) + b_mag
         return ops.where(pre_activations > 0, ops.relu(magnitude), 0.0)
 
     def loss_terms(self, x, passed):
@@ -179,8 +181,8 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         """θ, shape (n_latents,)."""
         return ops.exp(self.log_threshold)
 
-    def latents(self, pre_activations):
-        above = pre_activations - self.threshold()
+    def latents(self, pre_activations, features=None):
+        above = pre_activations - of_some(self.threshold(), features)
         ramp = ops.clip(above / self.bandwidth + 0.5, 0.0, 1.0)
         step = ops.cast(above > 0, "float32")
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
@@ -248,9 +250,19 @@ class TopKAutoencoder(SparseAutoencoder):
         picks = Picks(indices, self.n_latents)
         return picks, ops.relu(ops.reshape(values, ops.shape(picks.latent)))
 
-    def encode(self, activations):
-        picks, values = self.encode_picks(activations)
-        return picks.dense(values)
+    def encode(self, activations, features=None):
+        if features is None:
+            picks, values = self.encode_picks(activations)
+            return picks.dense(values)
+        # Only a positive pre-activation can be a latent; most rows of most features have none.
+        x = self.normalise(activations)
+        own = ops.relu(self.pre_activations(x, features))
+        return ops.cond(ops.any(own > 0), lambda: self._among_largest(x, features), lambda: own)
+
+    def _among_largest(self, x, features):
+        values, indices = self.top_latents(x, self.k)
+        chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
+        return ops.sum(ops.where(chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
     def encode_active(self, activations):
         picks, values = self.encode_picks(activations)
@@ -303,8 +315,8 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         super().__init__(**kwargs)
         self.threshold = self.add_weight((), "zeros", trainable=False, name="threshold")
 
-    def encode(self, activations):
-        found = self.pre_activations(self.normalise(activations))
+    def encode(self, activations, features=None):
+        found = self.pre_activations(self.normalise(activations), features)
         return ops.where(found > self.threshold, ops.relu(found), 0.0)
 
     def encode_active(self, activations):

@@ -137,7 +137,7 @@ def correlate_with_neurons(
             tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in some])).long()
             kept = torch.from_numpy(np.stack([store["kept"][c] for c in some]))
             residual = residual_at(language_model, tokens, store.layer)[kept].float()
-            latents = encode(autoencoder, residual)[:, chosen]
+            latents = encode(autoencoder, residual, chosen)
             values = torch.cat([block[kept].float() for block in neurons], dim=1)
             if found is None:
                 found = Correlations(len(chosen), values.shape[1], values.device)

@@ -134,7 +134,7 @@ if keras.backend.backend() == "torch":
             return tuple(ops.convert_to_numpy(array) for array in found)
 
         def by_latent(self):
-            """The picks in order of latent, their rows, and where each latent's begin; made once."""
+            """Picks in order of latent, their rows, and where each latent's begin; made once."""
             if self._by_latent is None:
                 latent, order = self.latent.sort()
                 edges = torch.arange(self.n_latents + 1, dtype=torch.int32, device=latent.device)

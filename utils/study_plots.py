@@ -1,4 +1,4 @@
-"""Pictures of the studies: specificity, completeness, splitting, directions, attribution."""
+"""Pictures of the studies, one of analyze_features.py or influence_llm.py each."""
 
 import itertools
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 
 from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 
 N_SHOWN = 5  # features of a token
+GREEN = "#117733"
 
 
 def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
@@ -247,3 +249,47 @@ def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path
         axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest")
         axes.set_ylim(len(prompt) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
+
+
+def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> None:
+    """How much of a concept a text has, and how fluent it is, by method and strength.
+
+    Args:
+        curves: Of `evidence.curves`.
+        max_perplexity: Times the untouched, marked as the end of fluency.
+    """
+    methods = {"feature": ORANGE, "mean difference": BLUE, "random": GREY}
+    flat = {"untouched": (GREY, ":"), "reconstruction": (GREEN, "--")}
+    n = curves["n"].max()
+    title = "Clamping a feature brings its concept into the text, until fluency breaks"
+    with picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
+        concept, fluency, frontier = axes
+        for method, colour in methods.items():
+            own = curves[curves["method"] == method].sort_values("strength")
+            for panel, name, factor in ((concept, "concept", 100), (fluency, "perplexity", 1)):
+                low, middle, high = (factor * own[f"{name}{end}"] for end in ("_low", "", "_high"))
+                panel.plot(own["strength"], middle, "o-", ms=4, color=colour, label=method)
+                panel.fill_between(own["strength"], low, high, color=colour, alpha=0.15, lw=0)
+            frontier.plot(own["perplexity"], 100 * own["concept"], "o-", ms=4, color=colour)
+        for method, (colour, style) in flat.items():
+            (own,) = curves[curves["method"] == method].itertuples()
+            concept.axhline(100 * own.concept, color=colour, linestyle=style, label=method)
+            fluency.axhline(own.perplexity, color=colour, linestyle=style)
+            frontier.plot(own.perplexity, 100 * own.concept, "s", ms=5, color=colour)
+        fluency.axhline(max_perplexity, color=INK, linewidth=0.8)
+        frontier.axvline(max_perplexity, color=INK, linewidth=0.8)
+        fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
+        fluency.set(ylabel="times that of the untouched text")
+        concept.set(title="Concept in the text", ylabel="activation, % of maximum")
+        frontier.set(xscale="log", title="One against the other", ylabel=concept.get_ylabel())
+        frontier.set(xlabel="perplexity, times that of the untouched text")
+        for panel in (concept, fluency):
+            panel.set(xlabel="strength, multiples of the maximum")
+        for axis in (fluency.yaxis, frontier.xaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        legend = "method; bands: 95% over features"
+        figure.legend(
+            *concept.get_legend_handles_labels(), title=legend, ncols=5, loc="outside lower center"
+        )

@@ -7,18 +7,24 @@ let found = []; // numbers of the features that fit, in order
 let cursor = 0; // place in `found`
 let opened = null; // number of the feature that is open
 
-const ORDERS = { number: "number", frequency: "frequency", max_activation: "maximum", label: "label" };
+const ORDERS = { best: "best match", number: "number", frequency: "frequency", max_activation: "maximum", label: "label" };
 const filter = { subset: "", label: "", dead: false, least: MOST_RARE, most: 0, scores: {} };
 
-function matches(query) {
+// How well features fit a query: 4 by number, 3 if the label begins so, 2 if the label holds it,
+// 1 if another text does, 0 if none.
+function fitness(query) {
   const words = query.toLowerCase().trim();
-  if (!words) return () => true;
+  if (!words) return () => 1;
   const number = /^#?\d+$/.test(words) ? Number(words.replace("#", "")) : null;
-  return (i) => i === number || index.label[i].toLowerCase().includes(words) || (searched[i] ?? "").includes(words);
+  return (i) => {
+    if (i === number) return 4;
+    const at = index.label[i].toLowerCase().indexOf(words);
+    return at === 0 ? 3 : at > 0 ? 2 : Number((searched[i] ?? "").includes(words));
+  };
 }
 
 function search() {
-  const fits = matches(byId("query").value);
+  const query = byId("query").value, fit = fitness(query), fits = new Map();
   const shown = byId("shown").value;
   const chosen = shown ? index.shown[shown] : index.label.keys();
   const low = filter.least > MOST_RARE ? 10 ** filter.least : 0, high = filter.most < 0 ? 10 ** filter.most : 1;
@@ -28,8 +34,8 @@ function search() {
     (filter.dead || isAlive(i)) && index.frequency[i] >= low && index.frequency[i] <= high &&
     (subset < 0 || index.subset[i] === subset) &&
     (!filter.label || (filter.label === "with") === (index.label[i] !== "")) &&
-    scores.every(([name, least]) => index[name][i] !== null && index[name][i] >= least) && fits(i));
-  order(shown);
+    scores.every(([name, least]) => index[name][i] !== null && index[name][i] >= least) && fits.set(i, fit(i)).get(i));
+  order(query, fits);
   cursor = Math.max(0, found.indexOf(opened));
   byId("count").textContent = `${withCommas(found.length)} of ${withCommas(index.label.length)} features`;
   byId("list").scrollTop = 0;
@@ -37,13 +43,15 @@ function search() {
   drawMap();
 }
 
-function order(shown) {
+function order(query, fits) {
   const by = byId("order").value, way = byId("turn").textContent === "↓" ? -1 : 1;
   if (by === "label") {
     const collator = new Intl.Collator("en");
     found.sort((a, b) => way * collator.compare(index.label[a], index.label[b]));
+  } else if (by === "best") {
+    if (query) found.sort((a, b) => fits.get(b) - fits.get(a) || index.frequency[b] - index.frequency[a]);
   } else if (by === "number") found.sort((a, b) => way * (a - b));
-  else if (by) found.sort((a, b) => way * ((index[by][a] ?? -Infinity) - (index[by][b] ?? -Infinity)));
+  else found.sort((a, b) => way * ((index[by][a] ?? -Infinity) - (index[by][b] ?? -Infinity)));
 }
 
 function showRows() {
@@ -143,10 +151,11 @@ function setSubset(name) {
 
 function resetFilters() {
   Object.assign(filter, { subset: "", label: "", dead: false, least: MOST_RARE, most: 0, scores: {} });
-  byId("query").value = byId("shown").value = "";
+  byId("query").value = "";
   byId("filter-rows").replaceChildren();
   byId("shown").replaceChildren();
   byId("order").replaceChildren();
+  byId("turn").disabled = true;
   makeFilters();
   changed();
 }

@@ -2,7 +2,8 @@
 "use strict";
 
 const LABELS = 60; // the most that are written
-const view = { x: 0, y: 0, scale: 1 }; // map coordinates at the middle of the canvas, pixels a unit
+// Map coordinates at the middle of the canvas, pixels a unit, and the size of the canvas in pixels.
+const view = { x: 0, y: 0, scale: 1, wide: 0, high: 0 };
 let mapped = []; // numbers of the features that have a place
 let hovered = null, focus = null; // feature under the pointer; feature the map was asked for
 
@@ -28,7 +29,7 @@ function makeMap() {
   document.querySelector("[data-view=map]").hidden = !mapped.length;
   const counts = index.subsets.map((_, s) => mapped.filter((i) => index.subset[i] === s && index.top_subset_share[i] >= 0.5).length);
   const mixed = mapped.length - counts.reduce((a, b) => a + b, 0);
-  const key = make("span", { class: "soft" }, make("span", { class: "dot" }), `mixed ${withCommas(mixed)}`);
+  const key = make("span", { class: "soft", title: "No kind of text has half of their activation" }, make("span", { class: "dot" }), `mixed ${withCommas(mixed)}`);
   key.firstChild.style.background = pale;
   byId("legend").replaceChildren(...index.subsets.map((name, s) => {
     const dot = make("span", { class: "dot" });
@@ -41,6 +42,7 @@ function makeMap() {
 
 function showMap(i) {
   const box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
+  Object.assign(view, { wide: box.width, high: box.height });
   canvas.width = box.width * ratio;
   canvas.height = box.height * ratio;
   if (i !== null && i !== focus) Object.assign(view, { x: index.umap_x[i], y: index.umap_y[i], scale: 6 * wholeMap().scale });
@@ -53,23 +55,23 @@ function wholeMap() {
   const span = (values) => values.reduce(([low, high], v) => v === null ? [low, high] : [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
   const [left, right] = span(index.umap_x), [bottom, top] = span(index.umap_y);
   const below = byId("legend").offsetHeight + 20;
-  const scale = 0.94 * Math.min(canvas.clientWidth / (right - left || 1), (canvas.clientHeight - below) / (top - bottom || 1));
+  const scale = 0.94 * Math.min(view.wide / (right - left || 1), (view.high - below) / (top - bottom || 1));
   return { x: (left + right) / 2, y: (top + bottom) / 2 - below / 2 / scale, scale };
 }
 
 const place = (i) => [
-  canvas.clientWidth / 2 + (index.umap_x[i] - view.x) * view.scale,
-  canvas.clientHeight / 2 - (index.umap_y[i] - view.y) * view.scale,
+  view.wide / 2 + (index.umap_x[i] - view.x) * view.scale,
+  view.high / 2 - (index.umap_y[i] - view.y) * view.scale,
 ];
 
 function drawMap() {
   if (byId("map").hidden || !mapped.length) return;
-  const ratio = window.devicePixelRatio || 1, wide = canvas.clientWidth, high = canvas.clientHeight;
+  const ratio = window.devicePixelRatio || 1, { wide, high } = view;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, wide, high);
   const fits = new Set(found), zoom = view.scale / wholeMap().scale;
   const seen = mapped.filter((i) => { const [x, y] = place(i); return x > -9 && x < wide + 9 && y > -9 && y < high + 9; });
-  const size = Math.min(9, Math.max(1.2, 230 / Math.sqrt(mapped.length)) * zoom ** 0.45);
+  const size = Math.min(9, Math.max(1.2, 0.24 * Math.sqrt(wide * high / mapped.length)) * zoom ** 0.45);
   for (const fitting of [false, true]) {
     for (const i of seen) {
       if (fits.has(i) !== fitting) continue;
@@ -138,9 +140,9 @@ function nearestTo(x, y) {
   return nearest;
 }
 
-function zoomAt(factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
+function zoomAt(factor, x = view.wide / 2, y = view.high / 2) {
   const whole = wholeMap(), scale = Math.min(200 * whole.scale, Math.max(0.5 * whole.scale, view.scale * factor));
-  const dx = x - canvas.clientWidth / 2, dy = y - canvas.clientHeight / 2;
+  const dx = x - view.wide / 2, dy = y - view.high / 2;
   view.x += dx / view.scale - dx / scale;
   view.y -= dy / view.scale - dy / scale;
   view.scale = scale;

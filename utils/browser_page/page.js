@@ -28,7 +28,7 @@ function route() {
   document.body.dataset.view = shown;
   document.body.classList.toggle("opened", name === "feature" && i !== null);
   for (const id of ["map", "overview"]) byId(id).hidden = shown !== id;
-  for (const link of document.querySelectorAll("[data-view]:not(body)")) link.toggleAttribute("aria-current", link.dataset.view === shown);
+  for (const link of document.querySelectorAll("[data-view]:not(body)")) link.setAttribute("aria-current", link.dataset.view === shown ? "page" : "false");
   byId("tip").hidden = true;
   opened = name === "feature" ? i : null;
   if (opened !== null) {
@@ -111,6 +111,7 @@ function leave() {
 byId("query").addEventListener("input", changed);
 byId("shown").addEventListener("change", search);
 byId("order").addEventListener("change", () => {
+  byId("turn").disabled = byId("order").value === "best";
   byId("turn").textContent = ["label", "number"].includes(byId("order").value) ? "↑" : "↓";
   search();
 });
