@@ -25,10 +25,16 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES = ("specificity", "completeness", "neurons")  # to make beside; see utils/ by these names
+STUDIES = (
+    "specificity",
+    "completeness",
+    "neurons",
+    "splitting",
+    "directions",
+)  # to make beside; see utils/ by these names
 N_STUDIED = 1_000  # features drawn for specificity and neurons
 N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over
-OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness to compare
+OTHER_AUTOENCODERS: tuple[str, ...] = ()  # other sizes' folders, for completeness and splitting
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
 BATCH_SIZE = 8_192  # tokens encoded together
@@ -77,7 +83,7 @@ def main() -> None:
         print(show_found(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import completeness, neurons, specificity
+    from utils import completeness, directions, neurons, specificity, splitting
     from utils.activations import ActivationStore
     from utils.analysis import Analysis
     from utils.kinds import open_autoencoder
@@ -117,7 +123,15 @@ def main() -> None:
         if "neurons" in settings.studies:
             analysis.make("neurons", neurons.study)
 
-        # 7. Save the tables, draw the plots, and put everything into one page.
+        # 7. Splitting: what does a feature of a small dictionary become in larger ones?
+        if "splitting" in settings.studies:
+            analysis.make("splitting", splitting.study)
+
+        # 8. Special directions: does the model mind a feature's change more than another?
+        if "directions" in settings.studies:
+            analysis.make("directions", directions.study)
+
+        # 9. Save the tables, draw the plots, and put everything into one page.
         summary = analysis.save()
         make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
@@ -133,8 +147,9 @@ def check(settings) -> None:
     for study in settings.studies:
         require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
     require(
-        not settings.other_autoencoders or "completeness" in settings.studies,
-        "OTHER_AUTOENCODERS is for completeness, which is not in STUDIES. Leave it out, or add it.",
+        not settings.other_autoencoders or {"completeness", "splitting"} & set(settings.studies),
+        "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "
+        "out, or add one.",
     )
     asked = (settings.search is not None, settings.search_like is not None)
     require(
@@ -192,6 +207,24 @@ def describe_studies(summary: dict) -> str:
         lines += (
             f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
             "most 0.3 with any neuron of the model up to the layer.\n"
+        )
+    if found := summary.get("splitting"):
+        last = found["levels"][-1]
+        lines += (
+            f"Splitting: {found['levels'][-1]['split']:.0%} of {found['n_latents']:,} features "
+            f"are more than one among {last['n_latents']:,}.\n"
+        )
+    if found := summary.get("directions"):
+        own, other = (
+            next(
+                row for row in found if (row["change"], row["direction"]) == ("ablated", direction)
+            )
+            for direction in ("feature", "covariance")
+        )
+        lines += (
+            f"Special directions: ablating a feature raises the loss by {own['mean']:.3f} nats "
+            f"where it is active, as large a change elsewhere by {other['mean']:.3f}; more for "
+            f"{other['larger']:.0%} of {own['n_features']} features.\n"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Special directions: a feature that the model computes with costs more than one that it ignores."""
+"""Special directions: a feature the model computes with costs more than one it ignores."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ from utils import catalogue, tables
 from utils.activations import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder import SparseAutoencoder
-from utils.evaluation import cross_entropies, loss_recovered
+from utils.evaluation import loss_recovered, measure_losses
 from utils.features import (
     AROUND,
     N_BINS,
@@ -260,16 +260,22 @@ class Nothing(Identity):
     share = 0.0
 
 
-def test_cross_entropies_of_identity_and_nothing(tiny_run, tiny_model):
+def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
     store = ActivationStore(tiny_run.folder / "activations")
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
     measured = {
-        cls: cross_entropies(
+        cls: measure_losses(
             language_model, cls(d_model=32, n_latents=32), store, range(100, 200), 640
         )
         for cls in (Identity, Nothing)
     }
-    identity, nothing = measured[Identity], measured[Nothing]
+    subsets = measured[Nothing].loc[["Garden", "Harbour"]]
+    identity, nothing = (measured[cls].loc["all"] for cls in (Identity, Nothing))
+    assert identity["kl"] == pytest.approx(0, abs=1e-5) and nothing["kl"] > 0.01
+    assert identity["fvu"] == pytest.approx(0, abs=1e-6) and nothing["fvu"] >= 1
+    assert subsets["n_tokens"].sum() == nothing["n_tokens"]
+    weighted = np.average(subsets[["untouched", "zero_ablated", "kl"]], 0, subsets["n_tokens"])
+    assert weighted == pytest.approx(nothing[["untouched", "zero_ablated", "kl"]].to_numpy(float))
     assert loss_recovered(identity) == pytest.approx(1, abs=1e-4)
     assert identity["reconstruction"] == pytest.approx(identity["untouched"], abs=1e-5)
     assert loss_recovered(nothing) == 0

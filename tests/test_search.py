@@ -72,7 +72,7 @@ def test_prompts_are_pooled_over_positions_or_at_a_token(tiny_run, tiny_model):
     path = catalogue.autoencoder_path(tiny_run.folder / "autoencoder")
     prompts = ["rose tulip spade rain seed", "ship anchor rope tide"]
     language_model, autoencoder = (
-        load_language_model(str(tiny_model), LAYER),
+        load_language_model(str(tiny_model), LAYER, "float32"),
         load_autoencoder(path),
     )
     tokens = prompt_tokens(language_model, prompts[0])

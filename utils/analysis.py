@@ -17,7 +17,7 @@ from utils import tables
 from utils.activations import ActivationStore
 from utils.artifacts import read_json, replacing, write_json
 from utils.autoencoder import SparseAutoencoder
-from utils.evaluation import cross_entropies, loss_recovered
+from utils.evaluation import loss_recovered, measure_losses
 from utils.features import FeaturePass
 from utils.language_model import LanguageModel, load_language_model
 from utils.neighbours import neighbour_table
@@ -110,7 +110,10 @@ class Analysis:
         """What the model loses when it computes with the reconstruction, on held-out tokens."""
         n_tokens = self.settings.n_loss_tokens
         model = self.language_model, self.autoencoder, self.store
-        return Findings(cross_entropies(*model, self.held_out, n_tokens))
+        table = measure_losses(*model, self.held_out, n_tokens)
+        names = ["untouched", "reconstruction", "zero_ablated", "kl", "n_tokens"]
+        table["loss_recovered"] = loss_recovered(table)
+        return Findings(table.loc["all", names].to_dict(), {"fidelity": table.reset_index()})
 
     def make(self, name: str, study: Callable[["Analysis"], Findings]) -> None:
         """Make a study and keep what it found, unless an earlier run did."""

@@ -41,10 +41,13 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
     )
     plots.plot_l0_histogram(np.array(summary["l0_counts"]), folder / "l0.png")
     plots.plot_fidelity(summary, folder / "fidelity.png")
+    by_subset = pd.read_csv(folder / "fidelity.csv")
+    plots.plot_fidelity_by_subset(by_subset, folder / "fidelity_by_subset.png")
     drawn = {
         "How often features fire": folder / "density.png",
         "How many features a token has": folder / "l0.png",
         "What the model loses with the reconstruction": folder / "fidelity.png",
+        "In which kind of text it loses most": folder / "fidelity_by_subset.png",
     }
     if summary.get("specificity"):
         levels = pd.DataFrame(summary["specificity"])
@@ -58,6 +61,18 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
         correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
         study_plots.plot_neurons(correlations, folder / "neurons.png")
         drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
+    if summary.get("splitting"):
+        table, family = pd.read_csv(folder / "splitting.csv"), summary["splitting"]["family"]
+        table[["label", "word"]] = table[["label", "word"]].fillna("")
+        if family is not None:
+            study_plots.plot_family(table, family, folder / "family.png")
+            drawn["What does a feature become in larger dictionaries?"] = folder / "family.png"
+        if "x" in table:
+            study_plots.plot_sizes(table, family, folder / "sizes.png")
+            drawn["Where are the features of larger dictionaries?"] = folder / "sizes.png"
+    if summary.get("directions"):
+        study_plots.plot_directions(summary["directions"], folder / "directions.png")
+        drawn["Does the model mind a feature's change more?"] = folder / "directions.png"
     if features["umap_x"].notna().any():
         plots.plot_umap(features, folder / "umap.png")
         drawn = {"Features by the direction they write": folder / "umap.png", **drawn}
