@@ -2,17 +2,22 @@
 
 Reads data/activations and data/autoencoder, and the model and layer that they were made from.
 Writes data/analysis: features.parquet and examples.parquet (the catalogue of features), a table for
-each study, summary.json, plots, and report.html, which shows it all.
+each study, summary.json, plots, and browser/index.html, a page to look at it all.
 
     python analyze_features.py --n-reported 40
+    python analyze_features.py --search "San Francisco"   # searches what is there
 """
 
+import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from utils.artifacts import open_stage, read_json
 from utils.backend import use_backend
+from utils.search import search
 from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.terminal import show_found
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -21,14 +26,37 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES = ("specificity", "completeness", "neurons")  # to make beside; see utils/ by these names
+STUDIES = (
+    "specificity",
+    "completeness",
+    "neurons",
+    "explanations",
+    "splitting",
+    "directions",
+)  # to make beside; see utils/ by these names
 N_STUDIED = 1_000  # features drawn for specificity and neurons
-N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over
-OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness to compare
+N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over, and to compare them
+N_EXPLAINED = 200  # features whose explanations are scored; all have one
+SENTENCE_MODEL: str | None = None  # compares contexts: embedded, a hub name, a folder; None: TF-IDF
+OTHER_AUTOENCODERS: tuple[str, ...] = ()  # other sizes' folders, for completeness and splitting
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
-N_REPORTED = 30  # features that stand out, shown in the report beside ten drawn at random
+N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
 BATCH_SIZE = 8_192  # tokens encoded together
 SEED = 0  # of the random examples, the features drawn, and the map
+
+# --- a judge of specificity and explanations; None: word lists and words at peaks judge
+JUDGE: str | None = None  # an instruct model: embedded, a hub name, a folder, or one at JUDGE_URL
+JUDGE_URL: str | None = None  # OpenAI-compatible, to /v1; its key is JUDGE_API_KEY in .env
+JUDGE_PRICE: tuple[float, float] | None = None  # of a million tokens in and out, for an estimate
+
+# --- instead of analysing: search the finished analysis in ANALYSIS_DIR
+SEARCH: str | None = None  # words: features that peak at them, are labelled or promote them
+SEARCH_LIKE: int | None = None  # a feature: those that write the most similar directions
+SEARCH_PROMPT: tuple[str, ...] = ()  # texts: features active on all of them; loads the model
+SEARCH_NOT: tuple[str, ...] = ()  # texts that features found by SEARCH_PROMPT are silent on
+SEARCH_TOKEN: str | None = None  # compare at this token of each text; None: the mean over it
+SEARCH_CLASSIFIER = False  # tell SEARCH_PROMPT from SEARCH_NOT by a linear classifier of features
+N_FOUND = 10  # features to print
 
 # --- writing
 ANALYSIS_DIR = "data/analysis"  # folder to write to
@@ -38,11 +66,23 @@ NOT_RECORDED = (
     "activations_dir",
     "autoencoder_dir",
     "other_autoencoders",
+    "judge_url",
+    "judge_price",
     "analysis_dir",
     "overwrite",
+    "search",
+    "search_like",
+    "search_prompt",
+    "search_not",
+    "search_token",
+    "search_classifier",
+    "n_found",
 )
-N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
-OUTPUTS = ("*.parquet", "*.csv", "summary.json", "vocabulary.json", "*.png", "report.html")
+PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
+OUTPUTS = (
+    "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
+    "browser",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -50,13 +90,14 @@ def main() -> None:
 
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
+    if settings.search or settings.search_prompt or settings.search_like is not None:
+        print(show_found(*search(settings), shutil.get_terminal_size().columns))
+        return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import catalogue, completeness, neurons, specificity
+    from utils import completeness, directions, explanation, neurons, specificity, splitting
     from utils.activations import ActivationStore
-    from utils.evaluation import cross_entropies
-    from utils.features import FeaturePass
+    from utils.analysis import Analysis
     from utils.kinds import open_autoencoder
-    from utils.language_model import load_language_model
     from utils.report import make_report
 
     store = ActivationStore(settings.activations_dir)
@@ -67,70 +108,47 @@ def main() -> None:
     recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
 
     with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
-        if (folder / "report.html").exists():
+        if (folder / PAGE).exists():
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         store.verify()
-        language_model = load_language_model(store.model_name, store.layer, store.dtype)
+        analysis = Analysis(
+            folder, settings, store, autoencoder, trained, [other for other, _ in others]
+        )
 
-        # 2. One pass over the activations: statistics and examples of every feature.
-        contexts = store.first(settings.n_tokens)
-        found = FeaturePass(autoencoder, store, settings.seed)
-        found.run(contexts, settings.batch_size)
+        # 2. One pass over the activations: statistics, examples, map; tokens each promotes.
+        analysis.go_through()
 
         # 3. What the model loses when it computes with the reconstruction.
-        _, held_out = store.split(trained["held_out"])
-        losses = cross_entropies(
-            language_model, autoencoder, store, held_out, settings.n_loss_tokens
-        )
+        analysis.make("cross_entropy", Analysis.measure_loss)
 
-        # 4. The tokens each feature promotes, and the map of decoder directions.
-        pieces = catalogue.vocabulary(language_model.tokenizer)
-        directions = autoencoder.directions()
-        promoted = catalogue.promoted_tokens(language_model, directions, pieces)
-        places = catalogue.map_directions(
-            directions, found.uses > 0, settings.seed, settings.map_features
-        )
-
-        examples = catalogue.example_table(found, store)
-        features = catalogue.feature_table(found, examples, promoted, places, pieces)
-        summary = catalogue.summarise(found, store, trained, losses)
-
-        # 5. Specificity: is what a feature is about there where it is active?
+        # 4. Specificity: is what a feature is about there where it is active?
         if "specificity" in settings.studies:
-            drawn = specificity.draw_examples(examples, pieces, settings.n_studied, settings.seed)
-            scores = specificity.measure_specificity(drawn, found.subset_shares(), settings.seed)
-            features["specificity"] = specificity.of_features(scores, len(features))
-            levels = specificity.by_level(scores, settings.seed)
-            summary["specificity"] = levels.to_dict("records")
-            scores.to_csv(folder / "specificity.csv", index=False)
+            analysis.make("specificity", specificity.study)
 
-        # 6. Completeness: which words have a feature, and how frequent are they?
+        # 5. Completeness: which words have a feature, and how frequent are they?
         if "completeness" in settings.studies:
-            sizes = [autoencoder, *(other for other, _ in others)]
-            words, summary["completeness"] = completeness.study(
-                sizes, store, contexts, pieces, settings.batch_size, settings.seed
-            )
-            words.to_csv(folder / "completeness.csv", index=False)
+            analysis.make("completeness", completeness.study)
 
-        # 7. Features against neurons: is a feature not merely a neuron?
+        # 6. Features against neurons: is a feature not merely a neuron?
         if "neurons" in settings.studies:
-            some = store.first(settings.n_neuron_tokens)
-            n_tokens, n_features = len(some) * store.context_length, settings.n_studied
-            frequent = neurons.draw_features(
-                features["frequency"].to_numpy(), n_tokens, n_features, settings.seed
-            )
-            correlations = neurons.correlate_with_neurons(
-                language_model, autoencoder, store, some, frequent, N_TOGETHER
-            )
-            correlations.to_csv(folder / "neurons.csv", index=False)
-            summary["neurons"] = neurons.summarise(correlations)
+            analysis.make("neurons", neurons.study)
 
-        # 8. Save the catalogue.
-        catalogue.save_catalogue(folder, features, examples, pieces, summary)
+        # 7. Explanations: does a phrase tell what a feature fires on, better than a neuron's does?
+        if "explanations" in settings.studies:
+            analysis.make("explanations", explanation.study)
 
-        # 9. Draw the plots, and put everything into one page.
-        make_report(folder, found.fidelity.l0_counts, settings.n_reported, settings.seed)
+        # 8. Splitting: what does a feature of a small dictionary become in larger ones?
+        if "splitting" in settings.studies:
+            analysis.make("splitting", splitting.study)
+
+        # 9. Special directions: does the model mind a feature's change more than another?
+        if "directions" in settings.studies:
+            analysis.make("directions", directions.study)
+
+        # 10. Save the tables, draw the plots, and put everything into one page.
+        summary = analysis.save()
+        make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
 
 
@@ -138,15 +156,49 @@ def check(settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
-        "batch_size",
+        "n_explained", "batch_size", "n_found",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     for study in settings.studies:
         require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
     require(
-        not settings.other_autoencoders or "completeness" in settings.studies,
-        "OTHER_AUTOENCODERS is for completeness, which is not in STUDIES. Leave it out, or add it.",
+        not settings.other_autoencoders or {"completeness", "splitting"} & set(settings.studies),
+        "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "
+        "out, or add one.",
     )
+    check_judge(settings)
+    asked = (settings.search is not None, settings.search_like is not None)
+    require(
+        sum(asked) + bool(settings.search_prompt) <= 1,
+        "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
+    )
+    require(
+        bool(settings.search_prompt) or not (settings.search_not or settings.search_token),
+        "SEARCH_NOT and SEARCH_TOKEN belong to SEARCH_PROMPT, which is not given.",
+    )
+    require(
+        bool(settings.search_prompt and settings.search_not) or not settings.search_classifier,
+        "SEARCH_CLASSIFIER needs texts in both SEARCH_PROMPT and SEARCH_NOT.",
+    )
+
+
+def check_judge(settings) -> None:
+    """Refuse settings of a judge that cannot be meant, or that would save a password."""
+    url, price = settings.judge_url, settings.judge_price
+    if url is not None:
+        require(settings.judge is not None, "JUDGE_URL needs JUDGE, the model to ask for there.")
+        parts = urlsplit(url)
+        require(
+            parts.scheme in ("http", "https") and bool(parts.hostname),
+            f"JUDGE_URL must be an http or https address, such as http://127.0.0.1:8000/v1; it is "
+            f"{url!r}.",
+        )
+        require(
+            not parts.username and not parts.query,
+            "JUDGE_URL must not hold a name, a password or a query. Put the key into .env, as "
+            "JUDGE_API_KEY=...",
+        )
+    require(price is None or min(price) >= 0, f"JUDGE_PRICE must not be negative; it is {price}.")
 
 
 def describe(summary: dict, folder: Path) -> str:
@@ -161,7 +213,7 @@ def describe(summary: dict, folder: Path) -> str:
         f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
         f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
         f"{describe_studies(summary)}"
-        f"Open {folder / 'report.html'} to read the features."
+        f"Open {folder / PAGE} to look at the features."
     )
 
 
@@ -190,6 +242,32 @@ def describe_studies(summary: dict) -> str:
         lines += (
             f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
             "most 0.3 with any neuron of the model up to the layer.\n"
+        )
+    if found := summary.get("explanations"):
+        groups = found["groups"]
+        lines += (
+            f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
+            f"features, {found['random'][0]:.2f} by another's; over the same tokens "
+            f"{groups['features, same tokens'][0]:.2f} for features, {groups['neurons'][0]:.2f} "
+            "for neurons.\n"
+        )
+    if found := summary.get("splitting"):
+        last = found["levels"][-1]
+        lines += (
+            f"Splitting: {found['levels'][-1]['split']:.0%} of {found['n_latents']:,} features "
+            f"are more than one among {last['n_latents']:,}.\n"
+        )
+    if found := summary.get("directions"):
+        own, other = (
+            next(
+                row for row in found if (row["change"], row["direction"]) == ("ablated", direction)
+            )
+            for direction in ("feature", "covariance")
+        )
+        lines += (
+            f"Special directions: ablating a feature raises the loss by {own['mean']:.3f} nats "
+            f"where it is active, as large a change elsewhere by {other['mean']:.3f}; more for "
+            f"{other['larger']:.0%} of {own['n_features']} features.\n"
         )
     return lines
 

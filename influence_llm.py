@@ -5,10 +5,14 @@ layer are those they were made from. STUDY chooses:
 
 steer      Prints untouched and steered text side by side and appends both to
            data/influence/generations.jsonl. What is recorded there is shown, not generated again.
+evidence   Measures how much of their concepts features bring into texts, and at what price, beside
+           mean-difference vectors and random directions; writes data/influence/evidence*.csv
+           and .png. Goes on where it was.
 attribute  Prints which features lead to the next token, by gradient and by ablation, and writes
            data/influence/attribution.csv and .png; over held-out prompts too, if asked.
 
     python influence_llm.py --prompt "My favourite food is" --feature countries --strength 0 1 2
+    python influence_llm.py --feature "San Francisco" --strength auto --where generated
     python influence_llm.py --study attribute --prompt "The capital of France is"
 """
 
@@ -16,25 +20,42 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from utils.artifacts import fingerprint, make_folder, missing_stage
+from utils.artifacts import make_folder, write_json
 from utils.backend import use_backend
 from utils.settings import read_settings, require, require_positive, run
-from utils.terminal import show_attribution, show_correlations, show_feature, show_record
+from utils.terminal import (
+    choose_features,
+    show_attribution,
+    show_correlations,
+    show_evidence,
+    show_record,
+)
 
-STUDY = "steer"  # steer: write with a feature clamped; attribute: what leads to the next token
+STUDY = "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
+PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
+CHAT = False  # a chat in the terminal with features turned, instead of a study
+PORT = 7_860  # of the playground
 
 # --- what to say
-PROMPT = "My favourite food is"  # plain text that the model continues
+PROMPT = "My favourite food is"  # text that the model continues
+CHAT_TEMPLATE = False  # put PROMPT into the model's chat template, so that it is replied to
 MAX_NEW_TOKENS = 40  # tokens to generate; fewer where the model ends its text
 TEMPERATURE = 0.0  # 0 takes the likeliest token; 1 draws from the model's own distribution
 SEED = 0  # of the drawing
 
 # --- what to change
-FEATURE: int | str | None = None  # a number, or a word to find a feature by; None proposes some
-STRENGTH: tuple[float, ...] = (0.0, 1.0, 2.0)  # multiples of its maximum, -10 to 10; 0 ablates it
-N_PROPOSALS = 5  # features to propose where FEATURE is None
+FEATURE: tuple[int | str, ...] = ()  # numbers, or words to find features by; none proposes some
+INTERVENTION = "clamp"  # clamp to, or add, STRENGTH × the maximum; scale what is there; ablate
+STRENGTH: tuple[float, ...] | Literal["auto"] = (0.0, 1.0, 2.0)  # -10 to 10; auto finds the limit
+WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated, or positions; BOS is at 0
+SAVE_VECTOR: tuple[str, ...] = ()  # .safetensors, or .gguf for llama.cpp: what STRENGTH would add
+N_PROPOSALS = 5  # features to propose where FEATURE names none, or for each word
+
+# --- evidence, and STRENGTH auto
+N_FEATURES = 20  # features to measure: the first that would be proposed
+MAX_PERPLEXITY = 3.0  # times the untouched, above which a text is no longer fluent
 
 # --- attribute
 PAIR: tuple[str, ...] = ()  # two tokens to compare, as ' Paris' ' London'; none: the likeliest two
@@ -52,35 +73,80 @@ INFLUENCE_DIR = "data/influence"  # folder to write to
 
 def main() -> None:
     settings = read_settings(sys.modules[__name__])
-    check(settings)
     use_backend("torch")
+    check(settings)
     catalogue, autoencoder_path = read_analysis(settings)
-    {"steer": steer, "attribute": attribute}[settings.study](settings, catalogue, autoencoder_path)
+    if settings.playground or settings.chat:
+        return play(settings, catalogue, autoencoder_path)
+    study = {"steer": steer, "evidence": evidence, "attribute": attribute}[settings.study]
+    study(settings, catalogue, autoencoder_path)
 
 
 def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
-    """Texts with and without a feature clamped."""
+    """Texts with and without features changed."""
     from utils import generations
+    from utils.evidence import find_strength
+    from utils.export import save_vectors
 
-    # 1. Choose the feature to clamp: by number, by word, or proposed.
-    feature = choose_feature(catalogue, settings)
+    # 1. Choose the features to change: by number, by word, or proposed.
+    width = shutil.get_terminal_size().columns
+    features = choose_features(catalogue, settings.feature, settings.n_proposals, width)
     log = generations.open_log(settings.influence_dir)
-    requests = generations.list_requests(settings, catalogue, feature)
-    recorded = generations.read_records(log)
+    recorded, models = generations.read_records(log), None
 
-    # 2. Load the model and the autoencoder, unless every text is recorded already.
+    # 2. Find how strongly, if asked: up to where the text falls apart.
+    strengths = (0.0,) if settings.intervention == "ablate" else settings.strength
+    if strengths == "auto":
+        models = generations.load_models(catalogue, autoencoder_path)
+        strengths = [find_strength(models, catalogue, features, settings)]
+        print(f"Useful up to {strengths[0]:g} times the maximum.")
+
+    # 3. Load the model and the autoencoder, unless every text is recorded already.
+    requests = generations.list_requests(settings, catalogue, features, strengths)
+    if settings.save_vector:
+        clamps = generations.clamps_of(requests[0])
+        save_vectors(settings.save_vector, clamps, catalogue.summary, autoencoder_path)
     missing = [request for request in requests if generations.key(request) not in recorded]
-    models = generations.load_models(catalogue, autoencoder_path) if missing else None
+    models = models or (generations.load_models(catalogue, autoencoder_path) if missing else None)
 
-    # 3. Generate, untouched and steered, what is not recorded yet.
+    # 4. Generate, untouched and steered, what is not recorded yet.
     records = generations.generate_records(requests, recorded, models, log)
 
-    # 4. Print the texts side by side.
+    # 5. Print the texts side by side.
     print(f"Prompt: {settings.prompt}")
     for record in records:
-        print("\n" + show_record(record, shutil.get_terminal_size().columns))
-    if not missing:
+        print("\n" + show_record(record, width))
+    if not models:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
+
+
+def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """Whether features steer what they are about, and better than other directions do."""
+    from utils import evidence, generations
+    from utils.study_plots import plot_evidence
+
+    # 1. Choose the features by the rule that proposes them, none by hand.
+    folder = make_folder(settings.influence_dir, "--influence-dir")
+    features = catalogue.propose(settings.n_features)["feature"].tolist()
+    models = generations.load_models(catalogue, autoencoder_path)
+
+    # 2. Write texts by every method at every strength, and let the untouched model read them.
+    log = folder / "evidence.jsonl"
+    log.open("ab").close()
+    table = evidence.collect(models, catalogue, features, settings, log)
+
+    # 3. Find each feature's useful strength on some prompts, and judge it on the others.
+    best = evidence.at_useful_strength(table, settings.max_perplexity)
+    best.insert(1, "label", catalogue.features["label"][best["feature"]].to_numpy())
+    curves = evidence.curves(table, settings.seed)
+    found = evidence.summarise(best, settings.max_perplexity, settings.seed)
+
+    # 4. Write tables and a picture, and print what was found.
+    best.to_csv(folder / "evidence_features.csv", index=False)
+    curves.to_csv(folder / "evidence_curves.csv", index=False)
+    write_json(folder / "evidence.json", found)
+    plot_evidence(curves, settings.max_perplexity, folder / "evidence.png")
+    print(show_evidence(found, settings.max_perplexity))
 
 
 def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
@@ -133,22 +199,57 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
         print(show_correlations(attribution.correlations(table, settings.seed)))
 
 
+def play(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """The playground in a browser, or the chat in the terminal, until the user leaves."""
+    from utils.generations import load_models
+
+    if settings.chat:
+        from utils.chat import Chat
+
+        models = load_models(catalogue, autoencoder_path)
+        how = settings.max_new_tokens, settings.temperature, settings.seed
+        return Chat(catalogue, *models, *how).run()
+
+    from utils.playground import Playground, require_free, serve
+
+    require_free(settings.port)
+    serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
+
+
 def check(settings: Any) -> None:
     """Refuse wrong settings before anything is read."""
+    from utils.steering import check_change
+
     require(
-        settings.study in ("steer", "attribute"),
-        f"STUDY must be steer or attribute; it is {settings.study!r}.",
+        settings.study in ("steer", "evidence", "attribute"),
+        f"STUDY must be steer, evidence or attribute; it is {settings.study!r}.",
     )
     require_positive(
-        settings, "max_new_tokens", "n_proposals", "n_ablated", "prompt_tokens",
-        "features_per_prompt",
+        settings, "max_new_tokens", "n_proposals", "n_features", "max_perplexity", "n_ablated",
+        "prompt_tokens", "features_per_prompt",
     )  # fmt: skip
     require(settings.n_prompts >= 0, f"N_PROMPTS must not be negative; it is {settings.n_prompts}.")
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
-        len(settings.strength) > 0 and all(map(math.isfinite, settings.strength)),
-        f"STRENGTH must be one finite number or several; it is {settings.strength}. "
+        settings.strength == "auto"
+        or (len(settings.strength) > 0 and all(map(math.isfinite, settings.strength))),
+        f"STRENGTH must be one finite number or several, or auto; it is {settings.strength}. "
         "The useful range is -10 to 10.",
+    )
+    check_change(settings.intervention, settings.where)
+    require(
+        settings.strength != "auto"
+        or (settings.intervention != "ablate" and isinstance(settings.where, str)),
+        "STRENGTH auto needs an INTERVENTION other than ablate, and WHERE everywhere or generated.",
+    )
+    require(
+        not settings.save_vector or settings.strength == "auto" or len(settings.strength) == 1,
+        f"SAVE_VECTOR needs one STRENGTH; there are {len(settings.strength)}. Give one.",
+    )
+    require(
+        not settings.save_vector or settings.intervention in ("clamp", "add"),
+        "SAVE_VECTOR needs INTERVENTION clamp or add, for a vector can only be added; it is "
+        f"{settings.intervention}.",
     )
     require(
         math.isfinite(settings.temperature) and settings.temperature >= 0,
@@ -166,54 +267,7 @@ def read_analysis(settings: Any) -> tuple[Any, Path]:
     from utils.catalogue import Catalogue
 
     catalogue = Catalogue(settings.analysis_dir)
-    path = Path(settings.autoencoder_dir) / "autoencoder.keras"
-    if not path.exists():
-        raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
-    analysed, found = catalogue.summary["autoencoder_fingerprint"], fingerprint(path)
-    require(
-        analysed == found,
-        f"{settings.analysis_dir} must be of the autoencoder in {settings.autoencoder_dir}; it is "
-        f"of {analysed}, not of {found}. Run analyze_features.py for this autoencoder, or name the "
-        "folders that belong together with --analysis-dir and --autoencoder-dir.",
-    )
-    return catalogue, path
-
-
-def choose_feature(catalogue: Any, settings: Any) -> int:
-    """The feature that FEATURE asks for; prints it, or the candidates that it is the first of."""
-    wanted = settings.feature
-    if isinstance(wanted, int):
-        check_feature(catalogue, wanted)
-        candidates = [wanted]
-    elif wanted is None:
-        candidates = catalogue.propose(settings.n_proposals)["feature"].tolist()
-    else:
-        candidates = catalogue.search(wanted, settings.n_proposals)["feature"].tolist()
-    require(
-        len(candidates) > 0,
-        "FEATURE must be a number, or a word that some feature goes by; it is "
-        f"{wanted!r}, and none was found. Try a number or another word.",
-    )
-    for feature in candidates:
-        print(show_feature(catalogue, feature, shutil.get_terminal_size().columns) + "\n")
-    if not isinstance(wanted, int):
-        source = "proposed" if wanted is None else f"found for {wanted!r}"
-        print(
-            f"Clamping feature {candidates[0]}, the first of {len(candidates)} {source}. To choose "
-            "another: --feature NUMBER, or a word to find one by.\n"
-        )
-    return candidates[0]
-
-
-def check_feature(catalogue: Any, feature: int) -> None:
-    """Refuse a feature that is out of range or dead."""
-    n_latents = catalogue.summary["n_latents"]
-    n_dead = int(catalogue.features["dead"].sum())
-    rule = f"FEATURE must be from 0 to {n_latents - 1}, and not one of the {n_dead} dead ones;"
-    remedy = "Leave --feature out for proposals, or give a word to find one by."
-    require(0 <= feature < n_latents, f"{rule} it is {feature}. {remedy}")
-    dead = bool(catalogue.features.loc[feature, "dead"])
-    require(not dead, f"{rule} {feature} was active on no token of the analysis. {remedy}")
+    return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)
 
 
 if __name__ == "__main__":

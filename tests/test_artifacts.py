@@ -109,7 +109,9 @@ def test_overwrite_deletes_the_outputs_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("the user's")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.npy").write_text("the user's")
-    with open_stage(tmp_path, {"layer": 2}, OUTPUTS, overwrite=True):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("an output that is a folder")
+    with open_stage(tmp_path, {"layer": 2}, (*OUTPUTS, "page"), overwrite=True):
         assert names(tmp_path) == {"settings.json", "notes.txt", "own"}
     assert (tmp_path / "own" / "a.npy").read_text() == "the user's"
 

@@ -85,6 +85,17 @@ def test_attributions_are_activations_times_the_gradient_along_their_rows(model,
     np.testing.assert_allclose(summed, expected.sum(0)[summed.index], rtol=1e-4, atol=1e-6)
 
 
+def test_attribution_is_one_pass_forward_and_one_back(model, tokens, monkeypatch):
+    forward, backward = [], []
+    handle = model[0].model.register_forward_hook(lambda *_: forward.append(1))
+    once = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: backward.append(1) or once(*args))
+    found = attribute(*model, tokens, None, math.inf)
+    handle.remove()
+    assert len(of_features(found)) > 1  # of all features together
+    assert (len(forward), len(backward)) == (1, 1)
+
+
 def test_ablation_is_a_clamp_at_0(model, tokens):
     found = attribute(*model, tokens, (7, 20), math.inf)
     features = of_features(found).feature.to_numpy()[:40]  # more than are ablated together

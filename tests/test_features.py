@@ -9,11 +9,23 @@ import pytest
 import torch
 from conftest import LAYER, write_activations
 
-from utils import catalogue
+from utils import catalogue, tables
 from utils.activations import ActivationStore
+from utils.artifacts import write_json
 from utils.autoencoder import SparseAutoencoder
-from utils.evaluation import cross_entropies, loss_recovered
-from utils.features import N_BUCKETS, N_PER_BUCKET, N_TOP, WINDOW, BestPerGroup, FeaturePass
+from utils.evaluation import loss_recovered, measure_losses
+from utils.features import (
+    AROUND,
+    N_BINS,
+    N_BUCKETS,
+    N_PER_BUCKET,
+    N_TOP,
+    WINDOW,
+    BestPerGroup,
+    FeaturePass,
+    Histograms,
+    text_around,
+)
 from utils.fidelity import Fidelity
 from utils.kinds import L1Autoencoder, load_autoencoder
 from utils.language_model import load_language_model
@@ -99,6 +111,33 @@ def test_statistics_are_exact(found, planted, reported):
     assert found.fidelity.l0 == pytest.approx(uses.sum() / n_kept)
 
 
+def test_histograms_count_every_active_token(found, reported):
+    statistics = found.statistics()
+    for feature in range(N_FEATURES):
+        active = reported[..., feature][reported[..., feature] > 0]
+        span = statistics["histogram_range"][feature]
+        expected, _ = np.histogram(active, N_BINS, (0, span))
+        assert np.array_equal(statistics["histogram"][feature], expected)
+        assert not len(active) or span / 2 < active.max() <= span
+
+
+def test_histograms_widen_as_larger_values_come():
+    draw = np.random.default_rng(0)
+    histograms, seen = Histograms(3), [[], [], []]
+    for scale in (1e-6, 0.3, 0.1, 40):  # the first below the smallest range
+        group = draw.integers(0, 2, 5_000)
+        values = (scale * (1 - draw.random(5_000))).astype(np.float32)
+        histograms.add(group, values)
+        for i in range(2):
+            seen[i] += values[group == i].tolist()
+    assert histograms.ranges.tolist() == [64, 64, 2**-16]
+    for i, values in enumerate(seen):
+        expected, _ = np.histogram(values, N_BINS, (0, histograms.ranges[i]))
+        assert histograms.counts[i].tolist() == expected.tolist()
+    histograms.add(np.array([2]), np.array([8.0]))  # a power of two is in the last bin
+    assert histograms.ranges[2] == 8 and histograms.counts[2].tolist() == [0] * 31 + [1]
+
+
 def test_top_examples_are_the_highest_peaks_of_contexts(found, reported):
     examples = pd.DataFrame({k: list(v) for k, v in found.examples().items()})
     for feature in range(N_FEATURES):
@@ -129,7 +168,7 @@ def test_random_examples_lie_in_their_buckets(found, reported):
 
 
 def test_windows_are_the_activations_around_the_peak(found, planted, reported):
-    table = catalogue.example_table(found, found.store).to_pandas()
+    table = tables.example_table(found, found.store).to_pandas()
     assert len(table) > 5 * N_TOP
     for example in table.itertuples():
         position = np.flatnonzero(
@@ -171,6 +210,25 @@ def test_best_per_group_against_brute_force():
     assert kept["rank"].tolist() == [0, 1, 2] * 45
 
 
+def test_of_entries_with_one_text_the_best_is_kept():
+    best = BestPerGroup(n_groups=2, size=2)
+    for priority in ([1.0, 5.0, 3.0, 2.0], [4.0, 0.5, 6.0, 1.0]):
+        text = np.array([7, 7, 8, 9], np.uint64)
+        entries = {"group": np.array([0, 0, 0, 1]), "priority": np.array(priority), "text": text}
+        best.add(entries)
+        kept = best.best()
+    assert kept["group"].tolist() == [0, 0, 1] and kept["rank"].tolist() == [0, 1, 0]
+    assert kept["text"].tolist() == [8, 7, 9] and kept["priority"].tolist() == [6, 5, 2]
+
+
+def test_the_text_around_a_position():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 50_000, (2, 100), np.int32)
+    tokens[1, 40 : 40 + 2 * AROUND + 1] = tokens[0, 20 : 20 + 2 * AROUND + 1]
+    found = text_around(tokens)
+    assert len(np.unique(found)) == 199 and found[1, 40 + AROUND] == found[0, 20 + AROUND]
+
+
 # --------------------------------------------------------------------------------------- fidelity
 
 
@@ -202,16 +260,22 @@ class Nothing(Identity):
     share = 0.0
 
 
-def test_cross_entropies_of_identity_and_nothing(tiny_run, tiny_model):
+def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
     store = ActivationStore(tiny_run.folder / "activations")
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
     measured = {
-        cls: cross_entropies(
+        cls: measure_losses(
             language_model, cls(d_model=32, n_latents=32), store, range(100, 200), 640
         )
         for cls in (Identity, Nothing)
     }
-    identity, nothing = measured[Identity], measured[Nothing]
+    subsets = measured[Nothing].loc[["Garden", "Harbour"]]
+    identity, nothing = (measured[cls].loc["all"] for cls in (Identity, Nothing))
+    assert identity["kl"] == pytest.approx(0, abs=1e-5) and nothing["kl"] > 0.01
+    assert identity["fvu"] == pytest.approx(0, abs=1e-6) and nothing["fvu"] >= 1
+    assert subsets["n_tokens"].sum() == nothing["n_tokens"]
+    weighted = np.average(subsets[["untouched", "zero_ablated", "kl"]], 0, subsets["n_tokens"])
+    assert weighted == pytest.approx(nothing[["untouched", "zero_ablated", "kl"]].to_numpy(float))
     assert loss_recovered(identity) == pytest.approx(1, abs=1e-4)
     assert identity["reconstruction"] == pytest.approx(identity["untouched"], abs=1e-5)
     assert loss_recovered(nothing) == 0
@@ -237,7 +301,7 @@ def test_loss_recovered_known_answer():
 @pytest.fixture(scope="module")
 def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
     folder = tmp_path_factory.mktemp("catalogue")
-    examples = catalogue.example_table(found, store)
+    examples = tables.example_table(found, store)
     promoted = pd.DataFrame(
         {
             "promoted_tokens": [[" sail"]] * 5 + [[" rose"]],
@@ -245,8 +309,9 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
         }
     )
     places = np.zeros((N_FEATURES, 2))
-    features = catalogue.feature_table(found, examples, promoted, places, PIECES)
-    catalogue.save_catalogue(folder, features, examples, PIECES, {"n_latents": N_FEATURES})
+    features = tables.feature_table(found, examples, promoted, places, PIECES)
+    tables.save_tables(folder, features, examples, PIECES)
+    write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
 
 
@@ -283,13 +348,13 @@ def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
 
 def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
-    pieces = catalogue.vocabulary(language_model.tokenizer)
+    pieces = tables.vocabulary(language_model.tokenizer)
     assert len(pieces) == len(language_model.tokenizer)
     directions = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     unembedding = language_model.model.get_output_embeddings().weight.float().numpy()
     tokens = [pieces.index(" anchor"), pieces.index(" rain")]
     directions[0], directions[1] = 3 * unembedding[tokens[0]], -3 * unembedding[tokens[1]]
-    promoted = catalogue.promoted_tokens(language_model, directions, pieces, batch=10)
+    promoted = tables.promoted_tokens(language_model, directions, pieces, batch=10)
     assert len(promoted) == 64
     assert promoted["promoted_tokens"][0][0] == " anchor"
     assert promoted["suppressed_tokens"][1][0] == " rain"
@@ -298,8 +363,8 @@ def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
 def test_the_map_leaves_out_dead_features(tiny_run):
     directions = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     alive = np.arange(10) < 3
-    assert np.isnan(catalogue.map_directions(directions, alive, seed=0)).all()
-    assert np.isnan(catalogue.map_directions(directions, ~alive, seed=0, wanted=False)).all()
+    assert np.isnan(tables.map_directions(directions, alive, seed=0)).all()
+    assert np.isnan(tables.map_directions(directions, ~alive, seed=0, wanted=False)).all()
 
 
 def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):

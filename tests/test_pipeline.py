@@ -88,8 +88,10 @@ def test_analysis(tiny_run):
     assert features["umap_x"].isna().all()  # no map was asked for
     pictures = {"density", "l0", "fidelity", "specificity", "completeness", "neurons"}
     assert {path.stem for path in folder.glob("*.png")} == pictures
-    html = (folder / "report.html").read_text()
-    assert html.count("<img") == 6 and "Garden" in html
+    shown = {path.stem for path in (folder / "browser" / "pictures").iterdir()}
+    assert shown == pictures and (folder / "browser" / "index.html").exists()
+    assert "Garden" in (folder / "browser" / "data" / "index.js").read_text()
+    assert features["neighbours"].map(len).eq(10).sum() == summary["n_alive"]
 
 
 def test_studies(tiny_run):
@@ -406,4 +408,4 @@ def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
         "influence_llm", *tiny_run.flags.influence_llm, "--feature", "anchor", "--strength", 5,
         "--max-new-tokens", 5, "--influence-dir", tmp_path,
     ).stdout  # fmt: skip
-    assert f"Clamping feature {found}," in printed and "anchor" in printed
+    assert f"Feature {found} is taken," in printed and "anchor" in printed

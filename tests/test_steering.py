@@ -15,9 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from utils.evaluation import as_torch, split_reconstruction
 from utils.kinds import KINDS
-from utils.language_model import LanguageModel, residual_at
+from utils.language_model import LanguageModel, replaced_residual, residual_at
 from utils.settings import InputError
-from utils.steering import Clamp, clamp_change, encode, generate, prompt_tokens, steered
+from utils.steering import (
+    Clamp,
+    change_by,
+    encode,
+    generate,
+    generate_tokens,
+    prompt_tokens,
+    steered,
+)
 
 LAYER = 1
 D_MODEL = 32
@@ -108,9 +116,9 @@ def test_known_answer():
     made.W_dec.assign([[2.0, 0.0], [0.0, 2.0]])
     made.scale.assign(0.1)
     # A reported maximum of 8 is a latent of 4: it grows by 1, x by 2, the raw residual by 20.
-    change = clamp_change(made, torch.tensor([[30.0, 7.0]]), [Clamp(0, 1.0, maximum=8.0)])
+    change = change_by(made, [Clamp(0, 1.0, maximum=8.0)])(torch.tensor([[30.0, 7.0]]))
     torch.testing.assert_close(change, torch.tensor([[20.0, 0.0]]))
-    change = clamp_change(made, torch.tensor([[30.0, 7.0]]), [Clamp(0, -1.0, maximum=8.0)])
+    change = change_by(made, [Clamp(0, -1.0, maximum=8.0)])(torch.tensor([[30.0, 7.0]]))
     torch.testing.assert_close(change, torch.tensor([[-140.0, 0.0]]))
 
 
@@ -137,19 +145,51 @@ def test_present_activation_changes_nothing(language_model, autoencoder, tokens,
     untouched = logits(language_model, first)
     clamp = Clamp(feature, 1.0, float(activations[feature]))
     with steered(language_model, LAYER, autoencoder, [clamp], math.inf):
-        torch.testing.assert_close(logits(language_model, first), untouched, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(language_model, first), untouched, rtol=1e-5, atol=1e-5)
 
 
-def test_strength_0_is_ablation(language_model, autoencoder, tokens, residual, features):
+@pytest.mark.parametrize(
+    ("how", "strength", "target"),
+    [
+        ("clamp", 0.0, lambda present: 0 * present),
+        ("ablate", 7.0, lambda present: 0 * present),
+        ("scale", 2.5, lambda present: 2.5 * present),
+        ("add", -1.5, lambda present: present - 1.5 * 5.0),
+    ],
+)
+def test_interventions(
+    language_model, autoencoder, tokens, residual, features, how, strength, target
+):
     feature = features[0]
-    changed = steered_residual(
-        language_model, tokens, autoencoder, [Clamp(feature, 0.0, 5.0)], math.inf
-    )
-    latent = encode(autoencoder, residual)[..., feature, None]
-    assert (latent > 0).any()
-    torch.testing.assert_close(
-        changed - residual, -latent * direction(autoencoder, feature), rtol=1e-5, atol=1e-5
-    )
+    clamps = [Clamp(feature, strength, 5.0, how)]
+    changed = steered_residual(language_model, tokens, autoencoder, clamps, math.inf)
+    norm = as_torch(autoencoder.decoder_norms())[feature]
+    present = encode(autoencoder, residual)[..., feature, None] * norm
+    assert (present > 0).any()
+    expected = (target(present) - present) * direction(autoencoder, feature) / norm
+    torch.testing.assert_close(changed - residual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_some_latents_are_those_of_all(autoencoder, residual, features):
+    chosen = torch.tensor([features[0], features[-1], features[5], features[0]])
+    several = torch.cat([residual[0] * size for size in (0.3, 1, 3)])
+    dense = encode(autoencoder, several)[:, chosen]
+    alone = encode(autoencoder, several, chosen)
+    assert torch.equal(dense > 0, alone > 0) and (dense > 0).any() and (dense == 0).any()
+    torch.testing.assert_close(alone, dense, rtol=1e-6, atol=1e-6)
+
+
+def test_each_row_of_a_batch_has_clamps_of_its_own(language_model, autoencoder, tokens, features):
+    batch = tokens.expand(3, -1)
+    rows = [
+        [Clamp(features[0], 2.0, 3.0), Clamp(features[1], 0.0, 3.0, "ablate")],
+        [Clamp(features[1], -1.0, 3.0, "add")],
+        [],
+    ]
+    together = steered_residual(language_model, batch, autoencoder, rows, math.inf)
+    for clamps, row in zip(rows, together, strict=True):
+        alone = steered_residual(language_model, tokens, autoencoder, clamps, math.inf)
+        torch.testing.assert_close(row, alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_ablation_changes_no_bit_where_the_feature_is_silent(
@@ -214,7 +254,7 @@ def test_half_precision_models(dtype, autoencoder, tokens, features):
     clamps = [Clamp(features[0], 2.0, 3.0)]
     changed = steered_residual(half, tokens, autoencoder, clamps, math.inf)
     assert changed.dtype == dtype
-    expected = untouched.float() + clamp_change(autoencoder, untouched, clamps)
+    expected = untouched.float() + change_by(autoencoder, clamps)(untouched)
     assert torch.equal(changed, expected.to(dtype))
 
 
@@ -236,11 +276,17 @@ def test_hook_comes_off(language_model, autoencoder, tokens, features):
 
 
 def test_clamps_are_checked(language_model, autoencoder):
-    for features, rule in [((N_LATENTS,), "between 0 and 63"), ((3, 3), "clamped once")]:
-        clamps = [Clamp(feature, 1.0, 1.0) for feature in features]
+    for clamps, where, rule in [
+        ([Clamp(N_LATENTS, 1.0, 1.0)], "everywhere", "between 0 and 63"),
+        ([Clamp(3, 1.0, 1.0), Clamp(3, 2.0, 1.0)], "everywhere", "clamped once"),
+        ([[], [Clamp(3, math.nan, 1.0)]], "everywhere", "STRENGTH must be finite; it is nan"),
+        ([Clamp(3, 1.0, 1.0, "push")], "everywhere", "INTERVENTION must be one of clamp, add"),
+        ([Clamp(3, 1.0, 1.0)], "somewhere", "WHERE must be everywhere or generated, or positions"),
+        ([Clamp(3, 1.0, 1.0)], [-1], "or positions from 0, BOS, on; it is .-1"),
+    ]:
         with (
             pytest.raises(InputError, match=rule),
-            steered(language_model, LAYER, autoencoder, clamps, math.inf),
+            steered(language_model, LAYER, autoencoder, clamps, math.inf, where),
         ):
             pass
 
@@ -256,6 +302,55 @@ def test_cache_does_not_change_steered_text(language_model, autoencoder, feature
         whole = generate(language_model, PROMPT, 20, use_cache=False)
     assert cached == whole
     assert cached != untouched
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_places(language_model, autoencoder, features, use_cache):
+    """Which positions are changed, seen from the residual stream after the change."""
+    clamps = [Clamp(features[0], 3.0, 4.0, "add")]
+    prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8")]  # 7 and 3 tokens
+    for where, expected in {
+        "everywhere": ([0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4]),
+        "generated": ([7, 8], [3, 4]),
+        (2, 7): ([2, 7], [2]),
+    }.items():
+        seen, before = [set(), set()], []
+
+        def after(residual, positions, seen=seen, before=before):
+            moved = (residual != before.pop()).any(-1)
+            for own, at, row in zip(seen, positions.expand(2, -1), moved, strict=True):
+                own |= set(at[row].tolist())
+
+        block = language_model.blocks[LAYER]
+        with (
+            replaced_residual(block, before.append),
+            steered(language_model, LAYER, autoencoder, clamps, math.inf, where),
+            replaced_residual(block, after, with_positions=True),
+        ):
+            generate_tokens(language_model, prompts, 3, use_cache)
+        assert tuple(map(sorted, seen)) == expected
+
+
+def test_a_padded_batch_says_what_its_prompts_say_alone(language_model, autoencoder, features):
+    clamps = [Clamp(features[0], 3.0, 4.0)]
+    prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8", "w9")]
+    for where in ("everywhere", "generated"):
+        said = []
+        for some in (prompts, *([prompt] for prompt in prompts)):
+            with steered(language_model, LAYER, autoencoder, clamps, math.inf, where):
+                said.append([row.tolist() for row in generate_tokens(language_model, some, 12)])
+        assert said[0] == said[1] + said[2] + said[3]
+
+
+def test_chat_is_put_into_the_models_template(language_model, monkeypatch):
+    with pytest.raises(
+        InputError, match="CHAT_TEMPLATE needs a model with a chat template; tiny has none"
+    ):
+        generate(language_model, PROMPT, 3, chat=True)
+    template = "{{ bos_token }} w5 {{ messages[0].content }} w6"
+    monkeypatch.setattr(language_model.tokenizer, "chat_template", template)
+    assert prompt_tokens(language_model, "w9", chat=True).tolist() == [[0, 5, 9, 6]]
+    assert generate(language_model, "w9", 5, chat=True) == generate(language_model, "w5 w9 w6", 5)
 
 
 def test_generation_is_greedy_and_only_the_continuation(language_model, tokens):

@@ -127,7 +127,7 @@ def open_stage(
     Args:
         folder: Where the stage writes; made if it is not there.
         settings: All that decides the content of the outputs, as plain JSON types.
-        outputs: Patterns of the files that the stage writes.
+        outputs: Patterns of the files and folders that the stage writes.
         overwrite: Delete the outputs of an earlier run with other settings. One with the same
             settings is gone on with, so that a command that was killed can be given again as it is.
         lock_name: Processes that share a run (ranks) hold locks of different names.
@@ -210,7 +210,10 @@ def _refuse_other_settings(folder: Path, found: dict, wanted: dict) -> None:
 
 def _remove_outputs(folder: Path, outputs: tuple[str, ...]) -> None:
     for path in _matching(folder, outputs):
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

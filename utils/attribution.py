@@ -138,10 +138,10 @@ def ablate(
         Logits, shape (len(features),).
     """
     effects = []
-    for some in torch.as_tensor(np.array(features), dtype=torch.long).split(N_TOGETHER):
+    for some in torch.tensor(np.array(features), device=language_model.device).split(N_TOGETHER):
 
         def remove(residual, some=some):
-            present = encode(autoencoder, residual[0])[:, some].T  # (features, context)
+            present = encode(autoencoder, residual[0], some).T  # (features, context)
             present[:, residual[0].norm(dim=-1) > outlier_norm] = 0
             rows = as_torch(ops.take(autoencoder.W_dec, some, axis=0)).to(residual.device)
             change = present[..., None] * rows[:, None]

@@ -111,12 +111,16 @@ class SparseAutoencoder(keras.Model):
         """Raw activations of x, shape (batch, d_model)."""
         return x / self.scale + self.center
 
-    def pre_activations(self, x):
-        """W_enc x + b_enc, shape (batch, n_latents)."""
-        return pre_activations(x, self.W_enc, self.b_enc)
+    def pre_activations(self, x, features=None):
+        """W_enc x + b_enc, shape (batch, n_latents), or (batch, len(features)) of some alone."""
+        return pre_activations(x, of_some(self.W_enc, features), of_some(self.b_enc, features))
 
-    def encode(self, activations):
-        """Latents f of raw activations, dense, shape (batch, n_latents)."""
+    def encode(self, activations, features=None):
+        """Latents f of raw activations, dense, shape (batch, n_latents).
+
+        Given ``features``, numbers of latents, the values of these alone, (batch, len(features)),
+        without computing the others where the kind does not need them.
+        """
         raise NotImplementedError
 
     def decode(self, latents):
@@ -175,7 +179,7 @@ class SparseAutoencoder(keras.Model):
         x = self.normalise(x)
         reconstruction = y_pred["reconstruction"] if training else self.normalise(y_pred)
         loss = self.loss_terms(x, y_pred) if training else squared_error(x, reconstruction)
-        variance = ops.mean(ops.sum(ops.square(x - ops.mean(x, axis=0)), axis=-1))
+        variance = squared_error(x, ops.mean(x, axis=0))
         values = {"loss": loss, "fvu": squared_error(x, reconstruction) / variance}
         if training:
             self.step.assign_add(1)
@@ -236,6 +240,12 @@ class SparseAutoencoder(keras.Model):
         return {**super().get_config(), **{name: getattr(self, name) for name in self.options()}}
 
 
+def of_some(weights, features):
+    """The rows of some latents, by number; all rows for None."""
+    return weights if features is None else ops.take(weights, features, axis=0)
+
+
 def squared_error(x, reconstruction):
     """Mean over the batch of ‖x − x̂‖², summed over d_model."""
-    return ops.mean(ops.sum(ops.square(x - reconstruction), axis=-1))
+    error = ops.reshape(x - reconstruction, (-1,))
+    return ops.vdot(error, error) / ops.cast(ops.shape(x)[0], "float32")  # stores no squares

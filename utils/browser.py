@@ -1,72 +1,185 @@
-"""The static feature browser: one report.html that needs no network, no server and no scripts."""
+"""The feature browser: a static page that needs no network and no server.
 
-import base64
+index.html         the page; what it looks like and does is in utils/browser_page/
+style.css, *.js    copied from there
+data/index.js      what the list, the filters and the map need of all features
+data/search.js     texts that are searched beside labels, loaded once the page stands
+data/NNNNN.js      details of `PER_FILE` features each, loaded when one is opened
+pictures/          of the studies
+
+Pages from the file system may not fetch, but may load scripts: each file of data is a call of
+`receive` with a name and JSON. The page puts text in as text, never as HTML.
+"""
+
+import json
+import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
+from tqdm import tqdm
 
 from utils.artifacts import replacing
+from utils.catalogue import Catalogue
 
-N_BUCKETS = 5  # random examples come from fifths of the range between the maximum and zero
-N_TOP = 8  # top examples in sight; the others unfold
-# Control characters become visible signs, in tags that set them apart from the text.
-SIGNS = {code: f"<i>{chr(0x2400 + code)}</i>" for code in range(32)}
-SIGNS |= {ord("\n"): "<i>↵</i>", ord("\t"): "<i>⇥</i>", ord("\r"): ""}
+PAGE = Path(__file__).parent / "browser_page"
+PER_FILE = 32  # features whose details are in one file: some 250 kB
+FILES_TOGETHER = 16  # whose examples are in memory at once
+# Columns of features.parquet that are no scores; what else holds numbers is one.
+STATISTICS = ("frequency", "max_activation", "mean_activation", "top_subset_share")
+PLACES = ("umap_x", "umap_y")
+NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
 
 
-def write_report(
-    path: Path,
-    summary: dict,
-    features: pd.DataFrame,
-    examples: pd.DataFrame,
-    plots: dict[str, Path],
+def write_browser(
+    folder: Path,
+    catalogue: Catalogue,
+    summary: dict[str, Any],
+    pictures: dict[str, Path],
     shown: dict[str, list[int]],
 ) -> None:
-    """Write the report of an analysis, with pictures and styles inside the file.
+    """Write the browser of a catalogue; its ``index.html`` last: where it is, all is whole.
 
     Args:
-        path: The HTML file.
-        summary: What the summary table shows: ``model_name, layer, kind, n_latents, n_alive,
-            dataset, n_tokens, fvu, l0, dead_fraction, cosine, loss_recovered``, ``cross_entropy``
-            by intervention, ``excluded`` positions by reason.
-        features: A row a feature: ``feature, label, frequency, max_activation, top_subset,
-            top_subset_share``, and lists ``promoted_tokens, suppressed_tokens``.
-        examples: A row an example: ``feature, bucket`` (0 for the top ones, then 1 for the fifth
-            next to the maximum, to 5), ``rank, activation, peak, document, subset``, and lists
-            ``pieces`` and ``activations``, one entry a token.
-        plots: Picture files by caption.
-        shown: Feature numbers under ``"random"`` and ``"selected"``.
-
-    Raises:
-        KeyError: A feature to be shown is not in ``features``.
+        folder: Where to; made if it is not there.
+        summary: Of the catalogue, with names for people; see `facts`.
+        pictures: Files by caption.
+        shown: Feature numbers under ``"selected"`` and ``"random"``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    rows = features.set_index("feature")
-    wanted = examples[examples.feature.isin([*shown["random"], *shown["selected"]])]
-    by_feature = dict(list(wanted.sort_values(["bucket", "rank"]).groupby("feature")))
-    cards = {
-        section: [_card(rows.loc[i], by_feature.get(i, wanted[:0])) for i in shown[section]]
-        for section in ("random", "selected")
+    for name in ("data", "pictures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in pictures.values():
+        shutil.copyfile(path, folder / "pictures" / path.name)
+    features = catalogue.features
+    index = {
+        "about": {name: summary[name] for name in ("model_name", "layer", "kind", "dataset")},
+        "n_tokens": summary["n_tokens"],
+        "per_file": PER_FILE,
+        "facts": facts(summary),
+        "pictures": [_picture(caption, path) for caption, path in pictures.items()],
+        "shown": shown,
+        **_columns(features),
     }
-    html = environment.get_template("report.html.jinja").render(
-        summary=summary,
-        facts=_facts(summary),
-        plots=[_picture(caption, Path(file)) for caption, file in plots.items()],
-        cards=cards,
-        n_top=N_TOP,
+    _write(folder, "index", index)
+    _write(folder, "search", _searched(features))
+    _write_details(folder, catalogue)
+    for path in sorted(PAGE.iterdir(), key=lambda path: path.name == "index.html"):
+        with replacing(folder / path.name) as partial:
+            shutil.copyfile(path, partial)
+
+
+def _write(folder: Path, name: str, content: Any) -> None:
+    """A script that hands ``content`` to the page.
+
+    All but ASCII is escaped, and "<" too: no text can end a script, or depend on an encoding.
+    """
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    path = folder / "data" / f"{name}.js"
+    path.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
+
+
+def _columns(features: pd.DataFrame) -> dict[str, Any]:
+    """What the page holds of every feature, a list a column."""
+    subsets = features["top_subset"][features["top_subset_share"] >= 0.5].value_counts().index
+    subsets = [*subsets, *sorted(set(features["top_subset"].dropna()) - set(subsets))]
+    numbers = features.select_dtypes("number")
+    scores = [name for name in numbers if name not in NO_SCORES and numbers[name].notna().any()]
+    return {
+        "subsets": subsets,
+        "subset": pd.Categorical(features["top_subset"], subsets).codes.tolist(),
+        "label": features["label"].fillna("").tolist(),
+        "scores": scores,
+        **{name: _rounded(features[name]) for name in (*STATISTICS, *PLACES, *scores)},
+    }
+
+
+def _rounded(values: Any, digits: int = 4) -> list[float | None]:
+    """Numbers to some significant digits; None where there is none."""
+    values = np.asarray(values, float)
+    finite = np.isfinite(values).tolist()
+    return [
+        float(f"{value:.{digits}g}") if is_finite else None
+        for value, is_finite in zip(values.tolist(), finite, strict=True)
+    ]
+
+
+def _searched(features: pd.DataFrame) -> list[str]:
+    """The texts by which a feature is found, beside its label and number, a line each."""
+    texts = (
+        features["explanation"].fillna("") if "explanation" in features else [""] * len(features)
     )
-    with replacing(Path(path)) as partial:
-        partial.write_text(html, encoding="utf-8", errors="replace")
+    columns = (texts, features["peak_tokens"], features["promoted_tokens"])
+    return [
+        "\n".join([text, *_as_list(peaks), *_as_list(promoted)])
+        for text, peaks, promoted in zip(*columns, strict=True)
+    ]
+
+
+def _write_details(folder: Path, catalogue: Catalogue) -> None:
+    features = catalogue.features
+    together = PER_FILE * FILES_TOGETHER
+    with tqdm(total=len(features), desc="browser", unit="feature", unit_scale=True) as progress:
+        for start in range(0, len(features), together):
+            some = features.iloc[start : start + together]
+            examples = catalogue.examples_of(some["feature"].tolist())
+            groups = dict(list(examples.sort_values(["bucket", "rank"]).groupby("feature")))
+            details = [_details(row, groups.get(row.feature)) for row in some.itertuples()]
+            for first in range(0, len(details), PER_FILE):
+                number = (start + first) // PER_FILE
+                _write(folder, f"{number:05d}", details[first : first + PER_FILE])
+            progress.update(len(some))
+
+
+def _details(row: Any, examples: pd.DataFrame | None) -> dict[str, Any]:
+    """What the page shows of one feature beside its columns."""
+    found = [] if examples is None else examples.itertuples()
+    return {
+        "promoted": _as_list(row.promoted_tokens),
+        "suppressed": _as_list(row.suppressed_tokens),
+        "neighbours": _as_list(row.neighbours),
+        "cosines": _rounded(_as_list(row.neighbour_cosines), 3),
+        "histogram": _as_list(row.histogram),
+        "range": row.histogram_range,
+        "explanation": getattr(row, "explanation", None) or "",
+        "examples": [
+            {
+                "bucket": example.bucket,
+                "peak": float(f"{example.activation:.4g}"),
+                "source": f"{example.subset} · document {example.document}",
+                "runs": _runs(example),
+            }
+            for example in found
+        ],
+    }
+
+
+def _runs(example: Any) -> list[str | list]:
+    """An example's text: strings where the feature is silent, [token, activation] where it is not.
+
+    The token at the peak has a third entry.
+    """
+    runs: list[str | list] = []
+    end = 0
+    active = np.flatnonzero(example.activations > 0).tolist()
+    for position in sorted({*active, example.peak}):
+        runs += ["".join(example.pieces[end:position])] if position > end else []
+        run = [example.pieces[position], float(f"{example.activations[position]:.3g}")]
+        runs.append([*run, 1] if position == example.peak else run)
+        end = position + 1
+    rest = "".join(example.pieces[end:])
+    return [*runs, rest] if rest else runs
+
+
+def _picture(caption: str, file: Path) -> dict[str, Any]:
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])  # so that text does not jump
+    return {"file": file.name, "caption": caption, "width": width, "height": height}
+
+
+def _as_list(values: object) -> list:
+    """A cell of a list column; dead features may have None or NaN there."""
+    return np.asarray(values).tolist() if isinstance(values, list | np.ndarray) else []
 
 
 def _held_out(summary: dict) -> str:
@@ -76,7 +189,7 @@ def _held_out(summary: dict) -> str:
     return f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
 
 
-def _facts(summary: dict) -> list[tuple[str, str, str]]:
+def facts(summary: dict) -> list[tuple[str, str, str]]:
     """Rows of the summary table: a name, its value, what it means in plain words."""
     cross_entropy = summary["cross_entropy"]
     excluded = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in summary["excluded"].items()]
@@ -137,70 +250,3 @@ def _facts(summary: dict) -> list[tuple[str, str, str]]:
             "Positions left out of training and of every number here, by reason.",
         ),
     ]
-
-
-def _picture(caption: str, file: Path) -> dict:
-    png = file.read_bytes()
-    width, height = struct.unpack(">II", png[16:24])  # of the header, so that text does not jump
-    encoded = base64.b64encode(png).decode()
-    return {"caption": caption, "png": encoded, "width": width, "height": height}
-
-
-def _card(row: pd.Series, examples: pd.DataFrame) -> dict:
-    """What the template shows of one feature."""
-    often = f"{100 * row.frequency:.2g}% of tokens"
-    if 0 < row.frequency < 0.1:
-        often += f" (1 in {1 / row.frequency:,.0f})"
-    groups = {
-        bucket: [_example(example, row.max_activation) for example in group.itertuples()]
-        for bucket, group in examples.groupby("bucket")
-    }
-    return {
-        "feature": row.name,
-        "label": row.label,
-        "frequency": often,
-        "max_activation": f"{row.max_activation:.2f}",
-        "subset": f"{row.top_subset} ({row.top_subset_share:.0%})",
-        "chips": {
-            name: [_visible(token, spaces=True) for token in _as_list(row[f"{name}_tokens"])]
-            for name in ("promoted", "suppressed")
-        },
-        "top": groups.pop(0, []),
-        "buckets": {
-            f"{100 * (N_BUCKETS - b) // N_BUCKETS}–{100 * (N_BUCKETS + 1 - b) // N_BUCKETS}%": group
-            for b, group in groups.items()
-        },
-    }
-
-
-def _example(example: tuple, maximum: float) -> dict:
-    """An example as one line of HTML, each active token marked in proportion to ``maximum``."""
-    line = Markup()
-    mark = Markup('<mark{} style="--a:{:.2f}" title="{:.2f}">{}</mark>')
-    tokens = zip(example.pieces, example.activations, strict=True)
-    for position, (piece, activation) in enumerate(tokens):
-        is_peak = position == example.peak
-        if activation <= 0 and not is_peak:
-            line += _visible(piece)
-            continue
-        word = piece.lstrip(" ") or piece  # the space before a word stays out of its box
-        share = np.clip(activation / maximum, 0, 1) if maximum > 0 else 0
-        line += piece[: len(piece) - len(word)]
-        peak = Markup(' class="peak"') if is_peak else ""
-        line += mark.format(peak, share, activation, _visible(word))
-    return {
-        "line": line.lstrip(" "),
-        "activation": f"{example.activation:.2f}",
-        "source": f"{example.subset} · document {example.document}",
-    }
-
-
-def _visible(piece: str, spaces: bool = False) -> Markup:
-    """Escaped text with line breaks and other control characters (and spaces) made visible."""
-    signs = SIGNS | {ord(" "): "<i>␣</i>"} if spaces else SIGNS
-    return Markup(str(escape(piece)).translate(signs))
-
-
-def _as_list(tokens: object) -> list[str]:
-    """A cell of a list column; dead features have None or NaN there."""
-    return list(tokens) if isinstance(tokens, list | tuple | np.ndarray) else []

@@ -1,6 +1,6 @@
-"""The catalogue of features: made by an analysis, saved as tables, loaded and searched.
+"""The catalogue of features, as a finished analysis has it: loaded and searched.
 
-features.parquet    a row a feature: statistics, label, promoted tokens, place on the map
+features.parquet    a row a feature: statistics, label, promoted tokens, neighbours, place on a map
 examples.parquet    a row an example: tokens and activations around a feature's peak
 vocabulary.json     the text of every token, so that reading needs no tokenizer
 summary.json        what the analysis found as a whole, and what it was made from
@@ -8,234 +8,13 @@ summary.json        what the analysis found as a whole, and what it was made fro
 
 import functools
 import re
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
-import torch
 
-from utils.activations import ActivationStore
-from utils.artifacts import missing_stage, read_json, replacing, write_json
-from utils.evaluation import loss_recovered
-from utils.features import WINDOW, FeaturePass, window_start
-from utils.language_model import LanguageModel
-
-N_PROMOTED = 10  # tokens listed as promoted, and as suppressed
-ROWS_PER_GROUP = 4_096  # of examples.parquet, whose row groups are read one at a time
-
-
-# ----------------------------------------------------------------------------------------- making
-
-
-def vocabulary(tokenizer) -> list[str]:
-    """The text of each token within a text, by its number.
-
-    Decoded behind another token, for some tokenizers strip the space before a first one.
-    """
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
-    clean = {"clean_up_tokenization_spaces": False}
-    texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], **clean)
-    return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
-
-
-@torch.inference_mode()
-def promoted_tokens(
-    language_model: LanguageModel, directions: np.ndarray, pieces: list[str], batch: int = 512
-) -> pd.DataFrame:
-    """The tokens whose logits a feature raises and lowers most when it alone speaks.
-
-    A decoder row passes the final norm's weights and the unembedding; the norm's division is the
-    same for all tokens and left out. A token's logit is counted in standard deviations of that
-    token over all features, for otherwise rare tokens of long unembedding rows lead every list.
-
-    Args:
-        directions: Decoder rows, shape (n_latents, d_model).
-        pieces: The text of each token.
-
-    Returns:
-        Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
-    """
-    # Some models pad their unembedding beyond the tokens there are.
-    unembedding = language_model.model.get_output_embeddings().weight[: len(pieces)].float()
-    unembedding = unembedding * language_model.model.get_decoder().norm.weight.float()
-    rows = torch.from_numpy(directions.copy()).to(unembedding.device)
-    rows = rows - rows.mean(dim=0)
-    covariance = rows.T @ rows / len(rows)
-    deviation = (unembedding @ covariance).mul(unembedding).sum(dim=1).sqrt()
-    unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
-    text = np.array(pieces, dtype=object)
-    promoted, suppressed = [], []
-    for some in rows.split(batch):
-        scores = some @ unembedding.T
-        promoted += text[scores.topk(N_PROMOTED).indices.cpu()].tolist()
-        suppressed += text[(-scores).topk(N_PROMOTED).indices.cpu()].tolist()
-    return pd.DataFrame({"promoted_tokens": promoted, "suppressed_tokens": suppressed})
-
-
-def map_directions(
-    directions: np.ndarray, alive: np.ndarray, seed: int, wanted: bool = True
-) -> np.ndarray:
-    """UMAP of the decoder rows of living features, by cosine.
-
-    Returns:
-        Shape (n_latents, 2); NaN for dead features, and for all if no map is ``wanted`` or there
-        are too few features to have neighbours.
-    """
-    places = np.full((len(directions), 2), np.nan)
-    n_alive = int(alive.sum())
-    if wanted and n_alive > 3:
-        import umap  # compiles for seconds when imported
-
-        print(f"Mapping {n_alive:,} features with UMAP.")
-        reducer = umap.UMAP(
-            metric="cosine",
-            n_neighbors=min(15, n_alive - 1),
-            min_dist=0.05,
-            random_state=seed,
-            n_jobs=1,
-        )
-        places[alive] = reducer.fit_transform(directions[alive])
-    return places
-
-
-def example_table(found: FeaturePass, store: ActivationStore) -> pyarrow.Table:
-    """The examples of a pass, with the tokens and sources of their windows."""
-    examples = found.examples()
-    starts = window_start(examples["position"], store.context_length)
-    width = examples["window"].shape[1]
-    n = len(starts)
-    tokens = np.full((n, width), -1, np.int32)
-    documents = np.empty(n, np.int32)
-    subsets = np.empty(n, np.int16)
-    names = {name: i for i, name in enumerate(found.subsets)}
-    by_context = np.argsort(examples["context"], kind="stable")
-    for i in by_context:
-        shard, row = store.locate(examples["context"][i])
-        window = shard["tokens"][row, starts[i] : starts[i] + width]
-        tokens[i, : len(window)] = window
-        peak = examples["position"][i]
-        documents[i] = shard["documents"][row, peak]
-        subsets[i] = names[shard.subset_names[shard["subsets"][row, peak]]]
-    subset_names = pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array(subsets), pyarrow.array(found.subsets)
-    )
-    return pyarrow.table(
-        {
-            "feature": examples["feature"].astype(np.int32),
-            "bucket": examples["bucket"].astype(np.int8),
-            "rank": examples["rank"].astype(np.int16),
-            "activation": examples["activation"],
-            "context": examples["context"],
-            "peak": (examples["position"] - starts).astype(np.int16),
-            "document": documents,
-            "subset": subset_names,
-            "tokens": _lists(tokens),
-            "activations": _lists(examples["window"].astype(np.float32)),
-        }
-    )
-
-
-def _lists(values: np.ndarray) -> pyarrow.Array:
-    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
-
-
-def feature_table(
-    found: FeaturePass,
-    examples: pyarrow.Table,
-    promoted: pd.DataFrame,
-    places: np.ndarray,
-    pieces: list[str],
-) -> pd.DataFrame:
-    """One row a feature; ``places`` (n_latents, 2) is the map of `map_directions`."""
-    features = pd.DataFrame(found.statistics())
-    features.insert(0, "feature", np.arange(len(features)))
-    features["peak_tokens"], features["peak_shares"] = _peak_tokens(examples, len(features), pieces)
-    features["label"] = features["peak_tokens"].map(make_label)
-    features[["promoted_tokens", "suppressed_tokens"]] = promoted
-    features["umap_x"], features["umap_y"] = places.T
-    return features
-
-
-def _peak_tokens(
-    examples: pyarrow.Table, n_features: int, pieces: list[str]
-) -> tuple[list[list[str]], list[list[float]]]:
-    """The tokens at the peaks of each feature's highest examples, commonest first, and shares."""
-    top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
-    feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
-    tokens = top["tokens"].combine_chunks().flatten().to_numpy()
-    at_peak = tokens.reshape(-1, WINDOW)[np.arange(len(feature)), peak]
-    counts = [Counter() for _ in range(n_features)]
-    for number, token in zip(feature, at_peak, strict=True):
-        counts[number][pieces[token]] += 1
-    commonest = [count.most_common(N_PROMOTED) for count in counts]
-    return (
-        [[token for token, _ in pairs] for pairs in commonest],
-        [
-            [n / count.total() for _, n in pairs]
-            for pairs, count in zip(commonest, counts, strict=True)
-        ],
-    )
-
-
-def make_label(peak_tokens: list[str], n_words: int = 3) -> str:
-    """The commonest peak tokens in words: a name to know a feature by until it has a better one."""
-    shown = [token.strip() or ("↵" if "\n" in token else "␣") for token in peak_tokens]
-    return ", ".join(list(dict.fromkeys(shown))[:n_words])
-
-
-def summarise(
-    found: FeaturePass, store: ActivationStore, trained: dict, losses: dict[str, float]
-) -> dict[str, Any]:
-    """What the analysis found as a whole, and what it was made from.
-
-    ``trained`` is the training's metrics, with its settings and the autoencoder's fingerprint.
-    """
-    alive = found.uses > 0
-    return {
-        "model_name": store.model_name,
-        "revision": store.revision,
-        "layer": store.layer,
-        "dtype": store.dtype,
-        "dataset": store.dataset,
-        "outlier_norm": store.outlier_norm,
-        "excluded": store.excluded,
-        "autoencoder_fingerprint": trained["fingerprint"],
-        "kind": trained["kind"],
-        "n_latents": len(alive),
-        "n_alive": int(alive.sum()),
-        "dead_fraction": float(1 - alive.mean()),
-        "n_tokens": found.fidelity.n_rows,
-        "fvu": found.fidelity.fvu,
-        "held_out_fvu": trained["fvu"],
-        "cosine": found.fidelity.cosine,
-        "l0": found.fidelity.l0,
-        "cross_entropy": losses,
-        "loss_recovered": loss_recovered(losses),
-    }
-
-
-def save_catalogue(
-    folder: Path,
-    features: pd.DataFrame,
-    examples: pyarrow.Table,
-    pieces: list[str],
-    summary: dict[str, Any],
-) -> None:
-    """Write the tables, and the summary last: where it is, the others are whole."""
-    with replacing(folder / "features.parquet") as partial:
-        features.to_parquet(partial, index=False)
-    with replacing(folder / "examples.parquet") as partial:
-        pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
-    write_json(folder / "vocabulary.json", pieces)
-    write_json(folder / "summary.json", summary)
-
-
-# ---------------------------------------------------------------------------------------- reading
+from utils.artifacts import fingerprint, missing_stage, read_json
+from utils.settings import require
 
 
 class Catalogue:
@@ -267,33 +46,56 @@ class Catalogue:
         examples["pieces"] = [list(self.pieces[tokens]) for tokens in examples["tokens"]]
         return examples
 
+    def autoencoder_path(self, folder: str | Path) -> Path:
+        """The file of the autoencoder in ``folder``, which the analysis must be of.
+
+        Raises:
+            InputError: It is missing, or another one.
+        """
+        path = Path(folder) / "autoencoder.keras"
+        if not path.exists():
+            raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
+        analysed, found = self.summary["autoencoder_fingerprint"], fingerprint(path)
+        require(
+            analysed == found,
+            f"{self.folder} must be of the autoencoder in {folder}; it is of {analysed}, not of "
+            f"{found}. Run analyze_features.py for this autoencoder, or name the folders that "
+            "belong together with --analysis-dir and --autoencoder-dir.",
+        )
+        return path
+
     def search(self, words: str, n: int) -> pd.DataFrame:
         """The features that best fit some words, with a column ``match``, best first.
 
-        A feature fits by the share of its highest examples that peak at one of the words, and a
-        little by the share of the tokens it promotes that are one. Dead features never fit.
+        A feature fits by the share of its highest examples that peak at one of the words, half as
+        much by the share of the words that its label has, and a little by the share of the tokens
+        it promotes that are one. Dead features never fit.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
-        match = [
-            share_at(wanted, row) + 0.2 * share_of(wanted, row.promoted_tokens)
-            for row in alive.itertuples()
-        ]
-        found = alive.assign(match=np.array(match, float))
+        labels = alive["label"].str.lower()
+        shares = [labels.str.contains(rf"\b{word}\b") for word in wanted]
+        match = 0.5 * np.mean(shares, axis=0) if shares else np.zeros(len(alive))
+        match += summed_where(wanted, alive["peak_tokens"], alive["peak_shares"])
+        n_promoted = alive["promoted_tokens"].map(len)
+        match += 0.2 * summed_where(wanted, alive["promoted_tokens"]) / np.maximum(1, n_promoted)
+        found = alive.assign(match=match)
         return found[found["match"] > 0].nlargest(n, "match")
 
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
 
-        Those whose highest examples peak at whole words, and that are neither rare nor everywhere.
+        Those whose highest examples peak at whole words and that promote these words too, for a
+        feature that only reads a word does not write it; neither rare nor everywhere.
         """
         features = self.features
         common = features[features["frequency"].between(5e-4, 2e-2)]
         common = common if len(common) else features[~features["dead"]]
-        match = [
-            share_at(words_of(row.peak_tokens), row) * row.max_activation
-            for row in common.itertuples()
-        ]
+        match = []
+        for row in common.itertuples():
+            words = words_of(row.peak_tokens)
+            promoted = 0.05 + share_of(words, row.promoted_tokens)
+            match.append(share_at(words, row) * promoted * row.max_activation)
         return common.assign(match=np.array(match, float)).nlargest(n, "match")
 
 
@@ -301,6 +103,24 @@ def words_of(tokens: list[str]) -> set[str]:
     """Tokens that begin a word of four letters or more, in lower case."""
     words = (token.strip().lower() for token in tokens if token[:1].isspace())
     return {word for word in words if len(word) > 3 and word.isalpha()}
+
+
+def summed_where(
+    wanted: set[str], tokens: pd.Series, weights: pd.Series | None = None
+) -> np.ndarray:
+    """Of lists of tokens, a list a feature, the weights of those that are a wanted word, summed.
+
+    Args:
+        weights: A number a token; each counts 1 if None.
+    """
+    if tokens.empty:
+        return np.zeros(0)
+    feature = np.repeat(np.arange(len(tokens)), tokens.map(len))
+    number, texts = pd.factorize(np.concatenate(tokens.to_list()))
+    is_wanted = np.array([text.strip().lower() in wanted for text in texts], float)[number]
+    if weights is not None:
+        is_wanted *= np.concatenate(weights.to_list())
+    return np.bincount(feature, is_wanted, minlength=len(tokens))
 
 
 def share_of(wanted: set[str], tokens: list[str]) -> float:

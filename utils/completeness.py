@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from utils.activations import ActivationStore
+from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
 from utils.concepts import CONCEPTS
 
@@ -184,33 +185,26 @@ def _fit(frequency: np.ndarray, covered: np.ndarray) -> tuple[float, float]:
     return slope, float(-found.intercept_[0] / slope)
 
 
-def study(
-    autoencoders: list[SparseAutoencoder],
-    store: ActivationStore,
-    contexts: range,
-    pieces: list[str],
-    batch_size: int,
-    seed: int,
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+def study(analysis: Analysis) -> Findings:
     """Which words each of some dictionaries has a feature for, and the sigmoid of it.
 
-    Args:
-        pieces: The text of each token.
-        seed: Of the words drawn and of the intervals.
-
     Returns:
-        The table of `find_features`, with ``n_latents`` and ``frequency``, occurrences a token; and
-        for each dictionary ``n_latents``, ``n_alive``, ``n_words``, ``n_covered`` and the sigmoid.
+        For each dictionary ``n_latents``, ``n_alive``, ``n_words``, ``n_covered`` and the sigmoid;
+        and the table of `find_features`, with ``n_latents`` and ``frequency``, occurrences a token.
     """
-    occurrences = find_occurrences(store, contexts, pieces, seed)
+    store, settings = analysis.store, analysis.settings
+    occurrences = find_occurrences(store, analysis.contexts, analysis.pieces, settings.seed)
     n_tokens = occurrences.at.size
     tables, fits = [], []
+    autoencoders = [analysis.autoencoder, *analysis.others]
     for autoencoder in sorted(autoencoders, key=lambda autoencoder: autoencoder.n_latents):
-        table, n_alive = find_features(autoencoder, store, contexts, occurrences, batch_size)
+        table, n_alive = find_features(
+            autoencoder, store, analysis.contexts, occurrences, settings.batch_size
+        )
         table = table.assign(n_latents=autoencoder.n_latents, frequency=table["n"] / n_tokens)
         covered = table["covered"].to_numpy()
-        sigmoid = fit_sigmoid(table["frequency"].to_numpy(), covered, seed) or {}
+        sigmoid = fit_sigmoid(table["frequency"].to_numpy(), covered, settings.seed) or {}
         counts = {"n_words": len(table), "n_covered": int(covered.sum())}
         fits.append({"n_latents": autoencoder.n_latents, "n_alive": n_alive, **counts, **sigmoid})
         tables.append(table)
-    return pd.concat(tables, ignore_index=True), fits
+    return Findings(fits, {"completeness": pd.concat(tables, ignore_index=True)})

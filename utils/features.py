@@ -2,9 +2,11 @@
 
 An activation is f_i · ‖W_dec,i‖. Its examples are kept, while streaming, by `BestPerGroup`: the
 highest of each feature, and a random few of each half octave of its activation, from which the
-evenly spaced buckets between the maximum and 0 are drawn at the end. Memory is bounded by the
-number of features, not by the data.
+evenly spaced buckets between the maximum and 0 are drawn at the end; `Histograms` counts how often
+a feature is how active. Memory is bounded by the number of features, not by the data.
 """
+
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -21,6 +23,9 @@ WINDOW = 48  # tokens of an example
 WINDOW_BEFORE = 32  # of these, before the peak
 HALF_OCTAVES = 32  # bins of activation, 2^-8 to 2^8, that random examples are kept for
 PER_HALF_OCTAVE = 4
+AROUND = 12  # tokens to each side of a peak; examples that have them all alike are the same text
+N_BINS = 32  # of a feature's histogram, at least half of them up to its maximum
+SMALLEST_RANGE = -16  # exponent of 2: histograms begin with bins from 0 to here
 
 
 def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
@@ -31,7 +36,8 @@ def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
 class BestPerGroup:
     """Of a stream of entries, the ``size`` of highest priority in each group.
 
-    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``.
+    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``. Of a
+    group's entries with the same ``text``, where they have that, only the best is kept.
     """
 
     def __init__(self, n_groups: int, size: int):
@@ -47,25 +53,88 @@ class BestPerGroup:
     def add(self, entries: dict[str, np.ndarray]) -> None:
         self._parts.append(entries)
         self._pending += len(entries["group"])
-        if self._pending > max(100_000, self.size * len(self.threshold)):
+        if self._pending > max(100_000, self.size * len(self.threshold) // 4):
             self.best()
 
     def best(self) -> dict[str, np.ndarray]:
         """The best entries so far, by group and falling priority, with their ``rank``."""
-        names = [name for name in self._parts[0] if name != "rank"]
-        entries = {name: np.concatenate([part[name] for part in self._parts]) for name in names}
-        order = np.lexsort((-entries["priority"], entries["group"]))
-        group = entries["group"][order]
+        parts, self._parts = self._parts, []
+        names = [name for name in parts[0] if name != "rank"]
+
+        def join(name):  # a column at a time, for the largest are most of the memory
+            return np.concatenate([part.pop(name) for part in parts])
+
+        columns = {name: join(name) for name in ("group", "priority")}
+        order = np.lexsort((-columns["priority"], columns["group"]))
+        if "text" in names:
+            columns["text"] = join("text")
+            order = order[_first_of_each(columns["group"][order], columns["text"][order])]
+        group = columns["group"][order]
         starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else order
         lengths = np.diff(np.r_[starts, len(group)])
         rank = np.arange(len(group)) - np.repeat(starts, lengths)
         last = rank == self.size - 1
-        self.threshold[group[last]] = entries["priority"][order][last]
+        self.threshold[group[last]] = columns["priority"][order][last]
         kept = order[rank < self.size]
-        self._parts = [{name: values[kept] for name, values in entries.items()}]
-        self._parts[0]["rank"] = rank[rank < self.size]
-        self._pending = 0
-        return self._parts[0]
+        best = {name: (columns[name] if name in columns else join(name))[kept] for name in names}
+        best["rank"] = rank[rank < self.size]
+        self._parts, self._pending = [best], 0
+        return dict(best)
+
+
+def _first_of_each(*keys: np.ndarray) -> np.ndarray:
+    """The places, rising, at which combinations of keys occur for the first time."""
+    order = np.lexsort(keys)  # stable: of equal keys the first stays first
+    changes = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    return np.sort(order[np.r_[True, changes]]) if len(order) else order
+
+
+def text_around(tokens: np.ndarray) -> np.ndarray:
+    """A number for the `AROUND` tokens to each side of every position, alike for like texts.
+
+    Args:
+        tokens: Shape (contexts, context_length).
+
+    Returns:
+        Of that shape, uint64; what lies outside of the context counts as a token of its own.
+    """
+    padded = np.pad(tokens.astype(np.int64) + 1, ((0, 0), (AROUND, AROUND))).astype(np.uint64)
+    text = np.zeros(tokens.shape, np.uint64)
+    for offset in range(2 * AROUND + 1):
+        text = text * np.uint64(0x9E3779B97F4A7C15) + padded[:, offset : offset + tokens.shape[1]]
+    return text
+
+
+class Histograms:
+    """Of a stream of positive values in groups, a histogram of each group in equal bins from 0.
+
+    A group's bins reach to a power of two; where a value passes it, pairs of bins become one, so
+    that counts are exact whatever comes, and the maximum ends in the upper half of the bins.
+
+    Attributes:
+        counts: Shape (n_groups, `N_BINS`).
+    """
+
+    def __init__(self, n_groups: int):
+        self.counts = np.zeros((n_groups, N_BINS), np.int32)
+        self._exponents = np.full(n_groups, SMALLEST_RANGE)
+
+    @property
+    def ranges(self) -> np.ndarray:
+        """The upper edge of each group's last bin, shape (n_groups,)."""
+        return np.exp2(self._exponents)
+
+    def add(self, group: np.ndarray, values: np.ndarray) -> None:
+        needed = self._exponents.copy()
+        np.maximum.at(needed, group, np.ceil(np.log2(np.maximum(values, 1e-9))).astype(int))
+        while len(narrow := np.flatnonzero(self._exponents < needed)):
+            pairs = self.counts[narrow].reshape(-1, N_BINS // 2, 2).sum(axis=2)
+            self.counts[narrow] = np.pad(pairs, ((0, 0), (0, N_BINS // 2)))
+            self._exponents[narrow] += 1
+        bins = (values * (N_BINS / self.ranges[group])).astype(int)
+        bins = group * N_BINS + np.minimum(bins, N_BINS - 1)  # the upper edge is in the last
+        counts = np.bincount(bins, minlength=self.counts.size)
+        self.counts += counts.reshape(self.counts.shape).astype(np.int32)
 
 
 class FeaturePass:
@@ -86,6 +155,7 @@ class FeaturePass:
         self.uses = np.zeros(n, np.int64)
         self.sums = np.zeros(n)
         self.maxima = np.zeros(n)
+        self.histograms = Histograms(n)
         self.subset_sums = np.zeros((n, len(self.subsets)))
         self.subset_tokens = np.zeros(len(self.subsets), np.int64)
         self.top = BestPerGroup(n, N_TOP)
@@ -117,8 +187,10 @@ class FeaturePass:
         n = len(self.norms)
         self.uses += np.bincount(feature, minlength=n)
         self.sums += np.bincount(feature, activation, minlength=n)
+        self.histograms.add(feature, activation)
         self._add_subsets(contexts, at, feature, activation)
-        self._add_examples(contexts.start, feature, context, position, activation)
+        text = text_around(np.stack([self.store["tokens"][c] for c in contexts]))
+        self._add_examples(contexts.start, text, feature, context, position, activation)
 
     def _add_subsets(self, contexts: range, at, feature, activation) -> None:
         numbers = np.concatenate([self._subset_numbers(c) for c in contexts])
@@ -132,7 +204,7 @@ class FeaturePass:
         numbers = np.array([self.subsets.index(name) for name in shard.subset_names])
         return numbers[shard["subsets"][row]]
 
-    def _add_examples(self, first_context, feature, context, position, activation) -> None:
+    def _add_examples(self, first_context, text, feature, context, position, activation) -> None:
         """Offer the peak of each feature in each context to the kept examples."""
         key = feature.astype(np.int64) * (context.max() + 1 if len(context) else 1) + context
         order = np.argsort(key, kind="stable")
@@ -153,12 +225,13 @@ class FeaturePass:
         entries = {
             "feature": feature[starts],
             "activation": peaks,
-            "context": first_context + context[starts],
-            "position": position[peak_at],
+            "context": (first_context + context[starts]).astype(np.int32),
+            "position": position[peak_at].astype(np.int32),
         }
-        for best, group, priority in (
-            (self.top, feature[starts], peaks),
-            (self.sampled, bins, chance),
+        texts = {"text": text[context[starts], position[peak_at]]}
+        for best, group, priority, own in (
+            (self.top, feature[starts], peaks, texts),
+            (self.sampled, bins, chance, {}),
         ):
             wanted = np.flatnonzero(best.wants(group, priority))
             best.add(
@@ -166,7 +239,7 @@ class FeaturePass:
                     "group": group[wanted],
                     "priority": priority[wanted],
                     "window": self._windows(wanted, entries, starts, position, activation),
-                    **{name: values[wanted] for name, values in entries.items()},
+                    **{name: values[wanted] for name, values in {**entries, **own}.items()},
                 }
             )
 
@@ -190,8 +263,12 @@ class FeaturePass:
         shares = self.subset_tokens / max(1, self.subset_tokens.sum())
         return dict(zip(self.subsets, shares.tolist(), strict=True))
 
-    def statistics(self) -> dict[str, np.ndarray]:
-        """Per feature: frequency, maximum and mean activation, and its leading corpus subset."""
+    def statistics(self) -> dict[str, Any]:
+        """Per feature: frequency, maximum and mean activation, leading corpus subset, histogram.
+
+        ``histogram`` counts the tokens, of those on which the feature is active, in `N_BINS` equal
+        bins of activation from 0 to ``histogram_range``.
+        """
         uses = np.maximum(self.uses, 1)
         total = np.maximum(self.subset_sums.sum(axis=1), 1e-12)
         return {
@@ -201,13 +278,15 @@ class FeaturePass:
             "dead": self.uses == 0,
             "top_subset": np.array(self.subsets)[self.subset_sums.argmax(axis=1)],
             "top_subset_share": self.subset_sums.max(axis=1) / total,
+            "histogram": list(self.histograms.counts),
+            "histogram_range": self.histograms.ranges,
         }
 
     def examples(self) -> dict[str, np.ndarray]:
         """The kept examples by feature, bucket and rank.
 
-        Bucket 0 holds the `N_TOP` highest; bucket b up to `N_PER_BUCKET` random ones whose peak
-        lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
+        Bucket 0 holds the `N_TOP` highest of different texts; bucket b up to `N_PER_BUCKET` random
+        ones whose peak lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
         """
         top = dict(self.top.best())
         top["bucket"] = np.zeros(len(top["feature"]), np.int64)

@@ -6,7 +6,7 @@ untouched and the steered text. The same request is shown again, not generated a
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,20 @@ from utils.language_model import load_language_model
 from utils.steering import Clamp, generate, steered
 
 
-def list_requests(settings: Any, catalogue: Any, feature: int) -> list[dict[str, Any]]:
-    """All that decides a text, for each strength once; ``maximum`` is what strengths multiply."""
-    summary = catalogue.summary
+def list_requests(
+    settings: Any, catalogue: Any, features: list[int], strengths: Sequence[float]
+) -> list[dict[str, Any]]:
+    """All that decides a text, for each strength once; ``maxima`` are what strengths multiply."""
+    summary, maxima = catalogue.summary, catalogue.features["max_activation"]
     return [
         {
             "prompt": settings.prompt,
-            "feature": feature,
+            "chat_template": settings.chat_template,
+            "features": features,
+            "intervention": settings.intervention,
+            "where": list(settings.where) if isinstance(settings.where, tuple) else settings.where,
             "strength": strength,
-            "maximum": float(catalogue.features.loc[feature, "max_activation"]),
+            "maxima": [float(maxima[feature]) for feature in features],
             "max_new_tokens": settings.max_new_tokens,
             "temperature": float(settings.temperature),
             "seed": settings.seed,
@@ -33,7 +38,7 @@ def list_requests(settings: Any, catalogue: Any, feature: int) -> list[dict[str,
             "layer": summary["layer"],
             "outlier_norm": summary["outlier_norm"],
         }
-        for strength in dict.fromkeys(map(float, settings.strength))
+        for strength in dict.fromkeys(map(float, strengths))
     ]
 
 
@@ -52,10 +57,12 @@ def open_log(folder: str) -> Path:
     return log
 
 
-def read_records(log: Path) -> dict[str, dict[str, Any]]:
-    """The records of a log by the `key` of their request; torn lines are passed over."""
-    needed = ("request", "untouched", "steered")
-    return {key(record["request"]): record for record in records_of(log, needed)}
+def read_records(
+    log: Path, results: frozenset[str] = frozenset({"untouched", "steered"})
+) -> dict[str, dict[str, Any]]:
+    """The records with ``results`` by the `key` of their request; torn lines are passed over."""
+    records = records_of(log, {"request", *results})
+    return {key(record["request"]): record for record in records}
 
 
 def load_models(catalogue: Any, autoencoder_path: Path) -> tuple[Any, Any]:
@@ -83,18 +90,25 @@ def generate_records(
         yield record
 
 
+def clamps_of(request: dict[str, Any]) -> list[Clamp]:
+    """What a request changes."""
+    features = zip(request["features"], request["maxima"], strict=True)
+    how = request["intervention"]
+    return [Clamp(feature, request["strength"], maximum, how) for feature, maximum in features]
+
+
 def generate_text(models: tuple, request: dict[str, Any], steer: bool) -> str:
     """The continuation that a request asks for, or the untouched one."""
     language_model, autoencoder = models
-    clamp = Clamp(request["feature"], request["strength"], request["maximum"])
-    steering = steered(
-        language_model, request["layer"], autoencoder, [clamp], request["outlier_norm"]
-    )
+    clamps = clamps_of(request)
+    place = request["outlier_norm"], request["where"]
+    steering = steered(language_model, request["layer"], autoencoder, clamps, *place)
     with steering if steer else contextlib.nullcontext():
         return generate(
             language_model,
             request["prompt"],
             request["max_new_tokens"],
+            request["chat_template"],
             temperature=request["temperature"],
             seed=request["seed"],
         )

@@ -9,19 +9,31 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
+import numpy as np
 import openai
+import pandas as pd
 import torch
 from dotenv import load_dotenv
 from tqdm import tqdm
 
 from utils.artifacts import append_record, records_of
 from utils.language_model import LanguageModel, load_language_model
+from utils.questions import (
+    GRADES_TOKENS,
+    LABEL_TOKENS,
+    TOGETHER,
+    grade_questions,
+    label_question,
+    marked_tokens,
+    read_grades,
+    read_label,
+    show,
+)
 from utils.settings import InputError, require
 
 LOCAL_TOKENS = 8_192  # of prompts answered together by a local judge
@@ -171,16 +183,23 @@ class Answers:
         words = f"{len(new):,} questions to {self.judge.name}, {len(prompts) - len(new):,} answered"
         words += f" before; about {read:,.0f} tokens in, at most {written:,} out"
         if self.price:
-            words += f", {(read * self.price[0] + written * self.price[1]) / 1e6:.2f} by JUDGE_PRICE"
+            words += (
+                f", {(read * self.price[0] + written * self.price[1]) / 1e6:.2f} by JUDGE_PRICE"
+            )
         return words
 
     def ask(
-        self, what: str, prompts: list[str], max_tokens: int, parse: Callable[[str], Parsed | None]
+        self,
+        what: str,
+        prompts: list[str],
+        max_tokens: int,
+        parse: Callable[[str, str], Parsed | None],
     ) -> list[Parsed | None]:
         """The answers as ``parse`` reads them, None where it cannot.
 
         Args:
             what: The sort of question, to count and show it by.
+            parse: Reads an answer to a prompt, which it is given too.
         """
         new = {self._key(prompt, max_tokens): prompt for prompt in prompts}
         new = {key: prompt for key, prompt in new.items() if key not in self._kept}
@@ -192,7 +211,8 @@ class Answers:
                 key = keys[place]
                 append_record(self.path, {"key": key, "prompt": new[key], "answer": answer})
                 self._kept[key] = answer
-        parsed = [parse(self._kept[self._key(prompt, max_tokens)]) for prompt in prompts]
+        kept = (self._kept[self._key(prompt, max_tokens)] for prompt in prompts)
+        parsed = list(map(parse, kept, prompts))
         self.asked[what] += len(parsed)
         self.unparsed[what] += sum(answer is None for answer in parsed)
         return parsed
@@ -206,6 +226,60 @@ class Answers:
         }
 
 
+def ask_labels(examples: pd.DataFrame, answers: Answers) -> dict[int, str]:
+    """A phrase for each feature of some examples (``feature, pieces, activations``).
+
+    None for those whose answer cannot be read.
+    """
+    prompts = {}
+    for feature, own in examples.groupby("feature"):
+        marks = [marked_tokens(np.asarray(values)) for values in own["activations"]]
+        texts = map(show, own["pieces"], marks)
+        prompts[int(feature)] = label_question(list(texts))
+    labels = answers.ask(
+        "labels", list(prompts.values()), LABEL_TOKENS, lambda answer, _: read_label(answer)
+    )
+    return {f: label for f, label in zip(prompts, labels, strict=True) if label is not None}
+
+
+def ask_grades(
+    question: str,
+    what: str,
+    features: pd.Series,
+    labels: dict[int, str],
+    shown: Sequence[str],
+    highest: int,
+    answers: Answers,
+) -> np.ndarray:
+    """A grade for each text, from 0 to ``highest``; NaN where an answer cannot be read.
+
+    Args:
+        question: Of `utils.questions`, on some texts of one feature at a time.
+        what: The sort of question.
+        features: Whose text each is.
+        labels: What each feature is described as; one without is not asked about.
+        shown: The texts.
+    """
+    prompts, places = [], []
+    for feature, own in pd.Series(range(len(shown))).groupby(features.to_numpy()):
+        if feature in labels:
+            own = own.to_numpy()
+            prompts += grade_questions(question, labels[feature], [shown[i] for i in own])
+            places += [own[start : start + TOGETHER] for start in range(0, len(own), TOGETHER)]
+    grades = np.full(len(shown), np.nan)
+    sizes = dict(zip(prompts, map(len, places), strict=True))
+    read = answers.ask(
+        what,
+        prompts,
+        GRADES_TOKENS,
+        lambda answer, prompt: read_grades(answer, sizes[prompt], highest),
+    )
+    for some, given in zip(places, read, strict=True):
+        if given is not None:
+            grades[some] = given
+    return grades
+
+
 def open_judge(settings: Any, folder: Path) -> Answers | None:
     """The judge that ``judge``, ``judge_url`` and ``judge_price`` of the settings name, if any."""
     if settings.judge is None:
@@ -216,24 +290,3 @@ def open_judge(settings: Any, folder: Path) -> Answers | None:
         else LocalJudge(settings.judge)
     )
     return Answers(judge, folder / "judge.jsonl", settings.judge_price)
-
-
-def check_judge(settings: Any) -> None:
-    """Refuse settings of a judge that cannot be meant."""
-    url, price = settings.judge_url, settings.judge_price
-    if url is not None:
-        require(settings.judge is not None, "JUDGE_URL needs JUDGE, the model to ask for there.")
-        parts = urlsplit(url)
-        require(
-            parts.scheme in ("http", "https") and bool(parts.hostname),
-            f"JUDGE_URL must be an http or https address, such as http://127.0.0.1:8000/v1; it is "
-            f"{url!r}.",
-        )
-        require(
-            not parts.username and not parts.query,
-            "JUDGE_URL must not hold a name, a password or a query. Put the key into .env, as "
-            "JUDGE_API_KEY=...",
-        )
-    require(
-        price is None or min(price) >= 0, f"JUDGE_PRICE must not be negative; it is {price}."
-    )

@@ -9,6 +9,7 @@ import difflib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,7 +17,7 @@ from keras import ops
 
 from utils.activations import ActivationStore
 from utils.artifacts import fingerprint, missing_stage, read_json
-from utils.autoencoder import SparseAutoencoder, squared_error
+from utils.autoencoder import SparseAutoencoder, of_some, squared_error
 from utils.settings import InputError, require
 from utils.sparse import Picks, top_latents
 
@@ -54,11 +55,11 @@ class DenseAutoencoder(SparseAutoencoder):
         super().__init__(**kwargs)
         self.sparsity_coefficient, self.sparsity_warmup = sparsity_coefficient, sparsity_warmup
 
-    def encode(self, activations):
-        return self.latents(self.pre_activations(self.normalise(activations)))
+    def encode(self, activations, features=None):
+        return self.latents(self.pre_activations(self.normalise(activations), features), features)
 
-    def latents(self, pre_activations):
-        """f of pre-activations, both (batch, n_latents)."""
+    def latents(self, pre_activations, features=None):
+        """f of pre-activations, both (batch, n_latents), or of some latents alone."""
         raise NotImplementedError
 
     def forward_pass(self, x):
@@ -94,7 +95,7 @@ class L1Autoencoder(DenseAutoencoder):
     Reference: "Scaling Monosemanticity", Sparse Autoencoders; "Update on how we train SAEs".
     """
 
-    def latents(self, pre_activations):
+    def latents(self, pre_activations, features=None):
         return ops.relu(pre_activations)
 
     def loss_terms(self, x, passed):
@@ -126,8 +127,10 @@ class GatedAutoencoder(DenseAutoencoder):
         super().initialize(*args, **kwargs)
         self.b_mag.assign(self.b_enc + 0.0)  # a copy: JAX updates both in place
 
-    def latents(self, pre_activations):
-        magnitude = ops.exp(self.r_mag) * (pre_activations - self.b_enc) + self.b_mag
+    def latents(self, pre_activations, features=None):
+        weights = (self.r_mag, self.b_enc, self.b_mag)
+        r_mag, b_enc, b_mag = (of_some(weight, features) for weight in weights)
+        magnitude = ops.exp(r_mag) * (pre_activations - b_enc) + b_mag
         return ops.where(pre_activations > 0, ops.relu(magnitude), 0.0)
 
     def loss_terms(self, x, passed):
@@ -178,8 +181,8 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         """θ, shape (n_latents,)."""
         return ops.exp(self.log_threshold)
 
-    def latents(self, pre_activations):
-        above = pre_activations - self.threshold()
+    def latents(self, pre_activations, features=None):
+        above = pre_activations - of_some(self.threshold(), features)
         ramp = ops.clip(above / self.bandwidth + 0.5, 0.0, 1.0)
         step = ops.cast(above > 0, "float32")
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
@@ -203,13 +206,14 @@ class TopKAutoencoder(SparseAutoencoder):
         loss = mean ‖x − x̂‖² + α mean ‖e − ê‖²,  e = x − x̂
 
     ê is e reconstructed from dead latents only (AuxK). Only choosing the k needs the dense product,
-    which is not differentiated; the chosen pre-activations are then computed again from their
-    encoder rows and decoded from their decoder rows (`utils.sparse`).
+    which is not differentiated: the gradients of the chosen pre-activations come from their encoder
+    rows, and they are decoded from their decoder rows (`utils.sparse`).
 
     Args:
         k: Latents active for a row.
         auxk_coefficient: α; 0 turns AuxK off.
-        selection_dtype: Precision of the product that chooses, in training. Values are float32.
+        selection_dtype: Precision of that product, and so of pre-activations, in training. All
+            else is float32.
 
     Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", 2.3 and A.2.
     """
@@ -246,22 +250,36 @@ class TopKAutoencoder(SparseAutoencoder):
         picks = Picks(indices, self.n_latents)
         return picks, ops.relu(ops.reshape(values, ops.shape(picks.latent)))
 
-    def encode(self, activations):
-        picks, values = self.encode_picks(activations)
-        return picks.dense(values)
+    def encode(self, activations, features=None):
+        if features is None:
+            picks, values = self.encode_picks(activations)
+            return picks.dense(values)
+        # Only a positive pre-activation can be a latent; most rows of most features have none.
+        x = self.normalise(activations)
+        own = ops.relu(self.pre_activations(x, features))
+        return ops.cond(ops.any(own > 0), lambda: self._among_largest(x, features), lambda: own)
+
+    def _among_largest(self, x, features):
+        values, indices = self.top_latents(x, self.k)
+        chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
+        return ops.sum(ops.where(chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
     def encode_active(self, activations):
         picks, values = self.encode_picks(activations)
         reconstruction = self.denormalise(picks.sum(values, self.W_dec) + self.b_dec)
         return *picks.positive(values), ops.convert_to_numpy(reconstruction)
 
-    def choose(self, x) -> Picks:
-        """The latents that a batch uses while training."""
-        return Picks(self.top_latents(x, self.k, self.selection_dtype)[1], self.n_latents)
+    def choose(self, x) -> tuple[Picks, Any]:
+        """The latents that a batch uses while training, and their pre-activations."""
+        values, indices = self.top_latents(x, self.k, self.selection_dtype)
+        picks = Picks(indices, self.n_latents)
+        return picks, picks.of(values)
 
     def forward_pass(self, x):
-        picks = self.choose(x)
-        values = ops.relu(picks.dot(x, self.W_enc) + picks.take(self.b_enc))
+        picks, found = self.choose(x)
+        biases = picks.take(self.b_enc)
+        products = picks.dot(x, self.W_enc, known=found - ops.stop_gradient(biases))
+        values = ops.relu(products + biases)
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
             **self.reconstruct(picks, values),
@@ -297,8 +315,8 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         super().__init__(**kwargs)
         self.threshold = self.add_weight((), "zeros", trainable=False, name="threshold")
 
-    def encode(self, activations):
-        found = self.pre_activations(self.normalise(activations))
+    def encode(self, activations, features=None):
+        found = self.pre_activations(self.normalise(activations), features)
         return ops.where(found > self.threshold, ops.relu(found), 0.0)
 
     def encode_active(self, activations):
@@ -313,7 +331,8 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        return Picks(indices, self.n_latents, values >= smallest)
+        picks = Picks(indices, self.n_latents, values >= smallest)
+        return picks, picks.of(values)
 
     def _exactly(self, x, indices):
         """Pre-activations of candidates in float32, (batch, width), not differentiated."""

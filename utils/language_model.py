@@ -148,21 +148,24 @@ class _Stopped(Exception):
 
 @contextlib.contextmanager
 def replaced_residual(
-    block: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor | None]
+    block: nn.Module, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
 ) -> Iterator[None]:
     """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it as it is.
 
-    The hook comes off when the block is left, by an exception too.
+    ``with_positions`` passes it the positions too, (batch or 1, context), counted from 0 in each
+    text whatever was padded or cached before. The hook comes off when the block is left, by an
+    exception too.
     """
 
-    def hook(_module, _inputs, output):
+    def hook(_module, _inputs, options, output):
         residual = output[0] if isinstance(output, tuple) else output
-        changed = replace(residual)
+        positions = (options["position_ids"],) if with_positions else ()
+        changed = replace(residual, *positions)
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = block.register_forward_hook(hook)
+    handle = block.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

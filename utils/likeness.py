@@ -1,4 +1,4 @@
-"""How alike contexts are: by the meaning of their sentences, or by their words.
+"""How alike the contexts of a feature are: by their meaning, or by their words.
 
 A sentence model (a small encoder, the mean of its last states) compares by meaning. Without one,
 TF-IDF compares by words.
@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
@@ -19,6 +21,7 @@ from utils.settings import InputError, hub_token
 
 BATCH = 64  # texts embedded together
 LONGEST = 64  # tokens of a text that a sentence model reads
+BEFORE, AFTER = 16, 8  # tokens around a peak that are compared
 
 Embedder = Callable[[Sequence[str]], Any]  # texts to a matrix of unit rows, dense or sparse
 
@@ -60,3 +63,49 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
         means = (states * mask).sum(dim=1) / mask.sum(dim=1)
         vectors[places] = torch.nn.functional.normalize(means, dim=1).cpu().numpy()
     return vectors
+
+
+def compare_contexts(
+    embed: Embedder,
+    source: pd.DataFrame,
+    held: pd.DataFrame,
+    quiet: pd.DataFrame,
+    active: np.ndarray,
+    other: dict[int, int],
+) -> pd.DataFrame:
+    """Are held-out contexts of a feature more like those of its highest examples than others are?
+
+    Args:
+        embed: Of `open_embedder`.
+        source: A feature's highest examples: ``feature, pieces, peak``.
+        held: Others of it, to be told from ``quiet``, texts drawn at random.
+        active: Which features are active in each of these, (texts, n_latents), bool.
+        other: A feature for each, whose highest examples show what chance gives.
+
+    Returns:
+        By feature, ``likeness`` and ``random_likeness``: the share of pairs of a context of its own
+        and a random one that cosine to the mean of the highest orders right; 0.5 is chance.
+    """
+    texts = pd.concat([source, held, quiet])
+    vectors = embed([_near(*row) for row in zip(texts["pieces"], texts["peak"], strict=True)])
+    of_source, of_held = source["feature"].to_numpy(), held["feature"].to_numpy()
+    first_held, first_quiet = len(source), len(source) + len(held)
+    means = {
+        feature: np.asarray(vectors[np.flatnonzero(of_source == feature)].mean(axis=0)).ravel()
+        for feature in other
+    }
+    rows = {}
+    for feature in other:
+        own = first_held + np.flatnonzero(of_held == feature)
+        silent = first_quiet + np.flatnonzero(~active[:, feature])
+        truth = np.r_[np.ones(len(own)), np.zeros(len(silent))]
+        compared = vectors[np.r_[own, silent]]
+        rows[feature] = [
+            roc_auc_score(truth, compared @ means[of]) for of in (feature, other[feature])
+        ]
+    names = ["likeness", "random_likeness"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names)
+
+
+def _near(pieces: Sequence[str], peak: int) -> str:
+    return "".join(pieces[max(0, peak - BEFORE) : peak + AFTER])

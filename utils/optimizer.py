@@ -8,6 +8,8 @@ from keras import ops
 if keras.backend.backend() == "torch":
     import torch
 
+    from utils.sparse import dot_rows
+
 
 class UnitRows(keras.constraints.Constraint):
     """Rows of norm 1, whose gradient loses the part along them, which would change that norm.
@@ -100,8 +102,7 @@ if keras.backend.backend() == "torch":  # in place: half of the time is in alloc
     @torch.no_grad()
     def _without_parallel_part(grad, rows):
         rows = ops.convert_to_tensor(rows)
-        along = torch.linalg.vecdot(grad, rows)[:, None]
-        return grad.addcmul_(along, rows, value=-1)
+        return grad.addcmul_(dot_rows(grad, rows)[:, None], rows, value=-1)
 
 else:
 

@@ -177,6 +177,32 @@ def plot_fidelity(summary: dict, path: Path) -> None:
         axes.set(title=note, xlabel="cross-entropy (nats a token)", xlim=(0, 1.12 * max(values)))
 
 
+def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
+    """How well the reconstruction does in each kind of text, the best understood first.
+
+    Args:
+        table: Of `evaluation.measure_losses`, with ``subset`` and ``loss_recovered``.
+    """
+    every, subsets = table.set_index("subset").loc["all"], table[table.subset != "all"]
+    subsets = subsets.sort_values("kl")
+    title = f"The reconstruction is most like the model in {subsets.subset.iloc[0]}"
+    panels = (
+        (100 * (1 - subsets.fvu), 100 * (1 - every.fvu), "Variance explained", "% of variance"),
+        (100 * subsets.loss_recovered, 100 * every.loss_recovered, "Loss recovered", "%"),
+        (subsets.kl, every.kl, "KL to the untouched prediction", "nats a token"),
+    )
+    names = [f"{row.subset}  (n = {row.n_tokens:,})" for row in subsets.itertuples()]
+    about = {"ncols": 3, "sharey": True}
+    title = f"{title} (n = {every.n_tokens:,.0f} tokens)"
+    with picture(path, title, (10, 1.4 + 0.27 * len(names)), **about) as (_, grid):
+        for axes, (values, overall, heading, unit) in zip(grid, panels, strict=True):
+            axes.barh(names, values, 0.66, color=BLUE)
+            axes.axvline(overall, color=ORANGE, linestyle="--", linewidth=1.2)
+            axes.set(title=f"{heading}; all {overall:.3g}", xlabel=unit)
+            axes.grid(axis="y", visible=False)
+        grid[0].invert_yaxis()
+
+
 def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     """A map of the decoder directions, coloured by the corpus subset a feature belongs to.
 

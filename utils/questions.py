@@ -92,12 +92,12 @@ def grade_questions(question: str, label: str, texts: Sequence[str]) -> Iterator
         yield question.format(label=label, n=len(some), texts=_numbered(some))
 
 
-def read_grades(answer: str, highest: int) -> list[int] | None:
-    """The first list of grades in an answer; None if there is none, or one is out of range."""
+def read_grades(answer: str, n: int, highest: int) -> list[int] | None:
+    """The first list in an answer; None unless it has ``n`` grades from 0 to ``highest``."""
     found = re.search(r"\[[^\[\]]*\]", answer)
     try:
-        grades = json.loads(found.group(0)) if found else None
+        grades = json.loads(found.group(0)) if found else []
     except ValueError:
         return None
-    fits = grades and all(type(grade) is int and 0 <= grade <= highest for grade in grades)
-    return grades if fits else None
+    fits = all(type(grade) is int and 0 <= grade <= highest for grade in grades)
+    return grades if fits and len(grades) == n else None

@@ -1,4 +1,4 @@
-"""The report of an analysis: its plots, and the features that one page shows."""
+"""The report of an analysis: its plots, and the browser that shows them and every feature."""
 
 from pathlib import Path
 
@@ -6,28 +6,23 @@ import numpy as np
 import pandas as pd
 
 from utils import plots, study_plots
-from utils.browser import write_report
+from utils.browser import write_browser
 from utils.catalogue import Catalogue
 from utils.embedded import TITLES
 
 N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
 
 
-def make_report(folder: Path, l0_counts: np.ndarray, n_selected: int, seed: int) -> None:
-    """Draw the plots of a saved catalogue and write ``report.html``, the last file of a run."""
+def make_report(folder: Path, n_selected: int, seed: int) -> None:
+    """Draw the plots of a saved catalogue and write its browser, the last files of a run."""
     catalogue = Catalogue(folder)
     shown = {
         "random": draw_features(catalogue.features, seed),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
-    write_report(
-        folder / "report.html",
-        {**catalogue.summary, **named},
-        catalogue.features,
-        catalogue.examples_of([*shown["random"], *shown["selected"]]),
-        draw_plots(catalogue, l0_counts),
-        shown,
+    write_browser(
+        folder / "browser", catalogue, {**catalogue.summary, **named}, draw_plots(catalogue), shown
     )
 
 
@@ -38,18 +33,21 @@ def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
+def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
     """Draw every plot into the catalogue's folder; returns their paths by caption."""
     folder, features, summary = catalogue.folder, catalogue.features, catalogue.summary
     plots.plot_density_histogram(
         features["frequency"].to_numpy(), summary["n_tokens"], folder / "density.png"
     )
-    plots.plot_l0_histogram(l0_counts, folder / "l0.png")
+    plots.plot_l0_histogram(np.array(summary["l0_counts"]), folder / "l0.png")
     plots.plot_fidelity(summary, folder / "fidelity.png")
+    by_subset = pd.read_csv(folder / "fidelity.csv")
+    plots.plot_fidelity_by_subset(by_subset, folder / "fidelity_by_subset.png")
     drawn = {
         "How often features fire": folder / "density.png",
         "How many features a token has": folder / "l0.png",
         "What the model loses with the reconstruction": folder / "fidelity.png",
+        "In which kind of text it loses most": folder / "fidelity_by_subset.png",
     }
     if summary.get("specificity"):
         levels = pd.DataFrame(summary["specificity"])
@@ -63,6 +61,22 @@ def draw_plots(catalogue: Catalogue, l0_counts: np.ndarray) -> dict[str, Path]:
         correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
         study_plots.plot_neurons(correlations, folder / "neurons.png")
         drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
+    if summary.get("explanations"):
+        scores = pd.read_csv(folder / "explanations.csv")
+        study_plots.plot_explanations(scores, summary["explanations"], folder / "explanations.png")
+        drawn["Does a phrase tell what a feature fires on?"] = folder / "explanations.png"
+    if summary.get("splitting"):
+        table, family = pd.read_csv(folder / "splitting.csv"), summary["splitting"]["family"]
+        table[["label", "word"]] = table[["label", "word"]].fillna("")
+        if family is not None:
+            study_plots.plot_family(table, family, folder / "family.png")
+            drawn["What does a feature become in larger dictionaries?"] = folder / "family.png"
+        if "x" in table:
+            study_plots.plot_sizes(table, family, folder / "sizes.png")
+            drawn["Where are the features of larger dictionaries?"] = folder / "sizes.png"
+    if summary.get("directions"):
+        study_plots.plot_directions(summary["directions"], folder / "directions.png")
+        drawn["Does the model mind a feature's change more?"] = folder / "directions.png"
     if features["umap_x"].notna().any():
         plots.plot_umap(features, folder / "umap.png")
         drawn = {"Features by the direction they write": folder / "umap.png", **drawn}

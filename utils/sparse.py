@@ -83,7 +83,7 @@ if keras.backend.backend() == "torch":
 
         def __init__(self, indices, n_latents, kept=None):
             batch, m = indices.shape
-            self.n_latents, self.batch = n_latents, batch
+            self.n_latents, self.batch, self.kept = n_latents, batch, kept
             options = {"dtype": torch.int32, "device": indices.device}
             if kept is None:
                 self.latent = indices.reshape(-1)
@@ -103,9 +103,13 @@ if keras.backend.backend() == "torch":
             """The bias of each pick."""
             return _Take.apply(ops.convert_to_tensor(biases), self)
 
-        def dot(self, queries, rows):
-            """The product of each pick's query and row."""
-            return _Dot.apply(queries, ops.convert_to_tensor(rows), self)
+        def of(self, values):
+            """Of values (batch, m), those of the picks."""
+            return values.reshape(-1) if self.kept is None else values[self.kept]
+
+        def dot(self, queries, rows, known=None):
+            """The product of each pick's query and row; not computed again where it is known."""
+            return _Dot.apply(queries, ops.convert_to_tensor(rows), self, known)
 
         def sum(self, values, rows):
             """The weighted sum of the rows that each query picked, shape (batch, d_model)."""
@@ -130,7 +134,7 @@ if keras.backend.backend() == "torch":
             return tuple(ops.convert_to_numpy(array) for array in found)
 
         def by_latent(self):
-            """The picks in order of latent, and where each latent's begin; made once."""
+            """Picks in order of latent, their rows, and where each latent's begin; made once."""
             if self._by_latent is None:
                 latent, order = self.latent.sort()
                 edges = torch.arange(self.n_latents + 1, dtype=torch.int32, device=latent.device)
@@ -142,6 +146,13 @@ if keras.backend.backend() == "torch":
         # The gradient of an embedding bag's weights is just this product, without the gather.
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             queries, rows, picks.latent, picks.starts[:-1], picks.row, mode=0
+        )
+
+    def dot_rows(left, right):
+        """The product of each row of one matrix with the same row of another, shape (rows,)."""
+        row = torch.arange(len(left), dtype=torch.int32, device=left.device)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right, row, row, row, mode=0
         )
 
     def _sum(values, rows, picks):
@@ -169,18 +180,19 @@ if keras.backend.backend() == "torch":
 
     class _Dot(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, queries, rows, picks):
+        def forward(ctx, queries, rows, picks, known):
             ctx.save_for_backward(queries, rows)
             ctx.picks = picks
-            return _dot(queries, rows, picks)
+            return _dot(queries, rows, picks) if known is None else known.clone()
 
         @staticmethod
         def backward(ctx, grad):
             queries, rows = ctx.saved_tensors
-            needs_queries, needs_rows, _ = ctx.needs_input_grad
+            needs_queries, needs_rows, *_ = ctx.needs_input_grad
             return (
                 _sum(grad, rows, ctx.picks) if needs_queries else None,
                 _sum_by_latent(grad, queries, ctx.picks) if needs_rows else None,
+                None,
                 None,
             )
 
@@ -252,8 +264,12 @@ else:
             """The bias of each pick."""
             return self._masked(take_rows(biases, self.latent))
 
-        def dot(self, queries, rows):
-            """The product of each pick's query and row."""
+        def of(self, values):
+            """Of values (batch, m), those of the picks."""
+            return self._masked(values)
+
+        def dot(self, queries, rows, known=None):
+            """The product of each pick's query and row; not computed again where it is known."""
 
             @ops.custom_gradient
             def product(queries, rows):
@@ -261,7 +277,7 @@ else:
                     grad = grads[0] if upstream is None else upstream
                     return _sum(grad, rows, self), _sum_by_latent(grad, queries, self)
 
-                return _dot(queries, rows, self), gradient
+                return _dot(queries, rows, self) if known is None else known, gradient
 
             return self._masked(product(queries, _tensor(rows)))
 

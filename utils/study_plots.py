@@ -1,4 +1,4 @@
-"""Pictures of the studies: specificity, completeness, attribution."""
+"""Pictures of the studies, one of analyze_features.py or influence_llm.py each."""
 
 import itertools
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 
-from utils.plots import BLUE, GREY, ORANGE, PALE, picture
+from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 
 N_SHOWN = 5  # features of a token
+GREEN = "#117733"
 
 
 def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
@@ -107,6 +109,148 @@ def plot_neurons(correlations: np.ndarray, path: Path) -> None:
         axes.set(xlim=(0, 1), ylabel="features")
 
 
+def plot_directions(found: list[dict], path: Path) -> None:
+    """By how much the loss rises when features, and other directions, are changed alike.
+
+    Args:
+        found: Of `directions.summarise`.
+    """
+    table = pd.DataFrame(found).set_index(["direction", "change"])
+    rises, n = table["mean"], table["n_features"].iloc[0]
+    ratio = rises["feature", "ablated"] / rises["covariance", "ablated"]
+    title = f"Ablating a feature costs {ratio:.1f} times as much as a change of its size elsewhere"
+    names = {
+        "feature": "the feature's own",
+        "covariance": "drawn with the covariance\nof activations",
+        "random": "drawn at random",
+    }
+    with picture(path, f"{title} (n = {n} features)", (8.5, 3.4)) as (_, axes):
+        for offset, (change, factor, colour) in zip(
+            (-0.19, 0.19), (("ablated", "× 0", BLUE), ("doubled", "× 2", ORANGE)), strict=True
+        ):
+            own = table.xs(change, level="change").loc[list(names)]
+            interval = [own["mean"] - own["low"], own["high"] - own["mean"]]
+            about = {"xerr": interval, "color": colour, "capsize": 3, "ecolor": GREY}
+            label = f"{change} ({factor}), 95% interval"
+            axes.barh(np.arange(len(names)) + offset, own["mean"], 0.36, label=label, **about)
+        axes.set_yticks(range(len(names)), names.values())
+        axes.invert_yaxis()
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.set(title="Direction in which the residual stream is moved")
+        axes.set(xlabel="rise in cross-entropy (nats for each position moved)")
+        axes.legend(loc="lower right")
+
+
+def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
+    """What one feature of the smallest dictionary becomes in the larger ones, as a tree.
+
+    Args:
+        table: Of `splitting.study`.
+        ancestor: The feature.
+    """
+    sizes = sorted(table.n_latents.unique())
+    family = table[table.ancestor == ancestor]
+    rows = {size: family[family.n_latents == size] for size in sizes}
+    heights, n_leaves = {}, 0
+
+    def place(level: int, feature: int) -> float:
+        """A leaf gets the next line, a parent the middle of its children."""
+        nonlocal n_leaves
+        children = []
+        if level + 1 < len(sizes):
+            below = rows[sizes[level + 1]]
+            children = below[below.parent == feature].sort_values("label").feature.tolist()
+        own = [place(level + 1, child) for child in children]
+        n_leaves += not own
+        heights[level, feature] = (own[0] + own[-1]) / 2 if own else n_leaves - 1
+        return heights[level, feature]
+
+    place(0, ancestor)
+    counts = " → ".join(str(len(rows[size])) for size in sizes)
+    title = f"Splitting: “{rows[sizes[0]].label.iloc[0]}” is {counts} features"
+    with picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
+        for level, size in enumerate(sizes):
+            for row in rows[size].itertuples():
+                y = heights[level, row.feature]
+                if level:
+                    up = heights[level - 1, row.parent]
+                    x = np.linspace(level - 0.42, level, 30)
+                    bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
+                    axes.plot(x, up + (y - up) * bend, color=BLUE, linewidth=4 * row.cosine**2)
+                cosine = f"  {row.cosine:.2f}" if level else ""
+                text = f"{row.feature} “{row.label[:24]}”{cosine}".replace("$", r"\$")
+                axes.text(level + 0.02, y, text, va="center", fontsize=8)
+        names = [f"{size:,} latents" for size in sizes]
+        axes.set_xticks(range(len(sizes)), names, ha="left", color=GREY)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.set(xlim=(0, len(sizes) - 0.3), ylim=(n_leaves - 0.5, -0.5), yticks=[])
+        axes.set_xlabel("number, tokens at the peaks, cosine to the parent", loc="left", color=GREY)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+
+
+def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
+    """The features of several dictionaries on one map, those of one family ringed.
+
+    Args:
+        table: Of `splitting.study`, with ``x`` and ``y``.
+        ancestor: Of that family.
+    """
+    drawn = table[table.x.notna()]
+    sizes = sorted(drawn.n_latents.unique())
+    title = f"{len(sizes)} dictionaries on one map (n = {len(drawn):,} features)"
+    with picture(path, title, (9, 7.4)) as (figure, axes):
+        colours = [ORANGE, BLUE, "#8FB8D3", PALE][: len(sizes)]
+        for size, colour in reversed(list(zip(sizes, itertools.cycle(colours)))):
+            own = drawn[drawn.n_latents == size]
+            area = np.clip(30_000 / len(own), 3, 16)
+            label = f"{size:,} latents, {len(own):,} drawn"
+            axes.scatter(own.x, own.y, area, color=colour, linewidths=0, label=label)
+        family = drawn[drawn.ancestor == ancestor]
+        if len(family):
+            name = str(family.label.iloc[0]).replace("$", r"\$")
+            ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1}
+            axes.scatter(family.x, family.y, 60, label=f"the family of “{name}”", **ring)
+        axes.set(title="UMAP of decoder directions by cosine", aspect="equal", adjustable="datalim")
+        axes.set_axis_off()
+        figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)
+
+
+def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
+    """Scores of explanations: of features, by another's explanation, of features and of neurons.
+
+    Args:
+        table: A row a feature: ``group, score, random``.
+        summary: Of `explanation.summarise`.
+    """
+    own, same, neurons = (
+        table[table.group == name].dropna(subset=["score", "random"])
+        for name in ("features", "features, same tokens", "neurons")
+    )
+    title = f"Explanations tell a feature's examples at {own.score.mean():.2f}, those of others at "
+    title += f"{own.random.mean():.2f}; chance is 0.5 (n = {len(own):,} features)"
+    panels = (
+        ("Against random labels", (own.score, "own"), (own.random, "another's")),
+        ("Against neurons", (same.score, "features"), (neurons.score, "neurons")),
+    )
+    p_values = (summary["p_random"], summary.get("p_neurons"))
+    bins = np.linspace(0, 1, 26)
+    with picture(path, title, (9, 3.9), ncols=2) as (_, axes):
+        for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
+            for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
+                shares = np.full(len(scores), 100 / max(1, len(scores)))
+                shown = f"{label}: {scores.mean():.2f} (n = {len(scores)})"
+                panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
+                panel.axvline(scores.mean(), color=colour, linewidth=1.5)
+            panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
+            tested = "" if p is None else f" (p = {p:.1g})"
+            panel.set(title=name + tested, xlim=(0, 1), xlabel="score: detection and fuzzing, AUC")
+            panel.legend(loc="upper left")
+        axes[0].set(ylabel="% of each group")
+
+
 def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:
     """The tokens of a prompt, and at each the features that most add to the difference of logits.
 
@@ -138,3 +282,47 @@ def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path
         axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest")
         axes.set_ylim(len(prompt) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
+
+
+def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> None:
+    """How much of a concept a text has, and how fluent it is, by method and strength.
+
+    Args:
+        curves: Of `evidence.curves`.
+        max_perplexity: Times the untouched, marked as the end of fluency.
+    """
+    methods = {"feature": ORANGE, "mean difference": BLUE, "random": GREY}
+    flat = {"untouched": (GREY, ":"), "reconstruction": (GREEN, "--")}
+    n = curves["n"].max()
+    title = "Clamping a feature brings its concept into the text, until fluency breaks"
+    with picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
+        concept, fluency, frontier = axes
+        for method, colour in methods.items():
+            own = curves[curves["method"] == method].sort_values("strength")
+            for panel, name, factor in ((concept, "concept", 100), (fluency, "perplexity", 1)):
+                low, middle, high = (factor * own[f"{name}{end}"] for end in ("_low", "", "_high"))
+                panel.plot(own["strength"], middle, "o-", ms=4, color=colour, label=method)
+                panel.fill_between(own["strength"], low, high, color=colour, alpha=0.15, lw=0)
+            frontier.plot(own["perplexity"], 100 * own["concept"], "o-", ms=4, color=colour)
+        for method, (colour, style) in flat.items():
+            (own,) = curves[curves["method"] == method].itertuples()
+            concept.axhline(100 * own.concept, color=colour, linestyle=style, label=method)
+            fluency.axhline(own.perplexity, color=colour, linestyle=style)
+            frontier.plot(own.perplexity, 100 * own.concept, "s", ms=5, color=colour)
+        fluency.axhline(max_perplexity, color=INK, linewidth=0.8)
+        frontier.axvline(max_perplexity, color=INK, linewidth=0.8)
+        fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
+        fluency.set(ylabel="times that of the untouched text")
+        concept.set(title="Concept in the text", ylabel="activation, % of maximum")
+        frontier.set(xscale="log", title="One against the other", ylabel=concept.get_ylabel())
+        frontier.set(xlabel="perplexity, times that of the untouched text")
+        for panel in (concept, fluency):
+            panel.set(xlabel="strength, multiples of the maximum")
+        for axis in (fluency.yaxis, frontier.xaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        legend = "method; bands: 95% over features"
+        figure.legend(
+            *concept.get_legend_handles_labels(), title=legend, ncols=5, loc="outside lower center"
+        )

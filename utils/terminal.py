@@ -1,10 +1,12 @@
-"""What the terminal shows: a feature with its examples, and two texts side by side."""
+"""What the terminal shows: features with examples, two texts side by side, what studies found."""
 
 import itertools
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
+
+from utils.settings import require
 
 
 def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) -> str:
@@ -20,6 +22,72 @@ def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) 
         text = mark_peak(list(example.pieces), int(example.peak), width - 10)
         lines.append(f"{example.activation:8.3g}  {text}")
     return "\n".join(lines)
+
+
+def show_found(catalogue: Any, found: Any, width: int) -> str:
+    """Features that a search found, two lines each: what it is in words, and its top example.
+
+    Args:
+        found: Of `search.search`.
+    """
+    examples = catalogue.examples_of(found["feature"].tolist())
+    top = examples[(examples["bucket"] == 0) & (examples["rank"] == 0)].set_index("feature")
+    lines = []
+    for row in found.itertuples():
+        lines.append(
+            f"{row.match:6.2f}  feature {row.feature}, {one_line(str(row.label))}: on "
+            f"{100 * row.frequency:.2g}% of tokens, {100 * row.top_subset_share:.0f}% of it in "
+            f"{row.top_subset}"
+        )
+        if row.feature in top.index:
+            example = top.loc[row.feature]
+            lines.append(" " * 8 + mark_peak(list(example.pieces), int(example.peak), width - 8))
+    return "\n".join(lines) or "No feature was found."
+
+
+def choose_features(
+    catalogue: Any, named: Sequence[int | str], n_proposals: int, width: int
+) -> list[int]:
+    """The features that FEATURE names; prints them, or the candidates each is the first of.
+
+    Raises:
+        InputError: One is out of range or dead, or no feature goes by a word.
+    """
+    chosen = []
+    for wanted in named or (None,):
+        if isinstance(wanted, int):
+            check_feature(catalogue, wanted)
+            candidates = [wanted]
+        elif wanted is None:
+            candidates = catalogue.propose(n_proposals)["feature"].tolist()
+        else:
+            candidates = catalogue.search(wanted, n_proposals)["feature"].tolist()
+        require(
+            len(candidates) > 0,
+            "FEATURE must be a number, or a word that some feature goes by; it is "
+            f"{wanted!r}, and none was found. Try a number or another word.",
+        )
+        for feature in candidates:
+            print(show_feature(catalogue, feature, width) + "\n")
+        if not isinstance(wanted, int):
+            source = "proposed" if wanted is None else f"found for {wanted!r}"
+            print(
+                f"Feature {candidates[0]} is taken, the first of {len(candidates)} {source}. To "
+                "choose another: --feature NUMBER, or a word to find one by.\n"
+            )
+        chosen.append(candidates[0])
+    return list(dict.fromkeys(chosen))
+
+
+def check_feature(catalogue: Any, feature: int) -> None:
+    """Refuse a feature that is out of range or dead."""
+    n_latents = catalogue.summary["n_latents"]
+    n_dead = int(catalogue.features["dead"].sum())
+    rule = f"FEATURE must be from 0 to {n_latents - 1}, and not one of the {n_dead} dead ones;"
+    remedy = "Leave --feature out for proposals, or give a word to find one by."
+    require(0 <= feature < n_latents, f"{rule} it is {feature}. {remedy}")
+    dead = bool(catalogue.features.loc[feature, "dead"])
+    require(not dead, f"{rule} {feature} was active on no token of the analysis. {remedy}")
 
 
 def mark_peak(pieces: Sequence[str], peak: int, width: int) -> str:
@@ -46,13 +114,44 @@ def one_line(text: str) -> str:
 
 def show_record(record: dict[str, Any], width: int) -> str:
     """The two texts of a record under their titles, as lines of at most ``width`` characters."""
-    feature, strength = record["request"]["feature"], record["request"]["strength"]
-    title = f"feature {feature} at {strength:g} × its maximum"
-    if strength == 0:
-        title = f"feature {feature} at 0: ablation"
+    title = change_title(record["request"])
     if record.get("was_recorded"):
         title += " (recorded)"
     return side_by_side(("untouched", title), (record["untouched"], record["steered"]), width)
+
+
+def change_title(request: dict[str, Any]) -> str:
+    """What a request of `generations` does to its features, in words."""
+    features, c, how = request["features"], request["strength"], request["intervention"]
+    several = len(features) > 1
+    name = f"feature{'s' * several} {', '.join(map(str, features))}"
+    if how == "ablate" or (how == "clamp" and c == 0):
+        return f"{name} at 0: ablation"
+    its = "their" if several else "its"
+    return {
+        "clamp": f"{name} at {c:g} × {its} maximum",
+        "add": f"{c:g} × {its} maximum added to {name}",
+        "scale": f"{name} scaled by {c:g}",
+    }[how]
+
+
+def show_evidence(found: dict[str, Any], max_perplexity: float) -> str:
+    """What `evidence.summarise` found, in a few lines."""
+    concept, p = found["concept"], found["p_feature_greater"]
+    lines = [
+        f"{found['n_features']} features, each clamped at the strength found for it "
+        f"(median {found['median_strength']:g} × its maximum):",
+        f"  concept score above the untouched text's for {found['share_raised']:.0%}",
+        f"  perplexity {found['perplexity']:.2f} × the untouched on average, below "
+        f"{max_perplexity:g} × for {found['share_fluent']:.0%}",
+        "",
+        f"{'':44s}  concept score, % of the maximum",
+    ]
+    for method, values in concept.items():
+        mean, low, high = (100 * value for value in values)
+        line = f"  {method:42s}  {mean:5.1f}  ({low:.1f} to {high:.1f})"
+        lines.append(line + (f"  p = {p[method]:.1e}" if method in p else ""))
+    return "\n".join(lines)
 
 
 def show_attribution(pair: Sequence[str], difference: float, top: Any, prompt: str) -> str:

@@ -262,13 +262,15 @@ def loader(options: argparse.Namespace) -> dict:
 def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
     """A finished store of one shard; activations are (contexts, context_length, d_model)."""
     shape = activations.shape
-    arrays = {name: np.zeros(shape[:2], np.int16) for name in ("tokens", "documents", "subsets")}
+    arrays = {name: np.zeros(shape[:2], np.int16) for name in ("documents", "subsets")}
+    arrays["tokens"] = np.random.default_rng(0).integers(0, 2**15, shape[:2])
     writer = ShardWriter(folder, 0, shape, "float16")
     writer.append({}, activations=activations, kept=np.ones(shape[:2], bool), **arrays)
     facts = dict.fromkeys(("model_name", "revision", "layer", "dtype", "dataset"), "made up")
     facts |= {"context_length": shape[1], "d_model": shape[2], "world_size": 1}
     found = {"sum": writer.sum.tolist(), "sum_squared_norm": writer.sum_squared_norm}
     found |= {"shards": [writer.finish()], "outlier_norm": 0.0, "finished": True}
+    found |= {"subsets": ["made up"]}
     write_json(folder / "manifest.json", new_manifest(**facts) | found)
     return ActivationStore(folder)
 

@@ -1,0 +1,73 @@
+"""The analysis' pass over activations: how fast beside bare encoding, and how much memory it takes.
+
+    python -m tests.benchmarks.analysis
+
+The activations are random: rows of every size, so that a feature's examples fill as many of its
+bins as they can, which is the most that the pass ever has to keep. Pass and bare encoding (read,
+encode, throw away) take turns, so that the machine's own drift falls on both.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks.gpu import write_store
+from utils.backend import peak_memory, use_backend
+
+CONTEXT_LENGTH = 128
+N_TURNS = 16
+SHARE_ENCODED = 0.25  # of the tokens of a turn that bare encoding goes through
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n-tokens", type=int, default=2_000_000)
+    parser.add_argument("--n-latents", type=int, default=65_536)
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8_192)
+    options = parser.parse_args()
+    use_backend("torch")
+    from utils.features import FeaturePass
+    from utils.kinds import TopKAutoencoder
+
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (options.n_tokens // CONTEXT_LENGTH, CONTEXT_LENGTH, options.d_model)
+        rows = draw.standard_normal(shape, np.float32)
+        rows *= np.exp(1.5 * draw.standard_normal((*shape[:2], 1), np.float32))
+        store = write_store(Path(folder), rows)
+        del rows
+        autoencoder = TopKAutoencoder(
+            d_model=options.d_model, n_latents=options.n_latents, k=options.k
+        )
+        zero = np.zeros(options.d_model)
+        autoencoder.initialize(store.scale, zero, zero, decoder_norm=1.0, seed=0)
+        before = peak_memory()["peak_memory_gb"]
+        found = FeaturePass(autoencoder, store, seed=0)
+        seconds = {"encoding": 0.0, "pass": 0.0}
+        turns = np.array_split(np.arange(store.n_contexts), N_TURNS)
+        for turn in turns:
+            some = range(turn[0], turn[0] + int(SHARE_ENCODED * len(turn)))
+            start = time.perf_counter()
+            for batch in store.batches(some, options.batch_size):
+                autoencoder.encode_active(batch)
+            middle = time.perf_counter()
+            found.run(range(turn[0], turn[-1] + 1), options.batch_size)
+            seconds["pass"] += time.perf_counter() - middle
+            seconds["encoding"] += (middle - start) * len(turn) / len(some)
+        n_examples = len(found.examples()["feature"])
+    rates = {name: options.n_tokens / value for name, value in seconds.items()}
+    print(
+        f"{options.n_latents:,} latents, {options.n_tokens:,} tokens: bare encoding "
+        f"{rates['encoding']:,.0f} tokens/s, the pass {rates['pass']:,.0f}, "
+        f"{rates['pass'] / rates['encoding']:.2f} of it. {n_examples:,} examples kept; "
+        f"most memory {peak_memory()['peak_memory_gb']:.1f} GB, {before:.1f} GB before the pass."
+    )
+
+
+if __name__ == "__main__":
+    main()

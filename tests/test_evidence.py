@@ -1,0 +1,193 @@
+"""Evidence for steering: known answers, and the study on the tiny run."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from utils import evidence, generations
+from utils.catalogue import Catalogue
+from utils.evaluation import as_torch
+from utils.language_model import residual_at
+from utils.steering import encode, prompt_tokens
+
+
+def test_repetition_known_answers():
+    assert evidence.repetition([1, 2, 3, 4, 5]) == 0
+    assert evidence.repetition([7] * 6) == 0.75  # four sequences, one of them new
+    assert evidence.repetition([1, 2, 3, 1, 2, 3]) == 0.25
+    assert evidence.repetition([1, 2]) == 0
+
+
+def test_share_of_words_known_answer():
+    assert evidence.share_of_words("The ship, a SHIP of shipping.", {"ship"}) == pytest.approx(
+        2 / 6
+    )
+    assert evidence.share_of_words("", {"ship"}) == 0
+
+
+def made_table() -> pd.DataFrame:
+    """Two features; the clamp holds to strength 1, random breaks at once, untouched is as it is."""
+    rows = []
+    for feature in (3, 8):
+        for prompt in (*evidence.TRIAL_PROMPTS, *evidence.PROMPTS):
+            base = {"feature": feature, "prompt": prompt, "words": 0.0, "repetition": 0.1}
+            flat = {"strength": 0.0, "concept": 0.02, "perplexity": 5.0}
+            rows += [{**base, **flat, "method": name} for name in evidence.METHODS[:2]]
+            for strength in evidence.STRENGTHS:
+                at = {**base, "strength": strength}
+                ratio = 2.0 if strength <= 1 else 4.0
+                own = {"concept": 0.3 * strength, "perplexity": 5 * ratio}
+                rows.append({**at, **own, "method": "feature"})
+                collapsed = {"concept": 0.1, "perplexity": 5.0, "repetition": 0.1 + strength}
+                rows.append({**at, **collapsed, "method": "mean difference"})
+                broken = {"concept": 0.01, "perplexity": 50.0}
+                rows.append({**at, **broken, "method": "random"})
+    return pd.DataFrame(rows)
+
+
+def test_the_useful_strength_is_the_last_before_fluency_breaks():
+    means = evidence.relative(made_table())
+    of = {
+        method: evidence.useful_strength(means[(means.method == method) & (means.feature == 3)], 3)
+        for method in evidence.METHODS[2:]
+    }
+    assert of == {"feature": 1.0, "mean difference": 0.25, "random": 0.25}
+    ratios = means.set_index(["feature", "method", "strength"]).perplexity
+    assert ratios[(3, "feature", 1.0)] == pytest.approx(2)
+    assert ratios[(3, "feature", 2.0)] == pytest.approx(4)
+    assert ratios[(3, "untouched", 0.0)] == pytest.approx(1)
+
+
+def test_features_are_judged_on_the_prompts_not_tried():
+    table = made_table()
+    trial = table["prompt"].isin(evidence.TRIAL_PROMPTS)
+    table.loc[trial & (table["method"] == "feature"), "concept"] = 9.0  # must count for nothing
+    best = evidence.at_useful_strength(table, 3.0)
+    own = best[best["method"] == "feature"]
+    assert own["concept"].tolist() == pytest.approx([0.3, 0.3]) and (own["strength"] == 1).all()
+    same = best[best["method"] == "random at the feature's strength"]
+    assert same["concept"].tolist() == pytest.approx([0.01, 0.01]) and (same["strength"] == 1).all()
+    found = evidence.summarise(best, 3.0, seed=0)
+    assert (found["n_features"], found["share_raised"], found["share_fluent"]) == (2, 1.0, 1.0)
+    assert found["perplexity"] == pytest.approx(2) and found["median_strength"] == 1
+    assert found["concept"]["feature"] == pytest.approx([0.3, 0.3, 0.3])
+    assert found["p_feature_greater"]["random"] == pytest.approx(0.25)  # the least for two pairs
+
+
+def test_curves_are_means_over_features():
+    table = made_table()
+    table.loc[(table["method"] == "feature") & (table["feature"] == 8), "perplexity"] *= 4
+    curve = evidence.curves(table, seed=0).set_index(["method", "strength"])
+    row = curve.loc[("feature", 1.0)]
+    assert row.n == 2 and row.concept == pytest.approx(0.3)
+    assert row.perplexity == pytest.approx(4)  # the geometric mean of 2 and 8
+    assert row.perplexity_low == pytest.approx(2) and row.perplexity_high == pytest.approx(8)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_run):
+    catalogue = Catalogue(tiny_run.folder / "analysis")
+    path = tiny_run.folder / "autoencoder" / "autoencoder.keras"
+    return catalogue, generations.load_models(catalogue, path)
+
+
+def test_texts_are_read_as_by_the_untouched_model_alone(loaded):
+    catalogue, models = loaded
+    language_model, autoencoder = models
+    layer, feature = catalogue.summary["layer"], int(catalogue.propose(1)["feature"].item())
+    prompts = [prompt_tokens(language_model, words) for words in ("rose tulip", "ship")]
+    texts = [torch.tensor([40, 50, 60]), torch.tensor([70])]
+    found = evidence.read_again(models, layer, math.inf, prompts, texts, feature)
+    for prompt, text, perplexity, activation in zip(prompts, texts, *found, strict=True):
+        tokens = torch.cat([prompt[0], text])[None]
+        logp = language_model.model(tokens).logits[0].float().log_softmax(-1)
+        n = prompt.shape[1]
+        own = logp[torch.arange(n - 1, n - 1 + len(text)), text]
+        assert perplexity == pytest.approx(float(torch.exp(-own.mean())), rel=1e-4)
+        latents = encode(autoencoder, residual_at(language_model, tokens, layer)[0])[n:, feature]
+        norm = as_torch(autoencoder.W_dec)[feature].norm()
+        assert activation == pytest.approx(float((latents * norm).mean()), rel=1e-4, abs=1e-5)
+
+
+def test_vectors_have_the_norm_of_the_clamp_and_one_direction(loaded):
+    catalogue, models = loaded
+    feature = int(catalogue.propose(1)["feature"].item())
+    maximum = float(catalogue.features.loc[feature, "max_activation"])
+    residual = torch.zeros(3, 4, models[0].d_model)
+    for method in ("mean difference", "random"):
+        change = evidence.change_of(models, catalogue, method, feature, [0.5, 1.0, 2.0], seed=0)
+        added = change(residual)
+        expected = torch.tensor([0.5, 1.0, 2.0]) * maximum / float(models[1].scale)
+        torch.testing.assert_close(added.norm(dim=-1), expected[:, None].expand(3, 4))
+        torch.testing.assert_close(added[0] * 4, added[2])
+    clamp = evidence.change_of(models, catalogue, "feature", feature, [0.5, 1.0, 2.0], seed=0)
+    silent = as_torch(models[1].center).expand(3, 4, -1)
+    if not encode(models[1], silent)[..., feature].any():
+        torch.testing.assert_close(clamp(silent).norm(dim=-1), expected[:, None].expand(3, 4))
+
+
+def test_the_study_goes_on_where_it_was(run_here, tiny_run, tmp_path):
+    flags = [
+        *tiny_run.flags.influence_llm, "--study", "evidence", "--n-features", 3,
+        "--max-new-tokens", 4, "--influence-dir", tmp_path,
+    ]  # fmt: skip
+    printed = run_here("influence_llm", *flags).stdout
+    assert "concept score above the untouched text's" in printed
+    log = tmp_path / "evidence.jsonl"
+    lines = log.read_text().splitlines()
+    n_settings = 2 + 3 * len(evidence.STRENGTHS)
+    n_prompts = len(evidence.TRIAL_PROMPTS + evidence.PROMPTS)
+    assert len(lines) == 3 * n_settings * n_prompts
+    untouched = {json.loads(line)["text"] for line in lines if '"untouched"' in line}
+    assert len(untouched) <= n_prompts  # whatever the feature
+    summary = (tmp_path / "evidence.json").read_text()
+    log.write_text("\n".join(lines[: len(lines) // 2 + 3]) + '\n{"torn')  # killed within a line
+    run_here("influence_llm", *flags)
+    again = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    key = generations.key
+    assert {key(record["request"]) for record in again} == {
+        key(json.loads(line)["request"]) for line in lines
+    }
+    assert (tmp_path / "evidence.json").read_text() == summary
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    curve = pd.read_csv(tmp_path / "evidence_curves.csv")
+    assert (curve.n == 3).all() and np.isfinite(curve.perplexity).all()
+
+
+def test_a_strength_is_found_for_several_features(run_here, tiny_run, tmp_path):
+    flags = ["--feature", "anchor", "rose", "--strength", "auto", "--max-new-tokens", 8]
+    flags += ["--where", "generated", "--intervention", "add", "--influence-dir", tmp_path]
+    printed = run_here("influence_llm", *tiny_run.flags.influence_llm, *flags).stdout
+    record = json.loads((tmp_path / "generations.jsonl").read_text())
+    request = record["request"]
+    assert len(request["features"]) == 2 and request["strength"] in evidence.STRENGTHS
+    assert f"Useful up to {request['strength']:g} times the maximum." in printed
+    assert f"{request['strength']:g} × their maximum" in printed.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--intervention", "push"], "INTERVENTION must be one of clamp, add, scale, ablate"),
+        (["--where", "nowhere"], "WHERE must be everywhere or generated, or positions"),
+        (["--strength", "nan"], "STRENGTH must be one finite number or several, or auto"),
+        (["--study", "prove"], "STUDY must be steer, evidence or attribute; it is 'prove'"),
+        (["--n-features", 0], "N_FEATURES must be greater than 0"),
+        (["--strength", "auto", "--where", 3], "STRENGTH auto needs"),
+        (["--chat-template"], "CHAT_TEMPLATE needs a model with a chat template"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_here, tiny_run, tmp_path, flags, rule):
+    words = [
+        *tiny_run.flags.influence_llm,
+        "--feature",
+        "rose",
+        "--influence-dir",
+        tmp_path / "out",
+    ]
+    done = run_here("influence_llm", *words, *flags, check=False)
+    assert done.returncode == 1 and rule in done.message

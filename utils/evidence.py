@@ -1,0 +1,376 @@
+"""Evidence: does clamping a feature bring its concept into the text, and at what price?
+
+For features chosen by a rule, texts are generated after neutral prompts by these methods:
+
+    feature          clamped to c · max
+    mean difference  a vector added: the mean residual of texts that the feature is highest on, less
+                     that of texts drawn at random
+    random           a random direction added
+    reconstruction   x̂ in place of x, nothing clamped
+    untouched
+
+The vectors have the norm c · max / scale, what the clamp adds where the feature is silent. The
+untouched model reads each text again:
+
+    concept      mean over the generated tokens of the feature's activation, as a share of max
+    words        share of the text's words that the feature's highest examples peak at
+    perplexity   of the text, given its prompt
+    repetition   share of the text's three-token sequences that were there before
+
+The useful range of c ends where fluency breaks, which is found on some of the prompts; what a
+feature does is judged on the others. Intervals come from drawing features again (bootstrap).
+
+Reference: "Scaling Monosemanticity", Influence on Behavior, and its mean-difference baseline.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from utils.artifacts import append_record
+from utils.catalogue import Catalogue, words_of
+from utils.evaluation import as_torch, split_reconstruction
+from utils.generations import key, read_records
+from utils.language_model import LanguageModel, replaced_residual, residual_at
+from utils.steering import (
+    Clamp,
+    change_by,
+    changed,
+    decode,
+    encode,
+    generate_tokens,
+    prompt_tokens,
+)
+
+METHODS = ("untouched", "reconstruction", "feature", "mean difference", "random")
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+TRIAL_PROMPTS = ("I think that", "She opened the letter and")
+PROMPTS = ("My favourite food is", "Once upon a time", "The meeting was about")
+MORE_REPETITION = 0.25  # than untouched, at which a text has collapsed
+N_TEXTS = 8  # of each side of a mean difference
+ROWS_TOGETHER = 16  # texts read at once; each token takes a row of logits over the vocabulary
+SCORES = ("concept", "words", "perplexity", "repetition")
+
+
+def repetition(tokens: Sequence[int], n: int = 3) -> float:
+    """Share of the n-token sequences that were there before; 0 for a text shorter than that."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def share_of_words(text: str, wanted: set[str]) -> float:
+    """Share of the words of a text that are wanted, in lower case."""
+    words = re.findall(r"\w+", text.lower())
+    return sum(word in wanted for word in words) / max(1, len(words))
+
+
+@torch.inference_mode()
+def read_again(
+    models: tuple, layer: int, outlier_norm: float, prompts: Sequence, texts: Sequence, feature: int
+) -> tuple[list[float], list[float]]:
+    """What the untouched model makes of texts: their perplexity, and a feature's activation.
+
+    Args:
+        models: Language model and autoencoder.
+        prompts, texts: Tokens, (1, prompt) and (text,) each.
+
+    Returns:
+        Perplexity of each text given its prompt, and the mean activation of the feature on its
+        tokens; 1 and 0 for an empty text.
+    """
+    language_model, autoencoder = models
+    chosen = torch.tensor([feature], device=language_model.device)
+    norm = as_torch(autoencoder.W_dec)[feature].norm().to(chosen.device)
+    perplexities, activations = [], []
+    pairs = list(zip(prompts, texts, strict=True))
+    for some in (pairs[i : i + ROWS_TOGETHER] for i in range(0, len(pairs), ROWS_TOGETHER)):
+        rows = [torch.cat([prompt[0], text]) for prompt, text in some]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, True, language_model.bos)
+        kept = []
+        with replaced_residual(language_model.blocks[layer], kept.append):
+            logits = language_model.model(tokens, use_cache=False).logits
+        latents = encode(autoencoder, kept[0], chosen)[..., 0] * norm
+        latents[kept[0].norm(dim=-1) > outlier_norm] = 0
+        for row, (prompt, text) in enumerate(some):
+            at = slice(prompt.shape[1], prompt.shape[1] + len(text))
+            before = logits[row, at.start - 1 : at.stop - 1].float()
+            loss = torch.nn.functional.cross_entropy(before, text, reduction="sum")
+            perplexities.append(float(torch.exp(loss / max(1, len(text)))))
+            activations.append(float(latents[row, at].sum() / max(1, len(text))))
+    return perplexities, activations
+
+
+def write_texts(
+    models: tuple,
+    catalogue: Catalogue,
+    change: Callable,
+    prompts: Sequence[str],
+    feature: int,
+    settings: Any,
+    where: str | Sequence[int] = "everywhere",
+) -> list[dict[str, Any]]:
+    """Generate a text after each prompt, with ``change`` of `steering.changed`, and score it.
+
+    Returns:
+        For each prompt ``text`` and the `SCORES`.
+    """
+    language_model, _ = models
+    layer, outlier_norm = catalogue.summary["layer"], catalogue.summary["outlier_norm"]
+    known = catalogue.features.loc[feature]
+    tokens = [prompt_tokens(language_model, prompt) for prompt in prompts]
+    with changed(language_model, layer, change, outlier_norm, where):
+        texts = generate_tokens(
+            language_model,
+            tokens,
+            settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+    perplexities, activations = read_again(models, layer, outlier_norm, tokens, texts, feature)
+    wanted, records = words_of(known["peak_tokens"]), []
+    for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
+        said = decode(language_model, text)
+        records.append(
+            {"text": said, "concept": activation / float(known["max_activation"])}
+            | {"words": share_of_words(said, wanted), "perplexity": perplexity}
+            | {"repetition": repetition(text.tolist())}
+        )
+    return records
+
+
+def mean_difference(
+    language_model: LanguageModel, catalogue: Catalogue, feature: int, seed: int
+) -> torch.Tensor:
+    """Mean residual over texts that a feature is highest on, less that over others, (d_model,)."""
+    draw = np.random.default_rng([seed, feature])
+    alive = catalogue.features.index[~catalogue.features["dead"]]
+    others = draw.choice(alive.drop(feature), min(N_TEXTS, len(alive) - 1), replace=False)
+    own = catalogue.examples_of([feature])
+    own = own[own["bucket"] == 0].sort_values("rank").head(N_TEXTS)
+    drawn = catalogue.examples_of(others.tolist()).groupby("feature").sample(1, random_state=seed)
+    layer, means = catalogue.summary["layer"], []
+    for examples in (own, drawn):
+        rows = []
+        for window in examples["tokens"]:
+            tokens = torch.tensor([[language_model.bos, *window[window >= 0]]])
+            residual = residual_at(language_model, tokens, layer)[0, 1:].float()
+            rows.append(residual[residual.norm(dim=-1) <= catalogue.summary["outlier_norm"]])
+        means.append(torch.cat(rows).mean(dim=0))
+    return means[0] - means[1]
+
+
+def change_of(
+    models: tuple, catalogue: Catalogue, method: str, feature: int, strengths: list, seed: int
+) -> Callable:
+    """What a method adds to the residual stream of a batch, each row at a strength of its own."""
+    language_model, autoencoder = models
+    maximum = float(catalogue.features.loc[feature, "max_activation"])
+    device = language_model.device
+    if method == "untouched":
+        return torch.zeros_like
+    if method == "reconstruction":
+        return lambda residual: -split_reconstruction(autoencoder, residual)[1]
+    if method == "feature":
+        rows = [[Clamp(feature, strength, maximum)] for strength in strengths]
+        return change_by(autoencoder, rows, device)
+    if method == "mean difference":
+        vector = mean_difference(language_model, catalogue, feature, seed)
+    else:
+        draw = np.random.default_rng([seed, feature])
+        vector = torch.tensor(draw.standard_normal(language_model.d_model), dtype=torch.float32)
+    norms = torch.tensor(strengths) * maximum / float(autoencoder.scale)
+    added = (norms[:, None, None] * vector.cpu() / vector.norm().cpu()).to(device)
+    return lambda residual: added.expand_as(residual)
+
+
+def collect(
+    models: tuple, catalogue: Catalogue, features: list[int], settings: Any, log: Path
+) -> pd.DataFrame:
+    """Texts of all methods, features, strengths and prompts, with their scores.
+
+    All texts of a feature are one batch, written to ``log`` when it is there; what is recorded
+    there is not made again.
+
+    Returns:
+        A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
+    """
+    fixed = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "seed")}
+    fixed["autoencoder_fingerprint"] = catalogue.summary["autoencoder_fingerprint"]
+    recorded, rows = read_records(log, {"text", *SCORES}), []
+    strengths = {method: [0.0] if method in METHODS[:2] else STRENGTHS for method in METHODS}
+    for feature in tqdm(features, "steering", unit="feature"):
+        requests = [
+            {**fixed, "feature": feature, "method": method, "strength": strength, "prompt": prompt}
+            for method in METHODS
+            for strength in strengths[method]
+            for prompt in TRIAL_PROMPTS + PROMPTS
+        ]
+        if any(key(request) not in recorded for request in requests):
+            change = change_of_rows(models, catalogue, feature, requests, settings.seed)
+            prompts = [request["prompt"] for request in requests]
+            records = write_texts(models, catalogue, change, prompts, feature, settings)
+            for request, record in zip(requests, records, strict=True):
+                recorded[key(request)] = {"request": request, **record}
+                append_record(log, recorded[key(request)])
+        for request in requests:
+            record = recorded[key(request)]
+            rows.append({**record, **record["request"]})
+    return pd.DataFrame(rows)[["feature", "method", "strength", "prompt", *SCORES, "text"]]
+
+
+def change_of_rows(
+    models: tuple, catalogue: Catalogue, feature: int, requests: list[dict], seed: int
+) -> Callable:
+    """What a batch of requests, method by method, adds to the residual stream."""
+    changes, sizes = [], []
+    for method, group in itertools.groupby(requests, lambda request: request["method"]):
+        strengths = [request["strength"] for request in group]
+        changes.append(change_of(models, catalogue, method, feature, strengths, seed))
+        sizes.append(len(strengths))
+
+    def change(residual: torch.Tensor) -> torch.Tensor:
+        parts = zip(changes, residual.split(sizes), strict=True)
+        return torch.cat([change(part) for change, part in parts])
+
+    return change
+
+
+def relative(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean scores over prompts beside those of the untouched texts after the same prompts.
+
+    Returns:
+        A row a feature, method and strength: mean ``concept``, ``words`` and ``repetition``;
+        ``perplexity``, its geometric mean over that of the untouched texts; ``untouched_concept``
+        and ``more_repetition``, than theirs.
+    """
+    table = table.assign(perplexity=np.log(table["perplexity"]))
+    means = table.groupby(["feature", "method", "strength"])[list(SCORES)].mean().reset_index()
+    untouched = means[means["method"] == "untouched"].set_index("feature")
+    before = untouched.loc[means["feature"]].reset_index()
+    return means.assign(
+        perplexity=np.exp(means["perplexity"] - before["perplexity"]),
+        more_repetition=means["repetition"] - before["repetition"],
+        untouched_concept=before["concept"],
+    )
+
+
+def useful_strength(means: pd.DataFrame, max_perplexity: float) -> float:
+    """Where the useful range of a feature and method ends: the last strength before fluency breaks.
+
+    It breaks where the perplexity is above ``max_perplexity`` times the untouched, or the text is
+    more repetitive by `MORE_REPETITION`. The least strength, if it is broken already there.
+
+    Args:
+        means: Of `relative`, of one feature and method.
+    """
+    means = means.sort_values("strength")
+    fluent = (means["perplexity"] <= max_perplexity) & (means["more_repetition"] <= MORE_REPETITION)
+    n_fluent = int(fluent.cummin().sum())
+    return float(means["strength"].iloc[max(0, n_fluent - 1)])
+
+
+def find_strength(models: tuple, catalogue: Catalogue, features: list[int], settings: Any) -> float:
+    """The useful strength of features changed together, tried on `TRIAL_PROMPTS`.
+
+    Args:
+        settings: ``intervention, where, max_perplexity``, and those of the generation.
+    """
+    maxima = catalogue.features["max_activation"]
+    places = list(itertools.product((0.0, *STRENGTHS), TRIAL_PROMPTS))
+    rows = [
+        [Clamp(i, strength, float(maxima[i]), settings.intervention) for i in features]
+        if strength
+        else []
+        for strength, _ in places
+    ]
+    change = change_by(models[1], rows, models[0].device)
+    prompts = [prompt for _, prompt in places]
+    records = write_texts(models, catalogue, change, prompts, features[0], settings, settings.where)
+    table = pd.DataFrame(records).assign(feature=features[0], method="feature")
+    table["strength"] = [strength for strength, _ in places]
+    table.loc[table["strength"] == 0, "method"] = "untouched"
+    means = relative(table)
+    return useful_strength(means[means["method"] == "feature"], settings.max_perplexity)
+
+
+def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFrame:
+    """What each feature does at the strength found for it, judged on the prompts not used for that.
+
+    Returns:
+        A row a feature and method, as of `relative`; of ``random at the feature's strength`` and
+        ``mean difference at the feature's strength`` too.
+    """
+    is_trial = table["prompt"].isin(TRIAL_PROMPTS)
+    trial, judged = relative(table[is_trial]), relative(table[~is_trial])
+    judged = judged.set_index(["feature", "method", "strength"], drop=False)
+    rows = []
+    for feature, means in trial.groupby("feature"):
+        found = {
+            method: useful_strength(means[means["method"] == method], max_perplexity)
+            for method in METHODS
+        }
+        rows += [judged.loc[(feature, *place)] for place in found.items()]
+        for method in METHODS[3:]:
+            same = judged.loc[(feature, method, found["feature"])].copy()
+            same["method"] = f"{method} at the feature's strength"
+            rows.append(same)
+    return pd.DataFrame(rows).reset_index(drop=True)
+
+
+def interval(values: np.ndarray, seed: int, n_draws: int = 2_000) -> list[float]:
+    """Mean and its 95% interval, drawing again."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (n_draws, len(values)))
+    return [float(np.mean(values)), *np.percentile(values[draws].mean(axis=1), [2.5, 97.5])]
+
+
+def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Mean scores over features at each strength of each method, on the prompts judged.
+
+    Returns:
+        A row a method and strength: ``n`` features; ``concept``, ``words`` and ``perplexity``, each
+        with its 95% interval ``_low``, ``_high``. Perplexities are relative, their mean geometric.
+    """
+    rows = []
+    means = relative(table[~table["prompt"].isin(TRIAL_PROMPTS)])
+    for (method, strength), own in means.groupby(["method", "strength"]):
+        row = {"method": method, "strength": strength, "n": len(own)}
+        for name in ("concept", "words", "perplexity"):
+            is_ratio = name == "perplexity"
+            values = interval((np.log(own[name]) if is_ratio else own[name]).to_numpy(), seed)
+            values = np.exp(values) if is_ratio else values
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summarise(best: pd.DataFrame, max_perplexity: float, seed: int) -> dict[str, Any]:
+    """What the evidence says, from `at_useful_strength`: shares, means with intervals, tests.
+
+    The tests are Wilcoxon's, of the feature's concept against another method's, paired by feature.
+    """
+    of = {method: own.set_index("feature") for method, own in best.groupby("method")}
+    own = of["feature"]
+    found = {
+        "n_features": len(own),
+        "share_raised": float((own["concept"] > own["untouched_concept"]).mean()),
+        "median_strength": float(own["strength"].median()),
+        "perplexity": float(np.exp(np.log(own["perplexity"]).mean())),
+        "share_fluent": float((own["perplexity"] < max_perplexity).mean()),
+        "concept": {},
+        "p_feature_greater": {},
+    }
+    for method, other in of.items():
+        found["concept"][method] = interval(other["concept"].to_numpy(), seed)
+        if method != "feature":
+            differences = (own["concept"] - other["concept"].loc[own.index]).to_numpy()
+            test = stats.wilcoxon(differences, alternative="greater") if differences.any() else None
+            found["p_feature_greater"][method] = float(test.pvalue) if test else 1.0
+    return found
