@@ -14,6 +14,7 @@ from utils.specificity import Concept, chosen_from, find_concept, word_at
 
 NEAR, LIFT = 0.3, 5.0  # of the examples a word must be in, and how much commoner than elsewhere
 N_WORDS = 3  # shown of each sort
+SIGNS = {"'\\n'": "↵", "' '": "␣", "'\\n\\n'": "↵↵", "'\\t'": "⇥"}
 BESIDE = 4  # tokens to each side of a peak that its word is looked for in
 
 
@@ -44,8 +45,12 @@ def explain(
     for feature, own in examples.groupby("feature"):
         concept = find_concept(own, subset_shares)
         near = [word for word in around.get(feature, ()) if word not in concept.words][:N_WORDS]
-        counts = [word for word, _ in Counter(own["word"]).most_common() if word in concept.words]
-        text = phrase(counts[:N_WORDS], concept, near)
+        counts = Counter(own["word"]).most_common()
+        words = [word for word, _ in counts if word in concept.words][:N_WORDS]
+        scattered = counts[0][1] == 1 and len(counts) > 1 and not concept.listed
+        text = phrase(
+            [word for word, _ in counts][:2] if scattered else words, concept, near, scattered
+        )
         found[int(feature)] = Explanation(concept, frozenset(near), text)
     return found
 
@@ -82,12 +87,17 @@ def words_around(examples: pd.DataFrame, pieces: list[str]) -> dict[int, list[st
     return found
 
 
-def phrase(words: list[str], concept: Concept, around: list[str]) -> str:
-    """An explanation in words: forms of “feel” near “heart”, in Gutenberg."""
+def phrase(words: list[str], concept: Concept, around: list[str], scattered: bool = False) -> str:
+    """An explanation in words: forms of “feel” near “heart”, in Gutenberg.
+
+    ``scattered`` words are each at one peak alone.
+    """
     shortest = min(words, key=len)
     stem = shortest[: max(4, len(shortest) - 1)]
     if concept.listed:
         text = f"{concept.listed} such as {_quoted(words[:2])}"
+    elif scattered:
+        text = f"various words such as {_quoted(words)}"
     elif len(words) > 1 and len(stem) > 3 and all(word.startswith(stem) for word in words):
         text = f"forms of {_quoted([shortest])}"
     else:
@@ -97,4 +107,4 @@ def phrase(words: list[str], concept: Concept, around: list[str]) -> str:
 
 
 def _quoted(words: list[str]) -> str:
-    return ", ".join(f"“{word}”" for word in words)
+    return ", ".join(f"“{SIGNS.get(word, word)}”" for word in words)

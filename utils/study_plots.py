@@ -229,8 +229,8 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) 
         table[table.group == name].dropna(subset=["score", "random"])
         for name in ("features", "features, same tokens", "neurons")
     )
-    title = f"Explanations tell a feature's examples at {own.score.mean():.2f}, those of others at "
-    title += f"{own.random.mean():.2f}; chance is 0.5 (n = {len(own):,} features)"
+    title = f"A feature's explanation tells its examples at {own.score.mean():.2f}, another's at "
+    title += f"{own.random.mean():.2f}; 0.5 is chance (n = {len(own):,} features)"
     panels = (
         ("Against random labels", (own.score, "own"), (own.random, "another's")),
         ("Against neurons", (same.score, "features"), (neurons.score, "neurons")),
@@ -246,8 +246,9 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) 
                 panel.axvline(scores.mean(), color=colour, linewidth=1.5)
             panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
             tested = "" if p is None else f" (p = {p:.1g})"
-            panel.set(title=name + tested, xlim=(0, 1), xlabel="score: detection and fuzzing, AUC")
-            panel.legend(loc="upper left")
+            panel.set(title=name + tested, xlim=(0.2, 1))
+            panel.set(xlabel="explanation score (AUC; the mean of detection and fuzzing)")
+            panel.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
         axes[0].set(ylabel="% of each group")
 
 
