@@ -11,6 +11,7 @@ each study, summary.json, plots, and browser/index.html, a page to look at it al
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from utils.artifacts import open_stage, read_json
 from utils.backend import use_backend
@@ -29,16 +30,24 @@ STUDIES = (
     "specificity",
     "completeness",
     "neurons",
+    "explanations",
     "splitting",
     "directions",
 )  # to make beside; see utils/ by these names
 N_STUDIED = 1_000  # features drawn for specificity and neurons
-N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over
+N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over, and to compare them
+N_EXPLAINED = 200  # features whose explanations are scored; all have one
+SENTENCE_MODEL: str | None = None  # compares contexts: embedded, a hub name, a folder; None: TF-IDF
 OTHER_AUTOENCODERS: tuple[str, ...] = ()  # other sizes' folders, for completeness and splitting
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
 BATCH_SIZE = 8_192  # tokens encoded together
 SEED = 0  # of the random examples, the features drawn, and the map
+
+# --- a judge of specificity and explanations; None: word lists and words at peaks judge
+JUDGE: str | None = None  # an instruct model: embedded, a hub name, a folder, or one at JUDGE_URL
+JUDGE_URL: str | None = None  # OpenAI-compatible, to /v1; its key is JUDGE_API_KEY in .env
+JUDGE_PRICE: tuple[float, float] | None = None  # of a million tokens in and out, for an estimate
 
 # --- instead of analysing: search the finished analysis in ANALYSIS_DIR
 SEARCH: str | None = None  # words: features that peak at them, are labelled or promote them
@@ -57,6 +66,8 @@ NOT_RECORDED = (
     "activations_dir",
     "autoencoder_dir",
     "other_autoencoders",
+    "judge_url",
+    "judge_price",
     "analysis_dir",
     "overwrite",
     "search",
@@ -83,7 +94,7 @@ def main() -> None:
         print(show_found(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import completeness, directions, neurons, specificity, splitting
+    from utils import completeness, directions, explanation, neurons, specificity, splitting
     from utils.activations import ActivationStore
     from utils.analysis import Analysis
     from utils.kinds import open_autoencoder
@@ -123,15 +134,19 @@ def main() -> None:
         if "neurons" in settings.studies:
             analysis.make("neurons", neurons.study)
 
-        # 7. Splitting: what does a feature of a small dictionary become in larger ones?
+        # 7. Explanations: does a phrase tell what a feature fires on, better than a neuron's does?
+        if "explanations" in settings.studies:
+            analysis.make("explanations", explanation.study)
+
+        # 8. Splitting: what does a feature of a small dictionary become in larger ones?
         if "splitting" in settings.studies:
             analysis.make("splitting", splitting.study)
 
-        # 8. Special directions: does the model mind a feature's change more than another?
+        # 9. Special directions: does the model mind a feature's change more than another?
         if "directions" in settings.studies:
             analysis.make("directions", directions.study)
 
-        # 9. Save the tables, draw the plots, and put everything into one page.
+        # 10. Save the tables, draw the plots, and put everything into one page.
         summary = analysis.save()
         make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
@@ -141,7 +156,7 @@ def check(settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
-        "batch_size", "n_found",
+        "n_explained", "batch_size", "n_found",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     for study in settings.studies:
@@ -151,6 +166,7 @@ def check(settings) -> None:
         "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "
         "out, or add one.",
     )
+    check_judge(settings)
     asked = (settings.search is not None, settings.search_like is not None)
     require(
         sum(asked) + bool(settings.search_prompt) <= 1,
@@ -164,6 +180,25 @@ def check(settings) -> None:
         bool(settings.search_prompt and settings.search_not) or not settings.search_classifier,
         "SEARCH_CLASSIFIER needs texts in both SEARCH_PROMPT and SEARCH_NOT.",
     )
+
+
+def check_judge(settings) -> None:
+    """Refuse settings of a judge that cannot be meant, or that would save a password."""
+    url, price = settings.judge_url, settings.judge_price
+    if url is not None:
+        require(settings.judge is not None, "JUDGE_URL needs JUDGE, the model to ask for there.")
+        parts = urlsplit(url)
+        require(
+            parts.scheme in ("http", "https") and bool(parts.hostname),
+            f"JUDGE_URL must be an http or https address, such as http://127.0.0.1:8000/v1; it is "
+            f"{url!r}.",
+        )
+        require(
+            not parts.username and not parts.query,
+            "JUDGE_URL must not hold a name, a password or a query. Put the key into .env, as "
+            "JUDGE_API_KEY=...",
+        )
+    require(price is None or min(price) >= 0, f"JUDGE_PRICE must not be negative; it is {price}.")
 
 
 def describe(summary: dict, folder: Path) -> str:
@@ -207,6 +242,14 @@ def describe_studies(summary: dict) -> str:
         lines += (
             f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
             "most 0.3 with any neuron of the model up to the layer.\n"
+        )
+    if found := summary.get("explanations"):
+        groups = found["groups"]
+        lines += (
+            f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
+            f"features, {found['random'][0]:.2f} by another's; over the same tokens "
+            f"{groups['features, same tokens'][0]:.2f} for features, {groups['neurons'][0]:.2f} "
+            "for neurons.\n"
         )
     if found := summary.get("splitting"):
         last = found["levels"][-1]

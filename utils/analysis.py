@@ -19,6 +19,7 @@ from utils.artifacts import read_json, replacing, write_json
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import loss_recovered, measure_losses
 from utils.features import FeaturePass
+from utils.judge import Answers, open_judge
 from utils.language_model import LanguageModel, load_language_model
 from utils.neighbours import neighbour_table
 
@@ -78,6 +79,11 @@ class Analysis:
         """The model that the activations are of, loaded when a step first needs it."""
         store = self.store
         return load_language_model(store.model_name, store.layer, store.dtype)
+
+    @functools.cached_property
+    def judge(self) -> Answers | None:
+        """The language model that judges features, where the settings name one."""
+        return open_judge(self.settings, self.folder)
 
     def go_through(self) -> None:
         """One pass over the activations, and the tables of features and examples of it."""

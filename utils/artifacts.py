@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,26 @@ def read_json(path: Path) -> Any:
         raise InputError(
             f"{path} is damaged ({error}). Delete {path.parent} and make it anew."
         ) from error
+
+
+def append_record(log: Path, record: dict[str, Any]) -> None:
+    """Add a line of JSON to a log, after ending the line that a killed process left torn."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    with log.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
+def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The records of a log that have all the ``needed`` fields; torn lines are passed over."""
+    # Not splitlines(): JSON strings may hold characters that it takes for line ends.
+    for line in log.read_text("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, AttributeError):
+            record = json.loads(line)
+            if set(needed) <= record.keys():
+                yield record
 
 
 def fingerprint(*paths: Path) -> str:

@@ -35,9 +35,10 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from utils.artifacts import append_record
 from utils.catalogue import Catalogue, words_of
 from utils.evaluation import as_torch, split_reconstruction
-from utils.generations import append_record, key, read_records
+from utils.generations import key, read_records
 from utils.language_model import LanguageModel, replaced_residual, residual_at
 from utils.steering import (
     Clamp,

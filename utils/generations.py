@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import make_folder
+from utils.artifacts import append_record, make_folder, records_of
 from utils.kinds import load_autoencoder
 from utils.language_model import load_language_model
 from utils.steering import Clamp, generate, steered
@@ -61,26 +61,8 @@ def read_records(
     log: Path, results: frozenset[str] = frozenset({"untouched", "steered"})
 ) -> dict[str, dict[str, Any]]:
     """The records with ``results`` by the `key` of their request; torn lines are passed over."""
-    recorded = {}
-    # Not splitlines(): JSON strings may hold characters that it takes for line ends.
-    for line in log.read_text("utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-            if results <= record.keys():
-                recorded[key(record["request"])] = record
-        except (ValueError, KeyError, AttributeError):
-            continue
-    return recorded
-
-
-def append_record(log: Path, record: dict[str, Any]) -> None:
-    """Add a line to the log, after ending the line that a killed process left torn."""
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    with log.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode())
+    records = records_of(log, {"request", *results})
+    return {key(record["request"]): record for record in records}
 
 
 def load_models(catalogue: Any, autoencoder_path: Path) -> tuple[Any, Any]:

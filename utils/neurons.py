@@ -8,7 +8,7 @@ preceding layers has a Pearson correlation above 0.3.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -152,6 +152,77 @@ def correlate_with_neurons(
             "correlation": largest.cpu().numpy(),
         }
     )
+
+
+def draw_neurons(
+    language_model: LanguageModel, layer: int, n_neurons: int, seed: int
+) -> np.ndarray:
+    """Numbers of neurons of a block, drawn at random."""
+    width = language_model.blocks[layer].mlp.down_proj.in_features
+    return np.random.default_rng(seed).permutation(width)[:n_neurons]
+
+
+@torch.inference_mode()
+def neuron_values(
+    language_model: LanguageModel,
+    store: ActivationStore,
+    contexts: range,
+    chosen: np.ndarray,
+    k: int,
+) -> np.ndarray:
+    """Some neurons of the block ``store.layer`` where they are among the ``k`` largest of a token.
+
+    Returns:
+        Shape (contexts, context_length, neurons), float16; 0 elsewhere, and where negative.
+    """
+    values = np.zeros((len(contexts), store.context_length, len(chosen)), np.float16)
+    per_batch = max(1, N_TOGETHER // store.context_length)
+    with neurons_of(language_model, store.layer + 1) as found:
+        for start in tqdm(range(0, len(contexts), per_batch), "neurons", unit="batch"):
+            some = contexts[start : start + per_batch]
+            tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in some])).long()
+            residual_at(language_model, tokens, store.layer)
+            block = found[-1].float()
+            least = block.topk(k, dim=-1).values[..., -1:]
+            largest = torch.where(block >= least, block.clamp_min(0), 0)[..., chosen]
+            values[start : start + len(some)] = largest.clamp_max(6e4).cpu().numpy()
+    return values
+
+
+class NeuronStore:
+    """Activations whose rows are neurons, for a pass that else reads the residual stream.
+
+    Args:
+        store: Where the tokens and their sources are.
+        values: Of its first contexts, shape (contexts, context_length, neurons).
+    """
+
+    def __init__(self, store: ActivationStore, values: np.ndarray):
+        self._store, self._values = store, values
+        self.d_model = values.shape[-1]
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+    def __getitem__(self, array: str):
+        return self._store[array]
+
+    def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
+        return np.concatenate([self._values[c][self._store["kept"][c]] for c in contexts])
+
+
+class TopNeurons:
+    """Neurons as latents of a `NeuronStore`: each active where its value is positive."""
+
+    def __init__(self, n_neurons: int):
+        self.n_latents = n_neurons
+
+    def decoder_norms(self) -> np.ndarray:
+        return np.ones(self.n_latents, np.float32)
+
+    def encode_active(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        row, neuron = np.nonzero(rows > 0)
+        return row, neuron, rows[row, neuron], rows
 
 
 def study(analysis: Analysis) -> Findings:

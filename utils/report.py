@@ -61,6 +61,10 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
         correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
         study_plots.plot_neurons(correlations, folder / "neurons.png")
         drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
+    if summary.get("explanations"):
+        scores = pd.read_csv(folder / "explanations.csv")
+        study_plots.plot_explanations(scores, summary["explanations"], folder / "explanations.png")
+        drawn["Does a phrase tell what a feature fires on?"] = folder / "explanations.png"
     if summary.get("splitting"):
         table, family = pd.read_csv(folder / "splitting.csv"), summary["splitting"]["family"]
         table[["label", "word"]] = table[["label", "word"]].fillna("")

@@ -1,8 +1,9 @@
 """Specificity: is a feature's concept there where the feature is active, and how does that depend
 on how active it is?
 
-No language model judges. From half of a feature's highest examples its concept is taken: the words
-at their peaks, and what list of known concepts or what kind of text these belong to. All other
+From half of a feature's highest examples its concept is taken. Where a judge is named it is the
+judge's phrase, and the judge scores; else no language model does, and the concept is the words at
+their peaks, and what list of known concepts or what kind of text these belong to. All other
 examples are then scored by the paper's rubric:
 
     3  the peak is at one of the concept's words        clean match
@@ -26,6 +27,8 @@ import pyarrow.compute
 
 from utils.analysis import Analysis, Findings
 from utils.concepts import CONCEPTS
+from utils.judge import Answers, ask_grades, ask_labels
+from utils.questions import RUBRIC, marked_tokens, show
 
 NEARBY = 12  # tokens to each side of the peak
 SHARE = 0.5  # of these examples, that a list or a kind of text must hold to be the concept
@@ -106,6 +109,11 @@ def draw_examples(
     return found.assign(pieces=[list(text[tokens]) for tokens in found["tokens"]])
 
 
+def chosen_from(examples: pd.DataFrame) -> pd.Series:
+    """Every other of the highest, so that those scored are as active as those chosen from."""
+    return (examples["bucket"] == 0) & (examples["rank"] % 2 == 0)
+
+
 def measure_specificity(
     examples: pd.DataFrame, subset_shares: dict[str, float], seed: int
 ) -> pd.DataFrame:
@@ -128,15 +136,14 @@ def measure_specificity(
     examples["word"] = [word_at(*place) for place in places]
     examples["nearby"] = [_words_near(*place) for place in places]
     examples["subset"] = examples["subset"].astype(str)
-    # Every other of the highest, so that what is scored is as active as what was chosen from.
-    chosen_from = (examples["bucket"] == 0) & (examples["rank"] % 2 == 0)
+    source = chosen_from(examples)
     concepts = {
         feature: find_concept(group, subset_shares)
-        for feature, group in examples[chosen_from].groupby("feature")
+        for feature, group in examples[source].groupby("feature")
     }
     shuffled = np.random.default_rng(seed).permutation(list(concepts))
     other = dict(zip(shuffled, np.roll(shuffled, 1), strict=True))
-    scored = examples[~chosen_from & examples["feature"].isin(concepts)]
+    scored = examples[~source & examples["feature"].isin(concepts)]
     maxima = examples.groupby("feature")["activation"].max()
     rows = [
         {
@@ -149,6 +156,25 @@ def measure_specificity(
         for row in scored.itertuples()
     ]
     return pd.DataFrame(rows, columns=["feature", "level", "score", "chance", "listed"])
+
+
+def judge_specificity(examples: pd.DataFrame, answers: Answers, seed: int) -> pd.DataFrame:
+    """As `measure_specificity`, by a judge; scores are NaN where its answer cannot be read."""
+    labels = ask_labels(examples[chosen_from(examples)], answers)
+    shuffled = np.random.default_rng(seed).permutation(list(labels))
+    other = {f: labels[of] for f, of in zip(shuffled, np.roll(shuffled, 1), strict=True)}
+    scored = examples[~chosen_from(examples) & examples["feature"].isin(labels)]
+    scored = scored.reset_index(drop=True)
+    shown = [
+        show(row.pieces, marked_tokens(np.asarray(row.activations))) for row in scored.itertuples()
+    ]
+    maxima = examples.groupby("feature")["activation"].max()
+    table = scored[["feature"]].assign(
+        level=scored["activation"] / scored["feature"].map(maxima),
+        score=ask_grades(RUBRIC, "rubric", scored["feature"], labels, shown, 3, answers),
+        chance=ask_grades(RUBRIC, "rubric", scored["feature"], other, shown, 3, answers),
+    )
+    return table.assign(listed=None)
 
 
 def _words_near(pieces: list[str], peak: int) -> frozenset[str]:
@@ -166,11 +192,14 @@ def of_features(scores: pd.DataFrame, n_latents: int) -> np.ndarray:
 def by_level(scores: pd.DataFrame, seed: int, n_draws: int = 1_000) -> pd.DataFrame:
     """What `measure_specificity` found at each level of activation.
 
+    Scores that a judge did not give are left out.
+
     Returns:
         A row a level: ``low`` and ``high``, its edges; ``n`` and ``n_features``; ``mean`` score,
         its 95% interval ``mean_low``, ``mean_high`` over features drawn again (bootstrap);
         ``chance``; and ``share_0`` to ``share_3``.
     """
+    scores = scores.dropna(subset=["score", "chance"])
     level = np.minimum((scores["level"] * N_LEVELS).astype(int), N_LEVELS - 1)
     features, number = np.unique(scores["feature"], return_inverse=True)
     draws = np.random.default_rng(seed).integers(0, len(features), (n_draws, len(features)))
@@ -197,7 +226,11 @@ def study(analysis: Analysis) -> Findings:
     """Scores of the examples of ``N_STUDIED`` features, their levels, and a score a feature."""
     settings = analysis.settings
     drawn = draw_examples(analysis.examples, analysis.pieces, settings.n_studied, settings.seed)
-    scores = measure_specificity(drawn, analysis.subset_shares, settings.seed)
+    scores = (
+        measure_specificity(drawn, analysis.subset_shares, settings.seed)
+        if analysis.judge is None
+        else judge_specificity(drawn, analysis.judge, settings.seed)
+    )
     return Findings(
         by_level(scores, settings.seed).to_dict("records"),
         {"specificity": scores},

@@ -218,6 +218,39 @@ def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
         figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)
 
 
+def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
+    """Scores of explanations: of features, by another's explanation, of features and of neurons.
+
+    Args:
+        table: A row a feature: ``group, score, random``.
+        summary: Of `explanation.summarise`.
+    """
+    own, same, neurons = (
+        table[table.group == name].dropna(subset=["score", "random"])
+        for name in ("features", "features, same tokens", "neurons")
+    )
+    title = f"Explanations tell a feature's examples at {own.score.mean():.2f}, those of others at "
+    title += f"{own.random.mean():.2f}; chance is 0.5 (n = {len(own):,} features)"
+    panels = (
+        ("Against random labels", (own.score, "own"), (own.random, "another's")),
+        ("Against neurons", (same.score, "features"), (neurons.score, "neurons")),
+    )
+    p_values = (summary["p_random"], summary.get("p_neurons"))
+    bins = np.linspace(0, 1, 26)
+    with picture(path, title, (9, 3.9), ncols=2) as (_, axes):
+        for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
+            for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
+                shares = np.full(len(scores), 100 / max(1, len(scores)))
+                shown = f"{label}: {scores.mean():.2f} (n = {len(scores)})"
+                panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
+                panel.axvline(scores.mean(), color=colour, linewidth=1.5)
+            panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
+            tested = "" if p is None else f" (p = {p:.1g})"
+            panel.set(title=name + tested, xlim=(0, 1), xlabel="score: detection and fuzzing, AUC")
+            panel.legend(loc="upper left")
+        axes[0].set(ylabel="% of each group")
+
+
 def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:
     """The tokens of a prompt, and at each the features that most add to the difference of logits.
 

@@ -1,0 +1,103 @@
+"""What a judge is asked about a feature, and how its answers are read.
+
+A feature is active on tokens of an example; these are shown between << and >>.
+
+References: EleutherAI's delphi (Paulo et al. 2024) for labels, detection and fuzzing; "Scaling
+Monosemanticity", Specificity, for the rubric.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+TOGETHER = 5  # examples a question, as in delphi: more of them, and answers lose count
+LABEL_TOKENS = 40  # of an answer
+GRADES_TOKENS = 24
+MARKED = 0.3  # of the strongest activation in an example, that a token needs to be marked
+
+LABEL = """\
+Below are texts that one feature of a language model is active on, strongest between << and >>.
+Say in one phrase of at most twelve words what the marked tokens, or the texts around them, have \
+in common, as specifically as you can. Answer with the phrase alone.
+
+{texts}"""
+
+DETECTION = """\
+A feature of a language model is described as: {label}
+
+For each of these {n} texts, is the feature active somewhere in it? Answer with a list of {n} \
+numbers, 1 for yes and 0 for no, and nothing else, such as [1, 0, 1].
+
+{texts}"""
+
+FUZZING = """\
+A feature of a language model is described as: {label}
+
+In each of these {n} texts some tokens are marked by << and >>. Are the marked tokens the ones the \
+feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and nothing else, \
+such as [1, 0, 1].
+
+{texts}"""
+
+RUBRIC = """\
+A feature of a language model is described as: {label}
+
+In each of these {n} texts the tokens that some feature is active on are marked by << and >>. How \
+well does the description fit?
+0: it has nothing to do with the text
+1: it is related to the text, but not near the marked tokens, or only vaguely
+2: it is related to the text near the marked tokens, or loosely to these
+3: it clearly describes the marked tokens
+Answer with a list of {n} numbers from 0 to 3 and nothing else, such as [3, 0, 2].
+
+{texts}"""
+
+
+def marked_tokens(activations: np.ndarray) -> np.ndarray:
+    """Which tokens of an example to mark, bool, of its length; at least its strongest."""
+    return activations >= max(MARKED * activations.max(), 1e-9)
+
+
+def show(pieces: Sequence[str], marked: Sequence[bool]) -> str:
+    """An example as one line, runs of marked tokens between << and >>."""
+    text, inside = "", False
+    for piece, mark in zip(pieces, marked, strict=True):
+        if mark != inside:
+            text, inside = text + ("<<" if mark else ">>"), mark
+        text += piece
+    return (text + (">>" if inside else "")).replace("\n", "⏎")
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"Text {number}: {text}" for number, text in enumerate(texts, 1))
+
+
+def label_question(texts: Sequence[str]) -> str:
+    return LABEL.format(texts=_numbered(texts))
+
+
+def read_label(answer: str) -> str | None:
+    """A phrase of at most 200 characters; None if there is nothing but signs."""
+    lines = [line.strip(" \t\"'*.“”") for line in answer.splitlines()]
+    line = next((line for line in lines if re.search(r"\w", line)), None)
+    return line[:200] if line else None
+
+
+def grade_questions(question: str, label: str, texts: Sequence[str]) -> Iterator[str]:
+    """``question`` (`DETECTION`, `FUZZING` or `RUBRIC`) on every `TOGETHER` of the texts."""
+    for start in range(0, len(texts), TOGETHER):
+        some = texts[start : start + TOGETHER]
+        yield question.format(label=label, n=len(some), texts=_numbered(some))
+
+
+def read_grades(answer: str, n: int, highest: int) -> list[int] | None:
+    """The first list in an answer; None unless it has ``n`` grades from 0 to ``highest``."""
+    found = re.search(r"\[[^\[\]]*\]", answer)
+    try:
+        grades = json.loads(found.group(0)) if found else []
+    except ValueError:
+        return None
+    fits = all(type(grade) is int and 0 <= grade <= highest for grade in grades)
+    return grades if fits and len(grades) == n else None
