@@ -22,12 +22,12 @@ demo: .venv/installed
 	$(BIN)/python influence_llm.py --study attribute --prompt "The capital of France is the city of" \
 	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis \
 	    --influence-dir $(DEMO)/influence
-	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature quantum \
-	    --strength 0 1 1.5 --autoencoder-dir $(DEMO)/autoencoder \
+	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature king \
+	    --strength 1 1.5 --autoencoder-dir $(DEMO)/autoencoder \
 	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
 	@printf "\n%s\n" "Look at the features in $(DEMO)/analysis/browser/index.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py --autoencoder-dir $(DEMO)/autoencoder --analysis-dir" \
-	    "$(DEMO)/analysis --prompt 'Once upon a time' --feature war --strength 1 2"
+	    "$(DEMO)/analysis --prompt 'Once upon a time' --feature war --strength 1"
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
