@@ -241,14 +241,14 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) 
         for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
             for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
                 shares = np.full(len(scores), 100 / max(1, len(scores)))
-                shown = f"{label}: {scores.mean():.2f} (n = {len(scores)})"
+                shown = f"{label}: {scores.mean():.2f}, n = {len(scores)}"
                 panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
                 panel.axvline(scores.mean(), color=colour, linewidth=1.5)
             panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
             tested = "" if p is None else f" (p = {p:.1g})"
             panel.set(title=name + tested, xlim=(0.2, 1))
-            panel.set(xlabel="explanation score (AUC; the mean of detection and fuzzing)")
-            panel.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+            panel.set(xlabel="explanation score (mean of detection and fuzzing)")
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1)
         axes[0].set(ylabel="% of each group")
 
 
