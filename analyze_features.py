@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 from utils.artifacts import open_stage, read_json
 from utils.backend import use_backend
+from utils.catalogue import Catalogue
 from utils.search import search
 from utils.settings import as_dict, read_settings, require, require_positive, run
-from utils.terminal import show_found
+from utils.terminal import in_words, show_found
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -78,6 +79,7 @@ NOT_RECORDED = (
     "search_classifier",
     "n_found",
 )
+N_DESCRIBED = 5  # features in the closing words
 PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
@@ -213,8 +215,15 @@ def describe(summary: dict, folder: Path) -> str:
         f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
         f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
         f"{describe_studies(summary)}"
+        f"{describe_features(folder)}"
         f"Open {folder / PAGE} to look at the features."
     )
+
+
+def describe_features(folder: Path) -> str:
+    """A line for each of a few features that stand out."""
+    standing_out = Catalogue(folder).propose(N_DESCRIBED)
+    return "".join(f"  {in_words(row)}\n" for row in standing_out.to_dict("records"))
 
 
 def describe_studies(summary: dict) -> str:

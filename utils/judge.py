@@ -214,7 +214,10 @@ class Answers:
         kept = (self._kept[self._key(prompt, max_tokens)] for prompt in prompts)
         parsed = list(map(parse, kept, prompts))
         self.asked[what] += len(parsed)
-        self.unparsed[what] += sum(answer is None for answer in parsed)
+        unparsed = sum(answer is None for answer in parsed)
+        self.unparsed[what] += unparsed
+        if unparsed:
+            print(f"{unparsed:,} of {len(parsed):,} answers cannot be read and are left out.")
         return parsed
 
     def summary(self) -> dict[str, Any]:

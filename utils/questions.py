@@ -6,7 +6,6 @@ References: EleutherAI's delphi (Paulo et al. 2024) for labels, detection and fu
 Monosemanticity", Specificity, for the rubric.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 
@@ -24,35 +23,36 @@ in common, as specifically as you can. Answer with the phrase alone.
 
 {texts}"""
 
+# What to answer comes last: small judges forget it behind texts.
 DETECTION = """\
 A feature of a language model is described as: {label}
 
-For each of these {n} texts, is the feature active somewhere in it? Answer with a list of {n} \
-numbers, 1 for yes and 0 for no, and nothing else, such as [1, 0, 1].
+{texts}
 
-{texts}"""
+For each of these {n} texts, is the feature active somewhere in it? Answer with a list of {n} \
+numbers, 1 for yes and 0 for no, and nothing else, such as {such}."""
 
 FUZZING = """\
 A feature of a language model is described as: {label}
 
+{texts}
+
 In each of these {n} texts some tokens are marked by << and >>. Are the marked tokens the ones the \
 feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and nothing else, \
-such as [1, 0, 1].
-
-{texts}"""
+such as {such}."""
 
 RUBRIC = """\
 A feature of a language model is described as: {label}
 
-In each of these {n} texts the tokens that some feature is active on are marked by << and >>. How \
+{texts}
+
+In each of these {n} texts the tokens that a feature is active on are marked by << and >>. How \
 well does the description fit?
 0: it has nothing to do with the text
 1: it is related to the text, but not near the marked tokens, or only vaguely
 2: it is related to the text near the marked tokens, or loosely to these
 3: it clearly describes the marked tokens
-Answer with a list of {n} numbers from 0 to 3 and nothing else, such as [3, 0, 2].
-
-{texts}"""
+Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {such}."""
 
 
 def marked_tokens(activations: np.ndarray) -> np.ndarray:
@@ -89,15 +89,16 @@ def grade_questions(question: str, label: str, texts: Sequence[str]) -> Iterator
     """``question`` (`DETECTION`, `FUZZING` or `RUBRIC`) on every `TOGETHER` of the texts."""
     for start in range(0, len(texts), TOGETHER):
         some = texts[start : start + TOGETHER]
-        yield question.format(label=label, n=len(some), texts=_numbered(some))
+        such = [place % 2 for place in range(len(some))]
+        yield question.format(label=label, n=len(some), texts=_numbered(some), such=such)
 
 
 def read_grades(answer: str, n: int, highest: int) -> list[int] | None:
-    """The first list in an answer; None unless it has ``n`` grades from 0 to ``highest``."""
-    found = re.search(r"\[[^\[\]]*\]", answer)
-    try:
-        grades = json.loads(found.group(0)) if found else []
-    except ValueError:
+    """The first list in an answer, or its first line; None unless ``n`` grades to ``highest``."""
+    found = re.search(r"\[([^\[\]]*)\]", answer)
+    line = found.group(1) if found else answer.strip().partition("\n")[0]
+    parts = re.split(r"\s*,\s*|\s+", line.strip())
+    if len(parts) != n or not all(re.fullmatch("[0-9]", part) for part in parts):
         return None
-    fits = all(type(grade) is int and 0 <= grade <= highest for grade in grades)
-    return grades if fits and len(grades) == n else None
+    grades = [int(part) for part in parts]
+    return grades if max(grades) <= highest else None

@@ -24,6 +24,15 @@ def show_feature(catalogue: Any, feature: int, width: int, n_examples: int = 3) 
     return "\n".join(lines)
 
 
+def in_words(row: Any) -> str:
+    """What a feature, a row of their table, is about and how often it fires, as a sentence."""
+    about = row.get("explanation") or row["label"]
+    words = f"feature {row['feature']}, {one_line(str(about))}, "
+    words += f"fires on {100 * row['frequency']:.2g}% of tokens"
+    score = row.get("explanation_score")
+    return words + (f" (explanation score {score:.2f})" if score and score == score else "")
+
+
 def show_found(catalogue: Any, found: Any, width: int) -> str:
     """Features that a search found, two lines each: what it is in words, and its top example.
 
