@@ -116,15 +116,14 @@ def plot_directions(found: list[dict], path: Path) -> None:
         found: Of `directions.summarise`.
     """
     table = pd.DataFrame(found).set_index(["direction", "change"])
-    ratio = table.kl["feature", "ablated"][0] / table.kl["covariance", "ablated"][0]
-    title = f"Ablating a feature changes predictions {ratio:.1f} times as much as a like change"
+    title = "What ablating and doubling a feature changes, beside like changes elsewhere"
     names = {
         "feature": "the feature's own",
         "covariance": "drawn with the\ncovariance of activations",
         "random": "drawn at random",
     }
     panels = (("kl", "Divergence from the untouched predictions (KL)"), ("rise", "Rise in loss"))
-    title = f"{title} (n = {table.n_features.iloc[0]} features)"
+    title += f" (n = {table.n_features.iloc[0]} features)"
     with picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
         for axes, (measure, heading) in zip(grid, panels, strict=True):
             for offset, change, factor, colour in (
