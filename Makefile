@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded model and text, on a CPU; about ten minutes
+# make demo   the whole pipeline on the embedded model and text, on a CPU; about a quarter of an hour
 # make test   the tests
 # make lint   ruff
 # make bench  the benchmarks: extraction, and training beside other libraries (hours)
@@ -18,7 +18,8 @@ demo: .venv/installed
 	    --batch-size 2048 --dead-after 500000 --log-every 50 --backup-every 2 \
 	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
-	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192
+	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192 \
+	    --studies specificity completeness neurons
 	$(BIN)/python influence_llm.py --study attribute --prompt "The capital of France is the city of" \
 	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis \
 	    --influence-dir $(DEMO)/influence
