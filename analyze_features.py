@@ -279,9 +279,9 @@ def describe_studies(summary: dict) -> str:
             for direction in ("feature", "covariance")
         )
         lines += (
-            f"Special directions: ablating a feature raises the loss by {own['mean']:.3f} nats "
-            f"where it is active, as large a change elsewhere by {other['mean']:.3f}; more for "
-            f"{other['larger']:.0%} of {own['n_features']} features.\n"
+            f"Special directions: ablating a feature changes predictions by {own['kl'][0]:.3f} "
+            f"nats (KL) where it is active, as large a change elsewhere by {other['kl'][0]:.3f}; "
+            f"more for {other['larger']:.0%} of {own['n_features']} features.\n"
         )
     return lines
 

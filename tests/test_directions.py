@@ -61,12 +61,14 @@ def test_what_the_model_computes_with_costs_more(planted):
     table = measure_directions(model, autoencoder, store, range(N_CONTEXTS), np.arange(7), seed=0)
     assert len(table) == 7 * 3 * 2
     used, ignored = (
-        {(row["change"], row["direction"]): row["mean"] for row in summarise(own, seed=0)}
+        {(row["change"], row["direction"]): row for row in summarise(own, seed=0)}
         for own in (table[table.feature < 6], table[table.feature == 6])
     )
-    assert used["ablated", "feature"] > 2 * used["ablated", "random"] > 0
-    assert abs(ignored["ablated", "feature"]) < 0.2 * used["ablated", "feature"]
-    assert abs(ignored["ablated", "feature"]) < abs(ignored["ablated", "random"])
+    own, other = used["ablated", "feature"], used["ablated", "random"]
+    assert own["rise"][0] > 2 * other["rise"][0] and own["kl"][0] > 2 * other["kl"][0]
+    assert other["larger"] == 1 and own["kl"][1] < own["kl"][0] < own["kl"][2]
+    for measure in ("rise", "kl"):
+        assert abs(ignored["ablated", "feature"][measure][0]) < 0.1 * own[measure][0]
 
 
 def test_the_rise_is_that_of_the_changed_stream(planted):
@@ -78,14 +80,15 @@ def test_the_rise_is_that_of_the_changed_stream(planted):
     latents[0] = 0
     change = -latents[:, None] * torch.tensor(autoencoder.directions()[2])
 
-    def loss(change) -> float:
+    def predict(change) -> torch.Tensor:
         with replaced_residual(model.blocks[LAYER], lambda residual: residual + change):
-            logits = model.model(tokens).logits[0, :-1]
-        return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            return model.model(tokens).logits[0, :-1].log_softmax(dim=-1)
 
+    untouched, changed = predict(torch.zeros_like(change)), predict(change)
     assert own.n == int((latents > 0).sum())
-    rise = (loss(change) - loss(torch.zeros_like(change))) / own.n
-    assert own.rise == pytest.approx(rise, rel=1e-3, abs=1e-5)
+    rise = (untouched - changed).gather(1, tokens[0, 1:, None]).sum()
+    kl = (untouched.exp() * (untouched - changed)).sum()
+    assert [own.rise, own.kl] == pytest.approx([float(rise) / own.n, float(kl) / own.n], rel=1e-3)
 
 
 def test_directions_have_the_covariance_of_the_activations():

@@ -310,7 +310,8 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
     )
     places = np.zeros((N_FEATURES, 2))
     features = tables.feature_table(found, examples, promoted, places, PIECES)
-    tables.save_tables(folder, features, examples, PIECES)
+    tables.save_tables(folder, examples, PIECES)
+    tables.save_features(folder / "features.parquet", features)
     write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
 

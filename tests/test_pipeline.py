@@ -86,7 +86,8 @@ def test_analysis(tiny_run):
     assert set(features["top_subset"]) == {"Garden", "Harbour"}
     assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
     assert features["umap_x"].isna().all()  # no map was asked for
-    pictures = {"density", "l0", "fidelity", "specificity", "completeness", "neurons"}
+    pictures = {"density", "l0", "fidelity", "fidelity_by_subset", "specificity", "completeness"}
+    pictures |= {"neurons", "directions", "explanations"}
     assert {path.stem for path in folder.glob("*.png")} == pictures
     shown = {path.stem for path in (folder / "browser" / "pictures").iterdir()}
     assert shown == pictures and (folder / "browser" / "index.html").exists()
@@ -110,7 +111,13 @@ def test_studies(tiny_run):
     neurons = pd.read_csv(folder / "neurons.csv")
     assert summary["neurons"]["n_features"] == len(neurons) > 20
     assert neurons["block"].isin([0, 1]).all() and neurons["correlation"].between(0, 1.001).all()
+    fidelity = pd.read_csv(folder / "fidelity.csv", index_col="subset")
+    assert set(fidelity.index) == {"all", "Garden", "Harbour"} and (fidelity["kl"] > 0).all()
+    reconstruction = summary["cross_entropy"]["reconstruction"]
+    assert fidelity["reconstruction"]["all"] == pytest.approx(reconstruction, rel=1e-4)
+    assert len(summary["directions"]) == 6 and summary["splitting"] is None  # no other size
     printed = tiny_run.printed["analyze_features"]
+    assert "Special directions: ablating a feature changes predictions by" in printed
     assert "Specificity, 0 to 3: " in printed and f"of {len(words)} words have" in printed
 
 
@@ -189,7 +196,7 @@ def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedde
         (
             "analyze_features",
             ["--studies", "spelling"],
-            "STUDIES must be of specificity, completeness, neurons; one is 'spelling'",
+            "STUDIES must be of specificity, completeness, neurons, explanations, splitting,",
         ),
         ("influence_llm", ["--prompt", " "], "PROMPT must hold some text; it is empty"),
     ],

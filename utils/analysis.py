@@ -95,7 +95,7 @@ class Analysis:
             write_json(done, tables.summarise(found, self.store, self.trained))
         self.summary = read_json(done)
         self.subset_shares = self.summary["subset_shares"]
-        self.features = pd.read_parquet(self.folder / "features.parquet")
+        self.features = pd.read_parquet(self.folder / "pass.parquet")
         self.examples = pyarrow.parquet.read_table(self.folder / "examples.parquet")
         self.pieces = read_json(self.folder / "vocabulary.json")
 
@@ -110,7 +110,8 @@ class Analysis:
         features = tables.feature_table(found, examples, promoted, places, pieces)
         nearest = neighbour_table(directions, found.uses > 0)
         features[["neighbours", "neighbour_cosines"]] = nearest
-        tables.save_tables(self.folder, features, examples, pieces)
+        tables.save_tables(self.folder, examples, pieces)
+        tables.save_features(self.folder / "pass.parquet", features)
 
     def measure_loss(self) -> Findings:
         """What the model loses when it computes with the reconstruction, on held-out tokens."""
@@ -144,6 +145,6 @@ class Analysis:
             The summary.
         """
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
-        tables.save_features(self.folder, self.features)
+        tables.save_features(self.folder / "features.parquet", self.features)
         write_json(self.folder / "summary.json", self.summary)
         return self.summary

@@ -8,6 +8,7 @@ what the model computes with, it minds their change more than a change elsewhere
 Reference: "Update on how we train SAEs" (Circuits Updates, April 2024); "Scaling Monosemanticity".
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from utils.activations import ActivationStore
 from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import as_torch
-from utils.language_model import LanguageModel, replaced_residual
+from utils.language_model import LanguageModel, load_language_model, replaced_residual
 from utils.neurons import draw_features
 from utils.steering import encode
 
@@ -66,16 +67,17 @@ def measure_directions(
     """The rise in loss when features, and directions beside them, are changed alike.
 
     Args:
-        language_model: The model whose residual stream the autoencoder was trained on.
+        language_model: The model whose residual stream the autoencoder was trained on, in float32.
         contexts: Where to look for the features, best held out.
         features: Numbers of features.
-        seed: Of the directions and contexts drawn.
+        seed: Of the directions drawn.
 
     Returns:
         A row a feature, direction (`DIRECTIONS`) and change (`FACTORS`): ``feature, context,
         direction, change``; ``n``, the positions at which the feature is active in that context,
-        drawn among those that have it; ``rise``, by how much the summed loss of the context grew,
-        in nats, for each of these positions.
+        the one where it is most active; for each of these positions ``rise``, by how much the
+        summed loss of the context grew, and ``kl``, by how much its predictions diverged from the
+        untouched ones, both in nats.
     """
     device, layer = language_model.device, store.layer
     tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in contexts])).long().to(device)
@@ -90,34 +92,36 @@ def measure_directions(
     units = [torch.nn.functional.normalize(rows), *(each.to(device) for each in drawn)]
     changes = torch.stack([factor * unit for unit in units for factor in FACTORS.values()])
     variants = [(name, change) for name in DIRECTIONS for change in FACTORS]
-    draw, table = np.random.default_rng(seed), []
+    table = []
     for i, feature in enumerate(tqdm(features, "changing features", unit="feature")):
-        found = latents[..., i].any(dim=1).nonzero()[:, 0].tolist()
-        if not found:
-            continue
-        at = draw.choice(found)
+        at = int(latents[..., i].sum(dim=1).argmax())
         length = latents[at, :, i] * sizes[i]  # of the change, at each position
-        change = changes[:, i, None] * length[:, None]  # (variants, context_length, d_model)
-        change = torch.cat([torch.zeros_like(change[:1]), change])
-        untouched, *losses = _summed_losses(language_model, layer, tokens[at], change)
         n = int((length > 0).sum())
-        for (direction, name), loss in zip(variants, losses, strict=True):
-            rise = (loss - untouched) / n
-            table.append((feature, contexts[at], direction, name, n, rise))
-    columns = ["feature", "context", "direction", "change", "n", "rise"]
+        if not n:
+            continue
+        change = changes[:, i, None] * length[:, None]  # (variants, context_length, d_model)
+        rises, divergences = _what_changes(language_model, layer, tokens[at], change)
+        for (direction, name), rise, kl in zip(variants, rises, divergences, strict=True):
+            table.append((feature, contexts[at], direction, name, n, rise / n, kl / n))
+    columns = ["feature", "context", "direction", "change", "n", "rise", "kl"]
     return pd.DataFrame(table, columns=columns)
 
 
-def _summed_losses(
+def _what_changes(
     language_model: LanguageModel, layer: int, tokens: torch.Tensor, change: torch.Tensor
-) -> list[float]:
-    """The loss of all next tokens of one context, in nats, under each of several changes.
+) -> tuple[list[float], list[float]]:
+    """The rise in loss, and the divergence from the untouched predictions, summed over a context.
 
     Args:
         tokens: Shape (context,).
         change: What is added to the residual stream, shape (changes, context, d_model).
+
+    Returns:
+        Two lists, in nats, an entry a change.
     """
-    losses = []
+    rises, divergences, untouched = [], [], None
+    counted = tokens[1:] != language_model.bos
+    change = torch.cat([torch.zeros_like(change[:1]), change])
     for some in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
         # One context goes in; where the changes are added it becomes one for each of them.
         with replaced_residual(
@@ -125,31 +129,35 @@ def _summed_losses(
         ):
             every = language_model.model(tokens[None], use_cache=False).logits[:, :-1]
         for logits in every:
-            found = torch.nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="none")
-            losses.append(float(found[tokens[1:] != language_model.bos].double().sum()))
-    return losses
+            found = logits[counted].float().log_softmax(dim=-1)
+            untouched = found if untouched is None else untouched
+            gains = (untouched - found).gather(1, tokens[1:][counted, None])
+            kl = torch.nn.functional.kl_div(found, untouched, reduction="sum", log_target=True)
+            rises.append(float(gains.double().sum()))
+            divergences.append(float(kl))
+    return rises[1:], divergences[1:]
 
 
 def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
-    """Mean rise by direction and change, a feature counting once, with 95% intervals.
+    """Means by direction and change, with 95% intervals.
 
     Returns:
-        For each change and direction ``change, direction, n_features, mean, low, high``, the
-        interval over features drawn again (bootstrap), and ``larger``, the share of features whose
-        own direction raises the loss more than this one.
+        For each change and direction ``change, direction, n_features``; of ``rise`` and of ``kl``
+        the mean and the interval over features drawn again (bootstrap), three numbers; and
+        ``larger``, the share of features whose own direction has a larger kl than this one.
     """
-    means = table.groupby(["change", "direction", "feature"])["rise"].mean().unstack("feature")
-    n = means.shape[1]
+    grouped = table.set_index(["change", "direction", "feature"]).unstack("feature")
+    n = table["feature"].nunique()
     draws = np.random.default_rng(seed).integers(0, max(1, n), (N_DRAWS, n))
     found = []
-    for change in FACTORS if n else ():
-        own = means.loc[change, "feature"].to_numpy()
-        for direction in DIRECTIONS:
-            rises = means.loc[change, direction].to_numpy()
-            low, high = np.percentile(rises[draws].mean(axis=1), [2.5, 97.5])
-            row = {"change": change, "direction": direction, "n_features": n}
-            row |= {"mean": float(rises.mean()), "low": float(low), "high": float(high)}
-            found.append(row | {"larger": float((own > rises).mean())})
+    for change, direction in itertools.product(FACTORS, DIRECTIONS) if n else ():
+        row = {"change": change, "direction": direction, "n_features": n}
+        for measure in ("rise", "kl"):
+            values = grouped[measure].loc[change, direction].to_numpy()
+            interval = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+            row[measure] = [float(values.mean()), *map(float, interval)]
+        own = grouped["kl"].loc[change, "feature"].to_numpy()
+        found.append(row | {"larger": float((own > values).mean())})
     return found
 
 
@@ -160,7 +168,7 @@ def study(analysis: Analysis) -> Findings:
     n_tokens = len(contexts) * store.context_length
     frequency = analysis.features["frequency"].to_numpy()
     features = draw_features(frequency, n_tokens, N_FEATURES, seed)
-    table = measure_directions(
-        analysis.language_model, analysis.autoencoder, store, contexts, features, seed
-    )
+    # In bfloat16 every later token's loss would change by more than the rise that is sought.
+    exact = load_language_model(store.model_name, store.layer, "float32")
+    table = measure_directions(exact, analysis.autoencoder, store, contexts, features, seed)
     return Findings(summarise(table, seed), {"directions": table})

@@ -229,7 +229,12 @@ def announce(answers: Answers, trials: pd.DataFrame, shown: list[str]) -> None:
 
 
 def study(analysis: Analysis) -> Findings:
-    """Explanations of all features; scores of ``N_EXPLAINED``; features against neurons."""
+    """Explanations of all features; scores of ``N_EXPLAINED``; features against neurons.
+
+    Nothing if no feature is ever active.
+    """
+    if not analysis.examples.num_rows:
+        return Findings({})
     settings, store, pieces = analysis.settings, analysis.store, analysis.pieces
     every = analysis.examples.to_pandas()
     phrases = {f: e.text for f, e in explain(every, pieces, analysis.subset_shares).items()}

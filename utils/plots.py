@@ -178,18 +178,19 @@ def plot_fidelity(summary: dict, path: Path) -> None:
 
 
 def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
-    """How well the reconstruction does in each kind of text, the best understood first.
+    """What the reconstruction misses in each kind of text, the least first; dashed, in all text.
 
     Args:
         table: Of `evaluation.measure_losses`, with ``subset`` and ``loss_recovered``.
     """
     every, subsets = table.set_index("subset").loc["all"], table[table.subset != "all"]
     subsets = subsets.sort_values("kl")
-    title = f"The reconstruction is most like the model in {subsets.subset.iloc[0]}"
+    title = f"The reconstruction misses least in {subsets.subset.iloc[0]}"
+    lost = 100 * (1 - subsets.loss_recovered), 100 * (1 - every.loss_recovered)
     panels = (
-        (100 * (1 - subsets.fvu), 100 * (1 - every.fvu), "Variance explained", "% of variance"),
-        (100 * subsets.loss_recovered, 100 * every.loss_recovered, "Loss recovered", "%"),
-        (subsets.kl, every.kl, "KL to the untouched prediction", "nats a token"),
+        (100 * subsets.fvu, 100 * every.fvu, "Variance unexplained", "% of variance"),
+        (*lost, "Loss not recovered", "% of what zeros lose"),
+        (subsets.kl, every.kl, "KL from the untouched", "nats a token"),
     )
     names = [f"{row.subset}  (n = {row.n_tokens:,})" for row in subsets.itertuples()]
     about = {"ncols": 3, "sharey": True}
@@ -198,7 +199,7 @@ def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
         for axes, (values, overall, heading, unit) in zip(grid, panels, strict=True):
             axes.barh(names, values, 0.66, color=BLUE)
             axes.axvline(overall, color=ORANGE, linestyle="--", linewidth=1.2)
-            axes.set(title=f"{heading}; all {overall:.3g}", xlabel=unit)
+            axes.set(title=f"{heading}; all text: {overall:.3g}", xlabel=unit)
             axes.grid(axis="y", visible=False)
         grid[0].invert_yaxis()
 

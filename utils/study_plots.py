@@ -110,36 +110,37 @@ def plot_neurons(correlations: np.ndarray, path: Path) -> None:
 
 
 def plot_directions(found: list[dict], path: Path) -> None:
-    """By how much the loss rises when features, and other directions, are changed alike.
+    """What changes when features, and other directions, are moved along by as much.
 
     Args:
         found: Of `directions.summarise`.
     """
     table = pd.DataFrame(found).set_index(["direction", "change"])
-    rises, n = table["mean"], table["n_features"].iloc[0]
-    ratio = rises["feature", "ablated"] / rises["covariance", "ablated"]
-    title = f"Ablating a feature costs {ratio:.1f} times as much as a change of its size elsewhere"
+    title = "What ablating and doubling a feature changes, beside like changes elsewhere"
     names = {
         "feature": "the feature's own",
-        "covariance": "drawn with the covariance\nof activations",
+        "covariance": "drawn with the\ncovariance of activations",
         "random": "drawn at random",
     }
-    with picture(path, f"{title} (n = {n} features)", (8.5, 3.4)) as (_, axes):
-        for offset, (change, factor, colour) in zip(
-            (-0.19, 0.19), (("ablated", "× 0", BLUE), ("doubled", "× 2", ORANGE)), strict=True
-        ):
-            own = table.xs(change, level="change").loc[list(names)]
-            interval = [own["mean"] - own["low"], own["high"] - own["mean"]]
-            about = {"xerr": interval, "color": colour, "capsize": 3, "ecolor": GREY}
-            label = f"{change} ({factor}), 95% interval"
-            axes.barh(np.arange(len(names)) + offset, own["mean"], 0.36, label=label, **about)
-        axes.set_yticks(range(len(names)), names.values())
-        axes.invert_yaxis()
-        axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.grid(axis="y", visible=False)
-        axes.set(title="Direction in which the residual stream is moved")
-        axes.set(xlabel="rise in cross-entropy (nats for each position moved)")
-        axes.legend(loc="lower right")
+    panels = (("kl", "Divergence from the untouched predictions (KL)"), ("rise", "Rise in loss"))
+    title += f" (n = {table.n_features.iloc[0]} features)"
+    with picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
+        for axes, (measure, heading) in zip(grid, panels, strict=True):
+            for offset, change, factor, colour in (
+                (-0.19, "ablated", "× 0", BLUE),
+                (0.19, "doubled", "× 2", ORANGE),
+            ):
+                own = table[measure].xs(change, level="change")[list(names)]
+                mean, low, high = np.array(own.tolist()).T
+                about = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": GREY}
+                about |= {"color": colour, "label": f"{change} ({factor}), 95% interval"}
+                axes.barh(np.arange(len(names)) + offset, mean, 0.36, **about)
+            axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.grid(axis="y", visible=False)
+            axes.set(title=heading, xlabel="nats for each position moved")
+        grid[0].set_yticks(range(len(names)), names.values())
+        grid[0].invert_yaxis()
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
@@ -241,14 +242,14 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) 
         for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
             for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
                 shares = np.full(len(scores), 100 / max(1, len(scores)))
-                shown = f"{label}: {scores.mean():.2f} (n = {len(scores)})"
+                shown = f"{label}: {scores.mean():.2f}, n = {len(scores)}"
                 panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
                 panel.axvline(scores.mean(), color=colour, linewidth=1.5)
             panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
             tested = "" if p is None else f" (p = {p:.1g})"
             panel.set(title=name + tested, xlim=(0.2, 1))
-            panel.set(xlabel="explanation score (AUC; the mean of detection and fuzzing)")
-            panel.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+            panel.set(xlabel="explanation score (mean of detection and fuzzing)")
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1)
         axes[0].set(ylabel="% of each group")
 
 

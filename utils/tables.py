@@ -205,17 +205,14 @@ def summarise(found: FeaturePass, store: ActivationStore, trained: dict) -> dict
     }
 
 
-def save_tables(
-    folder: Path, features: pd.DataFrame, examples: pyarrow.Table, pieces: list[str]
-) -> None:
-    """Write what a pass over the activations found."""
-    save_features(folder, features)
+def save_tables(folder: Path, examples: pyarrow.Table, pieces: list[str]) -> None:
+    """Write the examples that a pass over the activations found, and the text of each token."""
     with replacing(folder / "examples.parquet") as partial:
         pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
     write_json(folder / "vocabulary.json", pieces)
 
 
-def save_features(folder: Path, features: pd.DataFrame) -> None:
-    """Write the table of features."""
-    with replacing(folder / "features.parquet") as partial:
+def save_features(path: Path, features: pd.DataFrame) -> None:
+    """Write a table of features."""
+    with replacing(path) as partial:
         features.to_parquet(partial, index=False)
