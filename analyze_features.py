@@ -252,14 +252,19 @@ def describe_studies(summary: dict) -> str:
             f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
             "most 0.3 with any neuron of the model up to the layer.\n"
         )
-    if found := summary.get("explanations"):
-        groups = found["groups"]
+    found = summary.get("explanations", {})
+    if "score" in found:
         lines += (
             f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
-            f"features, {found['random'][0]:.2f} by another's; over the same tokens "
-            f"{groups['features, same tokens'][0]:.2f} for features, {groups['neurons'][0]:.2f} "
-            "for neurons.\n"
+            f"features, {found['random'][0]:.2f} by another's.\n"
         )
+    if "p_neurons" in found:
+        features, neurons = (
+            found["groups"][group][0] for group in ("features, same tokens", "neurons")
+        )
+        lines += f"Over the same tokens: {features:.2f} for features, {neurons:.2f} for neurons.\n"
+    for what, n in found.get("unparsed", {}).items():
+        lines += f"Judge: {n:,} of {found['asked'][what]:,} answers ({what}) could not be read.\n"
     if found := summary.get("splitting"):
         last = found["levels"][-1]
         lines += (

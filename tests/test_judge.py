@@ -95,7 +95,8 @@ class Scripted(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, self.headers["Authorization"], request))
-        status = self.server.refusals.pop(0) if self.server.refusals else 200
+        refusals = self.server.refusals
+        status = refusals.pop(0) if refusals else 200
         content = {"error": {"message": f"refused; your key is {KEY}"}}
         if status == 200:
             text = self.server.answer(request["messages"][-1]["content"])
@@ -196,6 +197,46 @@ def test_labels_and_grades_of_features(server, tmp_path):
     grades = ask_grades(DETECTION, "detection", features, labels, shown, 1, answers)
     np.testing.assert_array_equal(grades, [1, np.nan, np.nan, 0, np.nan])
     assert answers.unparsed == {"labels": 0, "detection": 1}
+
+
+def test_an_analysis_with_a_judge_goes_on_where_it_was(server, tiny_run, tmp_path, run_here):
+    flags = [*tiny_run.flags.analyze_features[:-1], tmp_path / "analysis"]
+    flags += ["--studies", "specificity", "explanations", "--n-studied", 3, "--n-explained", 3]
+    flags += ["--n-neuron-tokens", 8_192, "--judge", "m", "--judge-url", server.url]
+    server.refusals = [200] * 40 + [401]
+    stopped = run_here("analyze_features", *flags, check=False)
+    assert "Answers so far are kept" in stopped.message
+    kept = (tmp_path / "analysis" / "judge.jsonl").read_text().count("\n")
+    assert kept >= 40 - 8
+    before = len(server.requests)
+    printed = run_here("analyze_features", *flags).stdout
+    summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
+    found = summary["explanations"]
+    assert found["judge"] == f"m at {server.url}" and "score" not in found
+    assert found["unparsed"]["labels"] == 0 < found["unparsed"]["fuzzing"]
+    assert (
+        found["unparsed"]["rubric"] == found["asked"]["rubric"] > 0 == len(summary["specificity"])
+    )
+    assert (
+        f"Judge: {found['unparsed']['fuzzing']} of {found['asked']['fuzzing']} answers" in printed
+    )
+    lines = (tmp_path / "analysis" / "judge.jsonl").read_text().splitlines()
+    assert len(lines) == kept + len(server.requests) - before  # none was asked twice
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--judge-url", "http://127.0.0.1:1/v1"], "JUDGE_URL needs JUDGE"),
+        (["--judge", "m", "--judge-url", "127.0.0.1"], "must be an http or https address"),
+        (["--judge", "m", "--judge-url", "http://me:pw@host/v1"], "Put the key into .env"),
+        (["--judge-price", -1, 1], "JUDGE_PRICE must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_meant(run_here, flags, rule):
+    refused = run_here("analyze_features", *flags, check=False)
+    assert refused.returncode == 1 and rule in refused.message and "pw" not in refused.message
 
 
 # -------------------------------------------------------------------------------------- real ones

@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from utils.judge import Answers
 from utils.specificity import (
     Concept,
     by_level,
     find_concept,
+    judge_specificity,
     measure_specificity,
     of_features,
     score,
@@ -88,6 +90,33 @@ def test_levels(examples):
     assert levels["mean"].tolist() == [1.5, 3] and levels.share_0.tolist() == [0.5, 0]
     assert levels.mean_low[0] == 0 and levels.mean_high[0] == 3  # of two features drawn again
     assert levels.mean_low[1] == levels.mean_high[1] == 3
+
+
+def test_a_judge_scores_in_the_place_of_words(examples, tmp_path):
+    class Reader:
+        """Labels by the marked token, and grades 3 where that is marked."""
+
+        name = "reader"
+
+        def ask(self, prompts, max_tokens):
+            for place, prompt in enumerate(prompts):
+                head, *texts = prompt.split("Text ")
+                if "in one phrase" in head:
+                    yield place, texts[0].split("<<")[1].split(">>")[0].strip()
+                    continue
+                label = head.split("described as: ")[1].split("\n")[0]
+                yield place, str([3 * (f"<< {label}>>" in text) for text in texts])
+
+    values = [np.array([0, value, 0]) for value in examples["activation"]]
+    answers = Answers(Reader(), tmp_path / "judge.jsonl")
+    scores = judge_specificity(examples.assign(activations=values), answers, seed=0)
+    expected = measure_specificity(examples, SHARES, seed=0)
+    names = ["feature", "level", "score", "chance"]
+    found = scores[names].sort_values(names).to_numpy(float)
+    np.testing.assert_allclose(found, expected[names].sort_values(names).to_numpy(float))
+    assert answers.asked == {"labels": 2, "rubric": 2 * 2 * 3}
+    scores.loc[scores["level"] < 0.5, "score"] = np.nan  # could not be read
+    assert by_level(scores, seed=0)["low"].tolist() == [0.8]
 
 
 def test_no_examples_no_levels(examples):

@@ -265,8 +265,9 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
     delphi does: an MLP's neurons are all a little active everywhere.
     """
     settings, store = analysis.settings, analysis.store
+    n = min(N_COMPARED, settings.n_explained)
     contexts = store.first(settings.n_neuron_tokens)
-    neurons = draw_neurons(analysis.language_model, store.layer, 2 * N_COMPARED, settings.seed)
+    neurons = draw_neurons(analysis.language_model, store.layer, 2 * n, settings.seed)
     k = max(1, round(analysis.summary["l0"]))
     values = neuron_values(analysis.language_model, store, contexts, neurons, k)
     groups = {
@@ -278,9 +279,9 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
         found = FeaturePass(latents, rows, settings.seed)
         found.run(contexts, settings.batch_size)
         examples = example_table(found, store)
-        drawn = draw_examples(examples, analysis.pieces, 2 * N_COMPARED, settings.seed)
+        drawn = draw_examples(examples, analysis.pieces, 2 * n, settings.seed)
         quiet = draw_quiet(latents, rows, contexts, analysis.pieces, settings.seed)
-        scored = score_group(analysis, drawn, quiet, N_COMPARED)
+        scored = score_group(analysis, drawn, quiet, n)
         if name == "neurons":
             scored["feature"] = neurons[scored["feature"].to_numpy(int)]
         tables.append(scored.assign(group=name))

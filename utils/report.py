@@ -61,7 +61,7 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
         correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
         study_plots.plot_neurons(correlations, folder / "neurons.png")
         drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
-    if summary.get("explanations"):
+    if "score" in summary.get("explanations", {}):
         scores = pd.read_csv(folder / "explanations.csv")
         study_plots.plot_explanations(scores, summary["explanations"], folder / "explanations.png")
         drawn["Does a phrase tell what a feature fires on?"] = folder / "explanations.png"
