@@ -205,6 +205,8 @@ def test_summary_tests_features_against_chance_and_neurons():
     mean, lowest, highest = found["score"]
     assert mean == pytest.approx(scored["score"].mean()) and 0.7 < lowest < mean < highest < 0.9
     assert interval(pd.Series([2.0, 2.0]), 0) == [2, 2, 2]
+    same = scored.assign(random=scored["score"])
+    assert summarise(same, compared, seed=0)["p_random"] == 1
 
 
 # ----------------------------------------------------------------------------- neurons and texts

@@ -203,7 +203,7 @@ def test_an_analysis_with_a_judge_goes_on_where_it_was(server, tiny_run, tmp_pat
     flags = [*tiny_run.flags.analyze_features[:-1], tmp_path / "analysis"]
     flags += ["--studies", "specificity", "explanations", "--n-studied", 3, "--n-explained", 3]
     flags += ["--n-neuron-tokens", 8_192, "--judge", "m", "--judge-url", server.url]
-    server.refusals = [200] * 40 + [401]
+    server.answer, server.refusals = lambda _: "Well.", [200] * 40 + [401]
     stopped = run_here("analyze_features", *flags, check=False)
     assert "Answers so far are kept" in stopped.message
     kept = (tmp_path / "analysis" / "judge.jsonl").read_text().count("\n")
@@ -214,12 +214,14 @@ def test_an_analysis_with_a_judge_goes_on_where_it_was(server, tiny_run, tmp_pat
     found = summary["explanations"]
     assert found["judge"] == f"m at {server.url}" and "score" not in found
     assert found["unparsed"]["labels"] == 0 < found["unparsed"]["fuzzing"]
-    assert (
-        found["unparsed"]["rubric"] == found["asked"]["rubric"] > 0 == len(summary["specificity"])
-    )
-    assert (
-        f"Judge: {found['unparsed']['fuzzing']} of {found['asked']['fuzzing']} answers" in printed
-    )
+    assert set(found["asked"]) == {"labels", "detection", "fuzzing"}
+    unread = f"{found['unparsed']['fuzzing']} of {found['asked']['fuzzing']} answers (fuzzing)"
+    assert f"Judge: {unread} could not be read." in printed
+    assert summary["specificity"] == []
+    assert pd.read_csv(tmp_path / "analysis" / "specificity.csv")["score"].isna().all()
+    assert "answers cannot be read and are left out" in stopped.stdout
+    features = pd.read_parquet(tmp_path / "analysis" / "features.parquet")
+    assert features["explanation_score"].isna().all() and (features["explanation"] == "Well").any()
     lines = (tmp_path / "analysis" / "judge.jsonl").read_text().splitlines()
     assert len(lines) == kept + len(server.requests) - before  # none was asked twice
     assert len({json.loads(line)["key"] for line in lines}) == len(lines)

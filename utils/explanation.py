@@ -236,6 +236,8 @@ def study(analysis: Analysis) -> Findings:
     if not analysis.examples.num_rows:
         return Findings({})
     settings, store, pieces = analysis.settings, analysis.store, analysis.pieces
+    if analysis.judge is not None:
+        analysis.judge.count_anew()
     every = analysis.examples.to_pandas()
     phrases = {f: e.text for f, e in explain(every, pieces, analysis.subset_shares).items()}
     quiet = draw_quiet(analysis.autoencoder, store, analysis.contexts, pieces, settings.seed)
@@ -300,9 +302,9 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     columns = ("score", "detection", "fuzzing", "random", "likeness", "random_likeness")
     summary = {name: interval(scored[name].dropna(), seed) for name in columns}
     summary |= {"n_features": len(both), "groups": {}}
-    summary["p_random"] = float(
-        stats.wilcoxon(both["score"], both["random"], alternative="greater").pvalue
-    )
+    differ = (both["score"] != both["random"]).any()  # else there is no test to make
+    test = stats.wilcoxon(both["score"], both["random"], alternative="greater") if differ else None
+    summary["p_random"] = float(test.pvalue) if differ else 1.0
     summary["groups"] = {name: interval(values, seed) for name, values in groups.items()}
     summary["n_groups"] = {name: len(values) for name, values in groups.items()}
     features, neurons = groups["features, same tokens"], groups["neurons"]

@@ -161,7 +161,7 @@ class Answers:
         price: Of a million tokens in, and out; None if it is not known.
 
     Attributes:
-        asked: Number of questions of each sort, asked now or before.
+        asked: Number of questions of each sort, answered now or before.
         unparsed: How many of their answers could not be read.
     """
 
@@ -170,6 +170,10 @@ class Answers:
         path.open("ab").close()
         records = records_of(path, ("key", "answer"))
         self._kept = {record["key"]: record["answer"] for record in records}
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Let the counts be those of the study that begins."""
         self.asked, self.unparsed = Counter(), Counter()
 
     def _key(self, prompt: str, max_tokens: int) -> str:
