@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded model and text, on a CPU; about a quarter of an hour
+# make demo   the whole pipeline on the embedded model and text, on a CPU; about ten minutes
 # make test   the tests
 # make lint   ruff
 # make bench  the benchmarks: extraction, and training beside other libraries (hours)
