@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from utils.artifacts import open_stage, read_json
+from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.backend import use_backend
 from utils.catalogue import Catalogue
 from utils.search import search
@@ -80,7 +80,9 @@ NOT_RECORDED = (
     "n_found",
 )
 N_DESCRIBED = 5  # features in the closing words
+BYTES_PER_FEATURE = 20_000  # of the tables and the browser
 PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
+SHARDS_CHECKED = ".checked.jsonl"  # not an output: it tells of the activations
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
     "browser",
@@ -113,7 +115,8 @@ def main() -> None:
         if (folder / PAGE).exists():
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
-        store.verify()
+        require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
+        store.verify(folder / SHARDS_CHECKED)
         analysis = Analysis(
             folder, settings, store, autoencoder, trained, [other for other, _ in others]
         )
@@ -204,86 +207,18 @@ def check_judge(settings) -> None:
 
 
 def describe(summary: dict, folder: Path) -> str:
-    """The result in words."""
-    losses = summary["cross_entropy"]
+    """The result in words, and a few features that stand out."""
     explained, held_out = 1 - summary["fvu"], 1 - summary["held_out_fvu"]
-    return (
+    standing_out = Catalogue(folder).propose(N_DESCRIBED).to_dict("records")
+    lines = [
         f"Over {summary['n_tokens']:,} tokens: variance explained {explained:.3f} ({held_out:.3f} "
         f"on those held out of training), L0 {summary['l0']:.1f}, {summary['n_alive']:,} of "
-        f"{summary['n_latents']:,} features alive.\n"
-        f"Cross-entropy {losses['untouched']:.3f} untouched, {losses['reconstruction']:.3f} with "
-        f"the reconstruction, {losses['zero_ablated']:.3f} zero-ablated: "
-        f"{summary['loss_recovered']:.1%} of the loss recovered.\n"
-        f"{describe_studies(summary)}"
-        f"{describe_features(folder)}"
-        f"Open {folder / PAGE} to look at the features."
-    )
-
-
-def describe_features(folder: Path) -> str:
-    """A line for each of a few features that stand out."""
-    standing_out = Catalogue(folder).propose(N_DESCRIBED)
-    return "".join(f"  {in_words(row)}\n" for row in standing_out.to_dict("records"))
-
-
-def describe_studies(summary: dict) -> str:
-    """A line for each study that was made."""
-    lines = ""
-    if levels := summary.get("specificity"):
-        first, last = levels[0], levels[-1]
-        lines += (
-            f"Specificity, 0 to 3: {first['mean']:.2f} where features are weakest, "
-            f"{last['mean']:.2f} where strongest; by another feature's concept "
-            f"{last['chance']:.2f}.\n"
-        )
-    for fit in summary.get("completeness", ()):
-        lines += (
-            f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
-            f"{fit['n_alive']:,}"
-        )
-        lines += (
-            f"; half of those that make up {fit['half']:.1e} of all tokens, "
-            f"{fit['half'] * fit['n_alive']:.1f} times a feature's share.\n"
-            if "half" in fit
-            else ".\n"
-        )
-    if found := summary.get("neurons"):
-        lines += (
-            f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at "
-            "most 0.3 with any neuron of the model up to the layer.\n"
-        )
-    found = summary.get("explanations", {})
-    if "score" in found:
-        lines += (
-            f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
-            f"features, {found['random'][0]:.2f} by another's.\n"
-        )
-    if "p_neurons" in found:
-        features, neurons = (
-            found["groups"][group][0] for group in ("features, same tokens", "neurons")
-        )
-        lines += f"Over the same tokens: {features:.2f} for features, {neurons:.2f} for neurons.\n"
-    for what, n in found.get("unparsed", {}).items():
-        lines += f"Judge: {n:,} of {found['asked'][what]:,} answers ({what}) could not be read.\n"
-    if found := summary.get("splitting"):
-        last = found["levels"][-1]
-        lines += (
-            f"Splitting: {found['levels'][-1]['split']:.0%} of {found['n_latents']:,} features "
-            f"are more than one among {last['n_latents']:,}.\n"
-        )
-    if found := summary.get("directions"):
-        own, other = (
-            next(
-                row for row in found if (row["change"], row["direction"]) == ("ablated", direction)
-            )
-            for direction in ("feature", "covariance")
-        )
-        lines += (
-            f"Special directions: ablating a feature changes predictions by {own['kl'][0]:.3f} "
-            f"nats (KL) where it is active, as large a change elsewhere by {other['kl'][0]:.3f}; "
-            f"more for {other['larger']:.0%} of {own['n_features']} features.\n"
-        )
-    return lines
+        f"{summary['n_latents']:,} features alive.",
+        *summary["words"],
+        *(f"  {in_words(row)}" for row in standing_out),
+        f"Open {folder / PAGE} to look at the features.",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

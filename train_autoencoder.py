@@ -82,6 +82,7 @@ CHOICES = {
     "learning_rate_shape": ("linear", "cosine"),
 }
 N_VALIDATION_TOKENS = 8_192
+SHARDS_CHECKED = ".checked.jsonl"  # not an output: it tells of the activations
 OUTPUTS = (
     "*.keras",
     "*.tfevents.*",
@@ -117,7 +118,7 @@ def main() -> None:
             (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
             return
-        store.verify()
+        store.verify(folder / SHARDS_CHECKED)
         if settings.sweep_latents:
             laws = scaling.measure_laws(settings, store, folder)
             plot_scaling_laws(**laws, path=folder / "scaling_laws.png")

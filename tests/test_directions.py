@@ -66,7 +66,11 @@ def test_what_the_model_computes_with_costs_more(planted):
     )
     own, other = used["ablated", "feature"], used["ablated", "random"]
     assert own["rise"][0] > 2 * other["rise"][0] and own["kl"][0] > 2 * other["kl"][0]
-    assert other["larger"] == 1 and own["kl"][1] < own["kl"][0] < own["kl"][2]
+    assert (
+        other["larger"] == 1
+        and other["p"] < 0.05 < own["p"] == 1
+        and own["kl"][1] < own["kl"][0] < own["kl"][2]
+    )
     for measure in ("rise", "kl"):
         assert abs(ignored["ablated", "feature"][measure][0]) < 0.1 * own[measure][0]
 

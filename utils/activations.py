@@ -17,16 +17,18 @@ import errno
 import functools
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.artifacts import fingerprint, missing_stage, read_json
+from utils.artifacts import append_record, fingerprint, missing_stage, read_json, records_of
 from utils.settings import InputError, require
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+CHECKED_TOGETHER = 4  # shards: one thread reads slower than a disk
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 
@@ -138,6 +140,11 @@ class Shard:
             path = shard_path(self.folder, array, self.number)
             if checksum(path) != self.crc32[array]:
                 raise damaged_shard(path, "does not match its checksum")
+
+    def state(self) -> str:
+        """The path, size and time of change of every file: what was checked is known by it."""
+        paths = [shard_path(self.folder, array, self.number).resolve() for array in ARRAYS]
+        return " ".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
 
 
 @functools.lru_cache(maxsize=64)  # a map holds a file descriptor, and those are few
@@ -255,10 +262,23 @@ class ActivationStore:
             return range(self.n_contexts)
         return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
 
-    def verify(self) -> None:
-        """Check every shard against its checksums, with a progress bar."""
-        for shard in tqdm(self.shards, desc="checking shards", unit="shard", leave=False):
-            shard.verify()
+    def verify(self, log: Path) -> None:
+        """Check every shard against its checksums, with a progress bar.
+
+        Args:
+            log: File of those found whole, which are not read again while they are as they were.
+
+        Raises:
+            InputError: One is damaged; names the file.
+        """
+        log.touch()
+        whole = {record["whole"] for record in records_of(log, ["whole"])}
+        shards = [shard for shard in self.shards if shard.state() not in whole]
+        with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
+            checks = zip(shards, pool.map(Shard.verify, shards), strict=True)
+            bar = {"total": len(shards), "unit": "shard", "leave": False}
+            for shard, _ in tqdm(checks, "checking shards", **bar):
+                append_record(log, {"whole": shard.state()})
 
     def split(self, held_out: float) -> tuple[range, range]:
         """Contexts for training and, at the end of the corpus, the share held out of it."""

@@ -30,11 +30,13 @@ class Findings:
 
     Attributes:
         summary: Its entry of ``summary.json``, plain JSON types; nothing where nothing was found.
+        words: The same for people, a sentence a line; empty where nothing was found.
         tables: To write as CSV files, by name.
         columns: To join to the table of features, by name, an entry a feature each.
     """
 
     summary: Any
+    words: str = ""
     tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
     columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -71,6 +73,7 @@ class Analysis:
         self.folder, self.settings, self.store = folder, settings, store
         self.autoencoder, self.trained = autoencoder, trained
         self.others = sorted(others, key=lambda other: other.n_latents)
+        self.words: list[str] = []
         self.contexts = store.first(settings.n_tokens)
         self.held_out = store.split(trained["held_out"])[1]
 
@@ -120,7 +123,13 @@ class Analysis:
         table = measure_losses(*model, self.held_out, n_tokens)
         names = ["untouched", "reconstruction", "zero_ablated", "kl", "n_tokens"]
         table["loss_recovered"] = loss_recovered(table)
-        return Findings(table.loc["all", names].to_dict(), {"fidelity": table.reset_index()})
+        found = table.loc["all", names].to_dict()
+        words = (
+            f"Cross-entropy {found['untouched']:.3f} untouched, {found['reconstruction']:.3f} with "
+            f"the reconstruction, {found['zero_ablated']:.3f} zero-ablated: "
+            f"{loss_recovered(found):.1%} of the loss recovered."
+        )
+        return Findings(found, words, {"fidelity": table.reset_index()})
 
     def make(self, name: str, study: Callable[["Analysis"], Findings]) -> None:
         """Make a study and keep what it found, unless an earlier run did."""
@@ -133,8 +142,10 @@ class Analysis:
                     rows.to_csv(partial, index=False)
             with replacing(columns) as partial:
                 pd.DataFrame(found.columns, index=self.features.index).to_parquet(partial)
-            write_json(kept, found.summary)
-        self.summary[name] = read_json(kept)
+            write_json(kept, {"summary": found.summary, "words": found.words})
+        found = read_json(kept)
+        self.summary[name] = found["summary"]
+        self.words += [found["words"]] if found["words"] else []
         for column, values in pd.read_parquet(columns).items():
             self.features[column] = values
 
@@ -145,6 +156,7 @@ class Analysis:
             The summary.
         """
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
+        self.summary["words"] = self.words
         tables.save_features(self.folder / "features.parquet", self.features)
         write_json(self.folder / "summary.json", self.summary)
         return self.summary

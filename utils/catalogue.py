@@ -68,19 +68,20 @@ class Catalogue:
         """The features that best fit some words, with a column ``match``, best first.
 
         A feature fits by the share of its highest examples that peak at one of the words, half as
-        much by the share of the words that its label has, and a little by the share of the tokens
-        it promotes that are one. Dead features never fit.
+        much by the share of the words that its label has, a tenth as much by the share that its
+        explanation has, and a little by the share of the tokens it promotes that are one. Dead
+        features never fit, nor those that fit a tenth as well as the best.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
-        labels = alive["label"].str.lower()
-        shares = [labels.str.contains(rf"\b{word}\b") for word in wanted]
-        match = 0.5 * np.mean(shares, axis=0) if shares else np.zeros(len(alive))
+        match = 0.5 * share_in(wanted, alive["label"])
+        if "explanation" in alive:
+            match += 0.1 * share_in(wanted, alive["explanation"])
         match += summed_where(wanted, alive["peak_tokens"], alive["peak_shares"])
         n_promoted = alive["promoted_tokens"].map(len)
         match += 0.2 * summed_where(wanted, alive["promoted_tokens"]) / np.maximum(1, n_promoted)
-        found = alive.assign(match=match)
-        return found[found["match"] > 0].nlargest(n, "match")
+        found = alive.assign(match=match).nlargest(n, "match")
+        return found[found["match"] > 0.1 * found["match"].max()]
 
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
@@ -103,6 +104,13 @@ def words_of(tokens: list[str]) -> set[str]:
     """Tokens that begin a word of four letters or more, in lower case."""
     words = (token.strip().lower() for token in tokens if token[:1].isspace())
     return {word for word in words if len(word) > 3 and word.isalpha()}
+
+
+def share_in(wanted: set[str], texts: pd.Series) -> np.ndarray:
+    """The share of some words in lower case that each text has; 0 if there are none."""
+    texts = texts.str.lower()
+    found = [texts.str.contains(rf"\b{word}\b") for word in wanted]
+    return np.mean(found, axis=0) if found else np.zeros(len(texts))
 
 
 def summed_where(

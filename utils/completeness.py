@@ -207,4 +207,19 @@ def study(analysis: Analysis) -> Findings:
         counts = {"n_words": len(table), "n_covered": int(covered.sum())}
         fits.append({"n_latents": autoencoder.n_latents, "n_alive": n_alive, **counts, **sigmoid})
         tables.append(table)
-    return Findings(fits, {"completeness": pd.concat(tables, ignore_index=True)})
+    words = "\n".join(map(in_words, fits))
+    return Findings(fits, words, {"completeness": pd.concat(tables, ignore_index=True)})
+
+
+def in_words(fit: dict[str, Any]) -> str:
+    """What was found in one dictionary, as a sentence."""
+    half = (
+        f"; half of those that make up {fit['half']:.1e} of all tokens, "
+        f"{fit['half'] * fit['n_alive']:.1f} times a feature's share"
+        if "half" in fit
+        else ""
+    )
+    return (
+        f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
+        f"{fit['n_alive']:,}{half}."
+    )

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from keras import ops
+from scipy import stats
 from tqdm import tqdm
 
 from utils.activations import ActivationStore
@@ -27,7 +28,7 @@ from utils.steering import encode
 
 DIRECTIONS = ("feature", "covariance", "random")
 FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added to the stream
-N_FEATURES = 50
+N_FEATURES = 100
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
 TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
 N_DRAWS = 1_000  # of the features, for intervals
@@ -143,8 +144,9 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
 
     Returns:
         For each change and direction ``change, direction, n_features``; of ``rise`` and of ``kl``
-        the mean and the interval over features drawn again (bootstrap), three numbers; and
-        ``larger``, the share of features whose own direction has a larger kl than this one.
+        the mean and the interval over features drawn again (bootstrap), three numbers;
+        ``larger``, the share of features whose own direction has a larger kl than this one; and
+        ``p``, how likely such differences are by chance (Wilcoxon's signed ranks, one-sided).
     """
     grouped = table.set_index(["change", "direction", "feature"]).unstack("feature")
     n = table["feature"].nunique()
@@ -156,8 +158,10 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
             values = grouped[measure].loc[change, direction].to_numpy()
             interval = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
             row[measure] = [float(values.mean()), *map(float, interval)]
-        own = grouped["kl"].loc[change, "feature"].to_numpy()
-        found.append(row | {"larger": float((own > values).mean())})
+        more = grouped["kl"].loc[change, "feature"].to_numpy() - values
+        differs = direction != "feature" and more.any()
+        p = stats.wilcoxon(more, alternative="greater").pvalue if differs else 1.0
+        found.append(row | {"larger": float((more > 0).mean()), "p": float(p)})
     return found
 
 
@@ -171,4 +175,18 @@ def study(analysis: Analysis) -> Findings:
     # In bfloat16 every later token's loss would change by more than the rise that is sought.
     exact = load_language_model(store.model_name, store.layer, "float32")
     table = measure_directions(exact, analysis.autoencoder, store, contexts, features, seed)
-    return Findings(summarise(table, seed), {"directions": table})
+    found = summarise(table, seed)
+    return Findings(found, in_words(found), {"directions": table})
+
+
+def in_words(found: list[dict[str, Any]]) -> str:
+    """What ablating did, as a sentence."""
+    ablated = {row["direction"]: row for row in found if row["change"] == "ablated"}
+    if not ablated:
+        return ""
+    own, other = ablated["feature"], ablated["covariance"]
+    return (
+        f"Special directions: ablating a feature changes predictions by {own['kl'][0]:.3f} nats "
+        f"(KL) where it is active, as large a change elsewhere by {other['kl'][0]:.3f}; more for "
+        f"{other['larger']:.0%} of {own['n_features']} features (p = {other['p']:.0e})."
+    )

@@ -257,7 +257,27 @@ def study(analysis: Analysis) -> Findings:
     if analysis.judge is not None:
         summary |= analysis.judge.summary()
     table = pd.concat([scored.assign(group="features"), compared])
-    return Findings(summary, {"explanations": table}, columns)
+    return Findings(summary, in_words(summary), {"explanations": table}, columns)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What `study` found, a sentence a line."""
+    lines = []
+    if "score" in found:
+        lines.append(
+            f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
+            f"features, {found['random'][0]:.2f} by another's."
+        )
+    if "p_neurons" in found:
+        names = "features, same tokens", "neurons"
+        features, neurons = (found["groups"][name][0] for name in names)
+        lines.append(
+            f"Over the same tokens: {features:.2f} for features, {neurons:.2f} for neurons."
+        )
+    for what, n in found.get("unparsed", {}).items():
+        asked = f"{found['asked'][what]:,} answers ({what})"
+        lines.append(f"Judge: {n:,} of {asked} could not be read.")
+    return "\n".join(lines)
 
 
 def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:

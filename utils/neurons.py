@@ -238,4 +238,11 @@ def study(analysis: Analysis) -> Findings:
     correlations = correlate_with_neurons(
         analysis.language_model, analysis.autoencoder, store, contexts, frequent, N_TOGETHER
     )
-    return Findings(summarise(correlations), {"neurons": correlations})
+    found = summarise(correlations)
+    words = (
+        f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at most "
+        f"{LOW} with any neuron of the model up to the layer."
+        if found
+        else ""
+    )
+    return Findings(found, words, {"neurons": correlations})

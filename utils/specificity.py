@@ -231,8 +231,21 @@ def study(analysis: Analysis) -> Findings:
         if analysis.judge is None
         else judge_specificity(drawn, analysis.judge, settings.seed)
     )
+    levels = by_level(scores, settings.seed).to_dict("records")
     return Findings(
-        by_level(scores, settings.seed).to_dict("records"),
+        levels,
+        in_words(levels),
         {"specificity": scores},
         {"specificity": of_features(scores, len(analysis.features))},
+    )
+
+
+def in_words(levels: list[dict]) -> str:
+    """What `by_level` found, as a sentence."""
+    if not levels:
+        return ""
+    first, last = levels[0], levels[-1]
+    return (
+        f"Specificity, 0 to 3: {first['mean']:.2f} where features are weakest, {last['mean']:.2f} "
+        f"where strongest; by another feature's concept {last['chance']:.2f}."
     )

@@ -165,4 +165,9 @@ def study(analysis: Analysis) -> Findings:
     found = {**summarise(table), "family": choose_family(table)}
     if settings.map_features:
         table = table.join(map_sizes(table, sizes, settings.seed))
-    return Findings(found, {"splitting": table})
+    last = found["levels"][-1]
+    words = (
+        f"Splitting: {last['split']:.0%} of {found['n_latents']:,} features are more than one "
+        f"among {last['n_latents']:,}."
+    )
+    return Findings(found, words, {"splitting": table})

@@ -176,11 +176,11 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
                 y = heights[level, row.feature]
                 if level:
                     up = heights[level - 1, row.parent]
-                    x = np.linspace(level - 0.42, level, 30)
+                    x = np.linspace(level - 0.38, level, 30)
                     bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
                     axes.plot(x, up + (y - up) * bend, color=BLUE, linewidth=4 * row.cosine**2)
                 cosine = f"  {row.cosine:.2f}" if level else ""
-                text = f"{row.feature} “{row.label[:24]}”{cosine}".replace("$", r"\$")
+                text = f"{row.feature} “{row.label[:22]}”{cosine}".replace("$", r"\$")
                 axes.text(level + 0.02, y, text, va="center", fontsize=8)
         names = [f"{size:,} latents" for size in sizes]
         axes.set_xticks(range(len(sizes)), names, ha="left", color=GREY)
