@@ -24,7 +24,7 @@ HELD_OUT = 0.05  # share of the contexts, at the end, kept out of training to me
 KIND = "topk"  # l1 (the paper's), topk, batch_topk, matryoshka, jumprelu, gated
 N_LATENTS = 65_536  # size of the dictionary; 8 to 64 times d_model
 DECODER_NORM: float | None = None  # of its rows at the start, where it is not held; None: 0.1
-UNIT_DECODER: bool | None = None  # hold its rows at norm 1; None: as the kind needs (topk and kin)
+UNIT_DECODER: bool | None = None  # hold its rows at norm 1; None: by kind, l1 and gated do not
 INPUT_NORMALIZER = "centered"  # E‖x‖² = d_model about the mean; scalar: not about it (paper); none
 
 # --- topk, batch_topk, matryoshka

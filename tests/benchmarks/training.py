@@ -37,7 +37,7 @@ SPEED_BATCH_SIZES = (2_048, 4_096)
 SPEED_PEERS = ("sparsify", "dictionary_learning", "saelens")
 
 # --- quality: the peers that have a kind, and what flags ours gets beside its defaults
-QUALITY_LATENTS, QUALITY_BATCH_SIZE, QUALITY_LOG_EVERY = 2_304, 2_048, 25
+QUALITY_LATENTS, QUALITY_BATCH_SIZE, QUALITY_LOG_EVERY = 1_152, 2_048, 25
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 QUALITY_PEERS = {
     "topk": ("sparsify", "dictionary_learning", "saelens"),
