@@ -1,34 +1,49 @@
-# make demo   the whole pipeline on the embedded model and text, on a CPU; about ten minutes
-# make test   the tests
-# make lint   ruff
-# make bench  the benchmarks: extraction, and training beside other libraries (hours)
+# make demo     the whole pipeline on the embedded model and text, on a CPU; about ten minutes
+# make studies  on the demo's activations, what else the README shows: all studies over three sizes
+#               of dictionary, attribution over 50 prompts, evidence of steering; about half an hour
+# make test     the tests
+# make lint     ruff
+# make bench    the benchmarks: extraction, and training beside other libraries (hours)
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/demo
+STUDIES := data/studies
+SIZES := 1024 16384
+# What both train alike, and where influence_llm.py finds what it reads.
+TRAINING := --kind topk --k 32 --n-passes 2 --batch-size 2048 --dead-after 500000 \
+    --log-every 50 --backup-every 2 --activations-dir $(DEMO)/activations
+FEATURES := --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis
 
-.PHONY: demo test lint bench clean
+.PHONY: demo studies test lint bench clean
 .DELETE_ON_ERROR:
 
 # The embedded settings: a small LLaMA and a small Pile from the package index, no token, no GPU.
 demo: .venv/installed
 	$(BIN)/python save_activations.py --model-name embedded --dataset embedded --layer 15 \
 	    --n-tokens 600000 --context-length 128 --activations-dir $(DEMO)/activations
-	$(BIN)/python train_autoencoder.py --kind topk --n-latents 4608 --k 32 --n-passes 2 \
-	    --batch-size 2048 --dead-after 500000 --log-every 50 --backup-every 2 \
-	    --activations-dir $(DEMO)/activations --autoencoder-dir $(DEMO)/autoencoder
-	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations \
-	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis --n-loss-tokens 8192 \
-	    --studies specificity completeness neurons
-	$(BIN)/python influence_llm.py --study attribute --prompt "The capital of France is the city of" \
-	    --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis \
-	    --influence-dir $(DEMO)/influence
-	$(BIN)/python influence_llm.py --prompt "My favourite food is" --feature king \
-	    --strength 1 1.5 --autoencoder-dir $(DEMO)/autoencoder \
-	    --analysis-dir $(DEMO)/analysis --influence-dir $(DEMO)/influence
+	$(BIN)/python train_autoencoder.py $(TRAINING) --n-latents 4608 \
+	    --autoencoder-dir $(DEMO)/autoencoder
+	$(BIN)/python analyze_features.py $(FEATURES) --activations-dir $(DEMO)/activations \
+	    --n-loss-tokens 8192 --studies specificity completeness neurons explanations
+	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
+	    --study attribute --prompt "The capital of France is the city of"
+	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
+	    --prompt "My favourite food is" --feature king --strength 1 1.5
 	@printf "\n%s\n" "Look at the features in $(DEMO)/analysis/browser/index.html, then steer with one of your own:"
-	@echo "  $(BIN)/python influence_llm.py --autoencoder-dir $(DEMO)/autoencoder --analysis-dir" \
-	    "$(DEMO)/analysis --prompt 'Once upon a time' --feature war --strength 1"
+	@echo "  $(BIN)/python influence_llm.py $(FEATURES)" \
+	    "--prompt 'Once upon a time' --feature war --strength 1"
+
+studies: demo
+	for n in $(SIZES); do $(BIN)/python train_autoencoder.py $(TRAINING) --n-latents $$n \
+	    --autoencoder-dir $(STUDIES)/autoencoder-$$n || exit; done
+	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations --n-loss-tokens 8192 \
+	    --autoencoder-dir $(DEMO)/autoencoder --sentence-model embedded \
+	    --other-autoencoders $(SIZES:%=$(STUDIES)/autoencoder-%) --analysis-dir $(STUDIES)/analysis
+	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(STUDIES)/influence \
+	    --study attribute --prompt "The capital of France is the city of" --n-prompts 50 \
+	    --activations-dir $(DEMO)/activations
+	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(STUDIES)/influence --study evidence
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
