@@ -86,3 +86,15 @@ def test_nothing_is_differentiated_through_the_choice():
     x, rows, biases = drawn(64)
     values, _ = top_latents(x.requires_grad_(), rows.requires_grad_(), biases, 4)
     assert not values.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_integers_stand_for_numbers_of_either_sign(dtype):
+    values = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:, 3] = torch.inf
+    values[:, 4] = -torch.inf
+    for k in (1, 25, 40):  # more than are positive
+        found, indices = sparse._topk(values, k)
+        assert torch.equal(found, values.gather(1, indices))
+        expected = values.sort(dim=1, descending=True).values[:, :k]
+        assert torch.equal(found.sort(dim=1, descending=True).values, expected)

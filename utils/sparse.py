@@ -65,12 +65,22 @@ if keras.backend.backend() == "torch":
         """
         n = values.shape[1]
         if n % GROUP or n < 4 * GROUP * k:
-            return values.topk(k, sorted=False)
+            return _topk(values, k)
         grouped = values.view(len(values), GROUP, n // GROUP)
         groups = _largest(grouped.amax(1), k)[1]
         candidates = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1))
-        largest, at = candidates.flatten(1).topk(k, sorted=False)
+        largest, at = _topk(candidates.flatten(1), k)
         return largest, groups.gather(1, at % k) + at // k * (n // GROUP)
+
+    def _topk(values, k):
+        """`torch.topk` along rows, in any order; on a CPU by integers, which compare faster."""
+        if values.device.type != "cpu":
+            return values.topk(k, sorted=False)
+        keys = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
+        limits = torch.iinfo(keys.dtype)
+        # Of negative numbers the larger bits are the smaller number.
+        indices = (keys ^ (keys >> limits.bits - 1 & limits.max)).topk(k, sorted=False).indices
+        return values.gather(1, indices), indices
 
     class Picks:
         """Latents picked by the rows of a batch; values of picks have shape (number of picks,).
