@@ -384,3 +384,7 @@ def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
         "--autoencoder-dir", tmp_path / "autoencoder", "--analysis-dir", tmp_path / "analysis",
     ).stdout  # fmt: skip
     assert "0 of 128 features alive" in printed
+
+
+def test_a_label_names_each_word_once():
+    assert tables.make_label([" king", "King", " Queen", "\n\n", " ", "x"]) == "king, Queen, ↵"

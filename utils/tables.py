@@ -171,9 +171,15 @@ def _peak_tokens(
 
 
 def make_label(peak_tokens: list[str], n_words: int = 3) -> str:
-    """The commonest peak tokens in words: a name to know a feature by until it has a better one."""
-    shown = [token.strip() or ("↵" if "\n" in token else "␣") for token in peak_tokens]
-    return ", ".join(list(dict.fromkeys(shown))[:n_words])
+    """The commonest peak tokens in words: a name to know a feature by until it has a better one.
+
+    A word in capitals and not is one.
+    """
+    names: dict[str, str] = {}
+    for token in peak_tokens:
+        name = token.strip() or ("↵" if "\n" in token else "␣")
+        names.setdefault(name.lower(), name)
+    return ", ".join(list(names.values())[:n_words])
 
 
 def summarise(found: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Any]:
