@@ -161,3 +161,16 @@ def test_a_model_saved_on_one_backend_is_the_same_on_the_others(computed, saver,
             np.testing.assert_allclose(found[name], first, rtol=1e-5, atol=1e-5)
             of_active = found["active" if name == "latents" else "reconstruction_of_active"]
             np.testing.assert_allclose(of_active, first, rtol=1e-5, atol=1e-5)
+
+
+def test_the_peak_is_that_of_this_process_and_not_of_its_parent():
+    held = np.ones(2**28)  # 2 GB
+    code = "from utils.backend import peak_memory; print(peak_memory()['peak_memory_gb'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment() | {"KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+    )
+    assert 0.01 < float(run.stdout) < 1.5 < held.nbytes / 1e9

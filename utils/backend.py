@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,13 @@ def use_backend(name: str) -> str:
 
 def peak_memory() -> dict[str, float]:
     """The most memory that this process held so far, its own and the accelerator's, in GB."""
-    import resource  # not on Windows, where the rest of this module works
+    status = Path("/proc/self/status")
+    if status.exists():  # for what getrusage tells there may be of the process that started this
+        host = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    else:
+        import resource  # not on Windows, where the rest of this module works
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"peak_memory_gb": host / 1e9, "peak_accelerator_memory_gb": _accelerator_peak() / 1e9}
 
 
