@@ -101,8 +101,8 @@ def main() -> None:
     from utils import completeness, directions, explanation, neurons, specificity, splitting
     from utils.activations import ActivationStore
     from utils.analysis import Analysis
-    from utils.kinds import open_autoencoder
     from utils.report import make_report
+    from utils.saved import open_autoencoder
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)

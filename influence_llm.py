@@ -153,8 +153,8 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """The features that lead to the next token."""
     from utils import attribution
     from utils.activations import ActivationStore
-    from utils.kinds import load_autoencoder, open_autoencoder
     from utils.language_model import load_language_model
+    from utils.saved import load_autoencoder, open_autoencoder
     from utils.steering import prompt_tokens
     from utils.study_plots import plot_attribution
 

@@ -105,6 +105,7 @@ def main() -> None:
     from utils.devices import use_devices
     from utils.fidelity import measure_fidelity
     from utils.plots import plot_scaling_laws, plot_training_curves
+    from utils.saved import save_autoencoder
 
     training.check_options(settings, sys.modules[__name__])
     sweep.check(settings)
@@ -153,7 +154,7 @@ def main() -> None:
         fidelity = measure_fidelity(
             autoencoder, store.batches(held_out_contexts, settings.batch_size)
         )
-        training.save_autoencoder(autoencoder, folder / "autoencoder.keras")
+        save_autoencoder(autoencoder, folder / "autoencoder.keras")
         log = training.read_log(folder / "training_log.csv")
         plot_training_curves(log, folder / "training_curves.png")
         metrics = training.metrics(autoencoder, fidelity, log, store, backend)

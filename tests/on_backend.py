@@ -52,6 +52,7 @@ def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
     """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
     from utils import training
+    from utils.saved import save_autoencoder
     from utils.settings import read_settings
 
     flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *TRAINED[kind]]
@@ -75,7 +76,7 @@ def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
         own / kind,
         backup_every=10**6,
     )
-    training.save_autoencoder(autoencoder, own / kind / "autoencoder.keras")
+    save_autoencoder(autoencoder, own / kind / "autoencoder.keras")
 
 
 def stand_in_for_store(rows: np.ndarray) -> SimpleNamespace:
@@ -88,7 +89,7 @@ def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
     """Latents and reconstruction by every saved autoencoder, as FOLDER/BACKEND/of-SAVER-KIND."""
     from keras import ops
 
-    from utils.kinds import load_autoencoder
+    from utils.saved import load_autoencoder
 
     for path in folder.glob("*/*/autoencoder.keras"):
         autoencoder = load_autoencoder(path)

@@ -26,7 +26,7 @@ def main(name: str, folder: Path) -> None:
     """``name`` is "single", "data" or "model"."""
     use_backend("jax")
     from utils.devices import use_devices
-    from utils.training import save_autoencoder
+    from utils.saved import save_autoencoder
 
     batches = np.load(folder / "batches.npy")
     use_devices(None if name == "single" else name, batches.shape[1], N_LATENTS)

@@ -12,7 +12,7 @@ from conftest import ROOT, environment
 from on_devices import BACKUP_AT, KINDS
 
 from utils.devices import use_devices
-from utils.kinds import load_autoencoder
+from utils.saved import load_autoencoder
 from utils.settings import InputError
 
 pytest.importorskip("jax")

@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from utils.evaluation import as_torch
 from utils.export import require_exportable, save_vector, steering_vector
-from utils.kinds import KINDS, load_autoencoder
+from utils.kinds import KINDS
 from utils.language_model import load_language_model, residual_at
+from utils.saved import load_autoencoder
 from utils.settings import InputError
 from utils.steering import Clamp, changed, steered
 

@@ -27,8 +27,9 @@ from utils.features import (
     text_around,
 )
 from utils.fidelity import Fidelity
-from utils.kinds import L1Autoencoder, load_autoencoder
+from utils.kinds import L1Autoencoder
 from utils.language_model import load_language_model
+from utils.saved import load_autoencoder
 
 CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6
 NORM = 2.0  # of the decoder rows: what is reported is twice the latent

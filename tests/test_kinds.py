@@ -12,7 +12,8 @@ from planted import make_planted
 
 from utils import training
 from utils.autoencoder import SparseAutoencoder
-from utils.kinds import KINDS, find_kind, load_autoencoder
+from utils.kinds import KINDS, find_kind
+from utils.saved import load_autoencoder, save_autoencoder
 from utils.settings import InputError, read_settings
 
 # Of `hand_set`: x = [[5, 6], [1, 2]], and the pre-activations are [[5, 5.5], [1, 1.5]].
@@ -280,7 +281,7 @@ def test_a_saved_model_has_its_options_and_weights(kind, tmp_path):
     made = initialised(kind, rows)
     made.compile(optimizer=keras.optimizers.Adam(0.01))
     made.train_on_batch(rows)
-    training.save_autoencoder(made, tmp_path / "autoencoder.keras")
+    save_autoencoder(made, tmp_path / "autoencoder.keras")
     loaded = load_autoencoder(tmp_path / "autoencoder.keras")
     assert type(loaded) is type(made)
     for option in made.options():

@@ -10,8 +10,8 @@ from conftest import LAYER, ROOT
 
 from utils.artifacts import write_json
 from utils.catalogue import Catalogue
-from utils.kinds import load_autoencoder
 from utils.language_model import load_language_model, residual_at
+from utils.saved import load_autoencoder
 from utils.search import by_classifier, by_presence, find_like, pool_prompts
 from utils.settings import InputError
 from utils.steering import encode, prompt_tokens

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 
 from utils.artifacts import replacing
 from utils.autoencoder import SparseAutoencoder
-from utils.kinds import load_autoencoder
 from utils.language_model import read_config
+from utils.saved import load_autoencoder
 from utils.settings import require
 from utils.steering import Clamp, change_by
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.artifacts import append_record, make_folder, records_of
-from utils.kinds import load_autoencoder
 from utils.language_model import load_language_model
+from utils.saved import load_autoencoder
 from utils.steering import Clamp, generate, steered
 
 

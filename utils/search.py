@@ -95,8 +95,8 @@ def pool_prompts(
 
     use_backend("torch")
     from utils.evaluation import as_torch
-    from utils.kinds import load_autoencoder
     from utils.language_model import load_language_model, residual_at
+    from utils.saved import load_autoencoder
     from utils.steering import encode, prompt_tokens
 
     summary = catalogue.summary

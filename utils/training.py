@@ -254,17 +254,6 @@ class Backup(keras.callbacks.Callback):
                 self.model.save(partial)
 
 
-def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
-    """Write the weights and configuration as one ``.keras`` file, atomically.
-
-    A copy is saved, for Keras writes the optimiser of a compiled model too, twice its size.
-    """
-    copy = type(autoencoder).from_config(autoencoder.get_config())
-    copy.set_weights(autoencoder.get_weights())
-    with replacing(path) as partial:
-        copy.save(partial)
-
-
 class StopOnNaN(keras.callbacks.Callback):
     """Ends training when the loss is not a finite number, before anything of it is saved."""
 

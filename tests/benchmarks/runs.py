@@ -153,7 +153,7 @@ class Benchmark:
         use_backend("torch")
         from keras import ops
 
-        from utils.kinds import load_autoencoder
+        from utils.saved import load_autoencoder
 
         autoencoder = load_autoencoder(path)
         contexts = [
