@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import excluded_of, write_activations
 
+from tests.benchmarks.gpu import write_store
 from utils.activations import ARRAYS, ActivationStore, Shard, shard_path
 from utils.artifacts import write_json
 from utils.batches import ShuffledBatches
@@ -254,3 +255,18 @@ def test_too_large_a_batch_and_too_few_passes(store):
         ShuffledBatches(store, range(10), 10 * CONTEXT, seed=0)
     with pytest.raises(InputError, match="N_PASSES must be enough for a batch of 7"):
         ShuffledBatches(store, range(10), 7, seed=0).n_steps(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is mapped")
+def test_what_was_read_is_not_held(tmp_path):
+    def mapped() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) / 1e3  # MB
+
+    rows = np.random.default_rng(0).normal(size=(2_000, 64, 512)).astype(np.float16)  # 131 MB
+    store = write_store(tmp_path, rows)
+    before = mapped()
+    for start in range(0, len(rows), 100):
+        found = store.kept_rows(range(start, start + 100))
+        assert np.array_equal(found, rows[start : start + 100].reshape(-1, 512))
+    assert mapped() - before < 40
