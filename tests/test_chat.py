@@ -97,13 +97,17 @@ def test_mistakes_are_told_and_the_chat_goes_on(say, feature):
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(say):
     child = say.child
     whole = say("rose tulip")
-    say("/reset")
-    child.sendline("rose tulip")
-    child.expect("rose tulip\r\n.")
-    child.sendintr()
-    child.expect(r"\(stopped\)")
-    assert len(child.before) < len(whole)
-    child.expect(PROMPT)
+    for _ in range(5):  # a busy machine may come to an answer's end before the Ctrl-C
+        say("/reset")
+        child.sendline("rose tulip")
+        child.expect("rose tulip\r\n.")
+        child.sendintr()
+        stopped = child.expect(["Ctrl-D leaves", r"\(stopped\)"])
+        said = child.before
+        child.expect(PROMPT)
+        if stopped:
+            break
+    assert stopped and len(said) < len(whole)
     assert "Steering" in say("/features")
     child.sendintr()  # with no answer to stop
     child.expect("Ctrl-D leaves")
