@@ -1,4 +1,4 @@
-# make demo     the whole pipeline on the embedded model and text, on a CPU; about ten minutes
+# make demo     the whole pipeline on the embedded model and text, on a CPU; about twelve minutes
 # make studies  on the demo's activations, what else the README shows: all studies over three sizes
 #               of dictionary, attribution over 50 prompts, evidence of steering; about half an hour
 # make test     the tests

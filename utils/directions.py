@@ -28,7 +28,7 @@ from utils.steering import encode
 
 DIRECTIONS = ("feature", "covariance", "random")
 FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added to the stream
-N_FEATURES = 100
+N_FEATURES = 50
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
 TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
 N_DRAWS = 1_000  # of the features, for intervals
