@@ -10,7 +10,7 @@ BIN := .venv/bin
 DEMO := data/demo
 STUDIES := data/studies
 SIZES := 1024 16384
-# What both train alike, and where influence_llm.py finds what it reads.
+# How all sizes are trained, and where the demo's features are.
 TRAINING := --kind topk --k 32 --n-passes 2 --batch-size 2048 --dead-after 500000 \
     --log-every 50 --backup-every 2 --activations-dir $(DEMO)/activations
 FEATURES := --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis

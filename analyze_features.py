@@ -82,7 +82,6 @@ NOT_RECORDED = (
 N_DESCRIBED = 5  # features in the closing words
 BYTES_PER_FEATURE = 20_000  # of the tables and the browser
 PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
-SHARDS_CHECKED = ".checked.jsonl"  # not an output: it tells of the activations
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
     "browser",
@@ -116,7 +115,7 @@ def main() -> None:
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
-        store.verify(folder / SHARDS_CHECKED)
+        store.verify(folder)
         analysis = Analysis(
             folder, settings, store, autoencoder, trained, [other for other, _ in others]
         )

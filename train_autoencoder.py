@@ -82,7 +82,6 @@ CHOICES = {
     "learning_rate_shape": ("linear", "cosine"),
 }
 N_VALIDATION_TOKENS = 8_192
-SHARDS_CHECKED = ".checked.jsonl"  # not an output: it tells of the activations
 OUTPUTS = (
     "*.keras",
     "*.tfevents.*",
@@ -119,7 +118,7 @@ def main() -> None:
             (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
             return
-        store.verify(folder / SHARDS_CHECKED)
+        store.verify(folder)
         if settings.sweep_latents:
             laws = scaling.measure_laws(settings, store, folder)
             plot_scaling_laws(**laws, path=folder / "scaling_laws.png")

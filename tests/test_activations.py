@@ -10,7 +10,7 @@ import pytest
 from conftest import excluded_of, write_activations
 
 from tests.benchmarks.gpu import write_store
-from utils.activations import ARRAYS, ActivationStore, Shard, shard_path
+from utils.activations import ARRAYS, CHECKED, ActivationStore, Shard, shard_path
 from utils.artifacts import write_json
 from utils.batches import ShuffledBatches
 from utils.settings import InputError
@@ -75,7 +75,7 @@ def test_what_is_written_is_read(store, arrays, tmp_path):
     shard, row = store.locate(7)
     assert (shard.number, row) == (2, 1) and shard.subset_names == ("a", "b")
     assert not list(tmp_path.glob(".partial-*"))
-    store.verify(tmp_path / "checked")
+    store.verify(tmp_path)
 
 
 def test_counts_scale_and_mean_are_of_the_kept_rows(store, arrays):
@@ -153,22 +153,22 @@ def test_a_flipped_bit_is_found(arrays, tmp_path, name):
     path = shard_path(tmp_path, name, 1)
     spoil(path, -3)
     with pytest.raises(InputError, match="does not match its checksum") as error:
-        ActivationStore(tmp_path).verify(tmp_path / "checked")
+        ActivationStore(tmp_path).verify(tmp_path)
     assert str(path) in str(error.value) and repair(path) in str(error.value)
 
 
 def test_shards_are_checked_once_while_they_are_as_they_were(store, tmp_path, monkeypatch):
-    read, log = [], tmp_path / "checked"
+    read, log = [], tmp_path / CHECKED
     verify = Shard.verify
     monkeypatch.setattr(Shard, "verify", lambda shard: (read.append(shard.number), verify(shard)))
-    store.verify(log)
-    store.verify(log)
+    store.verify(tmp_path)
+    store.verify(tmp_path)
     assert sorted(read) == [shard.number for shard in store.shards]
     os.utime(shard_path(tmp_path, "tokens", 1))
-    store.verify(log)
+    store.verify(tmp_path)
     assert read[len(store.shards) :] == [1]
     log.write_text(log.read_text()[:-5])  # killed while it wrote
-    store.verify(log)
+    store.verify(tmp_path)
     assert read[len(store.shards) + 1 :] == [1]
 
 

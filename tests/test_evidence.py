@@ -72,10 +72,18 @@ def test_features_are_judged_on_the_prompts_not_tried():
     same = best[best["method"] == "random at the feature's strength"]
     assert same["concept"].tolist() == pytest.approx([0.01, 0.01]) and (same["strength"] == 1).all()
     found = evidence.summarise(best, 3.0, seed=0)
-    assert (found["n_features"], found["share_raised"], found["share_fluent"]) == (2, 1.0, 1.0)
+    shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
+    assert found["n_features"] == 2 and shares == [1, 1, 1]
     assert found["perplexity"] == pytest.approx(2) and found["median_strength"] == 1
     assert found["concept"]["feature"] == pytest.approx([0.3, 0.3, 0.3])
     assert found["p_feature_greater"]["random"] == pytest.approx(0.25)  # the least for two pairs
+    broken = best.copy()  # one feature raised and not fluent, the other fluent and not raised
+    first = (broken["method"] == "feature") & (broken["feature"] == broken["feature"].min())
+    second = (broken["method"] == "feature") & ~first
+    broken.loc[first, "perplexity"], broken.loc[second, "concept"] = 9.0, 0.0
+    found = evidence.summarise(broken, 3.0, seed=0)
+    shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
+    assert shares == [0.5, 0.5, 0]
 
 
 def test_curves_are_means_over_features():

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_activations
+from reader import Reader
 from test_steering import tiny_language_model
 
 from utils.activations import ActivationStore
@@ -149,22 +150,6 @@ def test_planted_features_are_explained_by_words(examples, quiet):
     assert table["explanation"].tolist() == ["“rose”", "“tide”"]
     assert (table[["detection", "fuzzing", "score", "likeness"]] == 1).all(axis=None)
     assert (table["random"] == 0.5).all() and (table["random_likeness"] <= 0.75).all()
-
-
-class Reader:
-    """A judge that labels by the marked token, and grades by whether it finds the label."""
-
-    name = "reader"
-
-    def ask(self, prompts, max_tokens):
-        for place, prompt in enumerate(prompts):
-            head, *texts = prompt.split("Text ")
-            if "in one phrase" in head:
-                yield place, texts[0].split("<<")[1].split(">>")[0].strip()
-                continue
-            label = head.split("described as: ")[1].split("\n")[0]
-            wanted = f"<< {label}>>" if "marked by" in texts[-1] else f" {label} "
-            yield place, str([int(wanted in text) for text in texts])
 
 
 def test_planted_features_are_explained_by_a_judge(examples, quiet, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from reader import Reader
 
 from utils.judge import Answers
 from utils.specificity import (
@@ -93,22 +94,8 @@ def test_levels(examples):
 
 
 def test_a_judge_scores_in_the_place_of_words(examples, tmp_path):
-    class Reader:
-        """Labels by the marked token, and grades 3 where that is marked."""
-
-        name = "reader"
-
-        def ask(self, prompts, max_tokens):
-            for place, prompt in enumerate(prompts):
-                head, *texts = prompt.split("Text ")
-                if "in one phrase" in head:
-                    yield place, texts[0].split("<<")[1].split(">>")[0].strip()
-                    continue
-                label = head.split("described as: ")[1].split("\n")[0]
-                yield place, str([3 * (f"<< {label}>>" in text) for text in texts])
-
     values = [np.array([0, value, 0]) for value in examples["activation"]]
-    answers = Answers(Reader(), tmp_path / "judge.jsonl")
+    answers = Answers(Reader(grade=3), tmp_path / "judge.jsonl")
     scores = judge_specificity(examples.assign(activations=values), answers, seed=0)
     expected = measure_specificity(examples, SHARES, seed=0)
     names = ["feature", "level", "score", "chance"]

@@ -29,6 +29,7 @@ from utils.artifacts import append_record, fingerprint, missing_stage, read_json
 from utils.settings import InputError, require
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it found whole
 CHECKED_TOGETHER = 4  # shards: one thread reads slower than a disk
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
@@ -272,15 +273,17 @@ class ActivationStore:
             return range(self.n_contexts)
         return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
 
-    def verify(self, log: Path) -> None:
+    def verify(self, folder: Path) -> None:
         """Check every shard against its checksums, with a progress bar.
 
         Args:
-            log: File of those found whole, which are not read again while they are as they were.
+            folder: Of the stage, which keeps there what it found whole: that is not read again
+                while it is as it was.
 
         Raises:
             InputError: One is damaged; names the file.
         """
+        log = folder / CHECKED
         log.touch()
         whole = {record["whole"] for record in records_of(log, ["whole"])}
         shards = [shard for shard in self.shards if shard.state() not in whole]

@@ -55,7 +55,8 @@ def peak_memory() -> dict[str, float]:
     else:
         import resource  # not on Windows, where the rest of this module works
 
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_memory_gb": host / 1e9, "peak_accelerator_memory_gb": _accelerator_peak() / 1e9}
 
 

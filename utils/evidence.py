@@ -358,12 +358,14 @@ def summarise(best: pd.DataFrame, max_perplexity: float, seed: int) -> dict[str,
     """
     of = {method: own.set_index("feature") for method, own in best.groupby("method")}
     own = of["feature"]
+    raised, fluent = own["concept"] > own["untouched_concept"], own["perplexity"] < max_perplexity
     found = {
         "n_features": len(own),
-        "share_raised": float((own["concept"] > own["untouched_concept"]).mean()),
+        "share_raised": float(raised.mean()),
         "median_strength": float(own["strength"].median()),
         "perplexity": float(np.exp(np.log(own["perplexity"]).mean())),
-        "share_fluent": float((own["perplexity"] < max_perplexity).mean()),
+        "share_fluent": float(fluent.mean()),
+        "share_both": float((raised & fluent).mean()),
         "concept": {},
         "p_feature_greater": {},
     }

@@ -79,7 +79,8 @@ if keras.backend.backend() == "torch":
         keys = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
         limits = torch.iinfo(keys.dtype)
         # Of negative numbers the larger bits are the smaller number.
-        indices = (keys ^ (keys >> limits.bits - 1 & limits.max)).topk(k, sorted=False).indices
+        ordered = keys ^ ((keys >> (limits.bits - 1)) & limits.max)
+        indices = ordered.topk(k, sorted=False).indices
         return values.gather(1, indices), indices
 
     class Picks:

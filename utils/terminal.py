@@ -152,7 +152,7 @@ def show_evidence(found: dict[str, Any], max_perplexity: float) -> str:
         f"(median {found['median_strength']:g} × its maximum):",
         f"  concept score above the untouched text's for {found['share_raised']:.0%}",
         f"  perplexity {found['perplexity']:.2f} × the untouched on average, below "
-        f"{max_perplexity:g} × for {found['share_fluent']:.0%}",
+        f"{max_perplexity:g} × for {found['share_fluent']:.0%}; both for {found['share_both']:.0%}",
         "",
         f"{'':44s}  concept score, % of the maximum",
     ]
