@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pexpect
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, command, environment
 
 from utils.artifacts import write_json
 from utils.catalogue import Catalogue
-from utils.chat import printable
+from utils.chat import Chat, printable
 
 PROMPT = "\r\n> "
 
@@ -97,14 +98,15 @@ def test_mistakes_are_told_and_the_chat_goes_on(say, feature):
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(say):
     child = say.child
     whole = say("rose tulip")
-    for _ in range(5):  # a busy machine may come to an answer's end before the Ctrl-C
+    for _ in range(5):  # on a busy machine the Ctrl-C may come after the answer's end
         say("/reset")
         child.sendline("rose tulip")
         child.expect("rose tulip\r\n.")
         child.sendintr()
-        stopped = child.expect(["Ctrl-D leaves", r"\(stopped\)"])
+        stopped = not child.expect([r"\(stopped\)", PROMPT])
         said = child.before
-        child.expect(PROMPT)
+        child.sendline("/nonsense")  # what it prints shows where the next line can be typed
+        child.expect("/quit .*" + PROMPT)
         if stopped:
             break
     assert stopped and len(said) < len(whole)
@@ -125,3 +127,17 @@ def test_a_model_without_a_chat_template_is_refused(tiny_run, run_here):
 
 def test_an_answer_cannot_command_the_terminal():
     assert printable("a\x1b[2J\rb\nc\x07é") == "a[2Jb\ncé"
+
+
+def test_ctrl_c_before_the_first_token_does_not_end_the_chat(monkeypatch, capsys):
+    class Interrupted(Chat):
+        def __init__(self):
+            self.language_model, self.how = SimpleNamespace(name="m"), (1,)
+
+        def answer(self, line):
+            raise KeyboardInterrupt
+
+    lines = iter(["rose", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    Interrupted().run()
+    assert "(stopped)" in capsys.readouterr().out and next(lines, None) is None

@@ -79,6 +79,8 @@ class Chat:
                 self.obey(line) if line.startswith("/") else self.answer(line)
             except InputError as error:
                 print(error)
+            except KeyboardInterrupt:  # before the answer's first token, or after its last
+                print("(stopped)")
 
     def obey(self, line: str) -> None:
         """Do what a command says, and print what there is now."""
