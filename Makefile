@@ -32,7 +32,7 @@ demo: .venv/installed
 	    --prompt "My favourite food is" --feature king --strength 1 1.5
 	@printf "\n%s\n" "Look at the features in $(DEMO)/analysis/browser/index.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py $(FEATURES)" \
-	    "--prompt 'Once upon a time' --feature war --strength 1"
+	    "--prompt 'Once upon a time' --feature eat --strength 1.5"
 
 studies: demo
 	for n in $(SIZES); do $(BIN)/python train_autoencoder.py $(TRAINING) --n-latents $$n \
