@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/python train_autoencoder.py $(TRAINING) --n-latents 4608 \
 	    --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py $(FEATURES) --activations-dir $(DEMO)/activations \
-	    --n-loss-tokens 8192 --studies specificity completeness neurons explanations
+	    --n-loss-tokens 8192 --studies specificity completeness neurons explanations outputs
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
 	    --study attribute --prompt "The capital of France is the city of"
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \

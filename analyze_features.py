@@ -32,6 +32,7 @@ STUDIES = (
     "completeness",
     "neurons",
     "explanations",
+    "outputs",
     "splitting",
     "directions",
 )  # to make beside; see utils/ by these names
@@ -97,7 +98,15 @@ def main() -> None:
         print(show_found(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import completeness, directions, explanation, neurons, specificity, splitting
+    from utils import (
+        completeness,
+        directions,
+        explanation,
+        neurons,
+        outputs,
+        specificity,
+        splitting,
+    )
     from utils.activations import ActivationStore
     from utils.analysis import Analysis
     from utils.report import make_report
@@ -142,15 +151,19 @@ def main() -> None:
         if "explanations" in settings.studies:
             analysis.make("explanations", explanation.study)
 
-        # 8. Splitting: what does a feature of a small dictionary become in larger ones?
+        # 8. Outputs: does a feature write what it reads, and so is good to steer with?
+        if "outputs" in settings.studies:
+            analysis.make("outputs", outputs.study)
+
+        # 9. Splitting: what does a feature of a small dictionary become in larger ones?
         if "splitting" in settings.studies:
             analysis.make("splitting", splitting.study)
 
-        # 9. Special directions: does the model mind a feature's change more than another?
+        # 10. Special directions: does the model mind a feature's change more than another?
         if "directions" in settings.studies:
             analysis.make("directions", directions.study)
 
-        # 10. Save the tables, draw the plots, and put everything into one page.
+        # 11. Save the tables, draw the plots, and put everything into one page.
         summary = analysis.save()
         make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))

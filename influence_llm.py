@@ -54,7 +54,7 @@ SAVE_VECTOR: tuple[str, ...] = ()  # .safetensors, or .gguf for llama.cpp: what 
 N_PROPOSALS = 5  # features to propose where FEATURE names none, or for each word
 
 # --- evidence, and STRENGTH auto
-N_FEATURES = 20  # features to measure: the first that would be proposed
+N_FEATURES = 20  # features to measure: the first proposed that steer on two trial prompts
 MAX_PERPLEXITY = 3.0  # times the untouched, above which a text is no longer fluent
 
 # --- attribute
@@ -69,6 +69,8 @@ ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py; for N_PRO
 ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
+
+MOST_TRIED = 5  # times N_FEATURES: proposed features that evidence tries
 
 
 def main() -> None:
@@ -125,21 +127,23 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     from utils import evidence, generations
     from utils.study_plots import plot_evidence
 
-    # 1. Choose the features by the rule that proposes them, none by hand.
+    # 1. Propose features by a rule, none by hand.
     folder = make_folder(settings.influence_dir, "--influence-dir")
-    features = catalogue.propose(settings.n_features)["feature"].tolist()
+    candidates = catalogue.propose(MOST_TRIED * settings.n_features)["feature"].tolist()
     models = generations.load_models(catalogue, autoencoder_path)
 
-    # 2. Write texts by every method at every strength, and let the untouched model read them.
+    # 2. Of those that steer on trial, write texts by every method at every strength, and let the
+    #    untouched model read them.
     log = folder / "evidence.jsonl"
     log.open("ab").close()
-    table = evidence.collect(models, catalogue, features, settings, log)
+    texts = evidence.Texts(models, catalogue, settings, log)
+    table, n_tried = evidence.collect(texts, candidates, settings.n_features)
 
     # 3. Find each feature's useful strength on some prompts, and judge it on the others.
     best = evidence.at_useful_strength(table, settings.max_perplexity)
     best.insert(1, "label", catalogue.features["label"][best["feature"]].to_numpy())
     curves = evidence.curves(table, settings.seed)
-    found = evidence.summarise(best, settings.max_perplexity, settings.seed)
+    found = evidence.summarise(best, n_tried, settings.max_perplexity, settings.seed)
 
     # 4. Write tables and a picture, and print what was found.
     best.to_csv(folder / "evidence_features.csv", index=False)

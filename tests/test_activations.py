@@ -10,6 +10,7 @@ import pytest
 from conftest import excluded_of, write_activations
 
 from tests.benchmarks.gpu import write_store
+from utils import activations
 from utils.activations import ARRAYS, CHECKED, ActivationStore, Shard, shard_path
 from utils.artifacts import write_json
 from utils.batches import ShuffledBatches
@@ -258,7 +259,7 @@ def test_too_large_a_batch_and_too_few_passes(store):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is mapped")
-def test_what_was_read_is_not_held(tmp_path):
+def test_what_was_read_is_not_held(tmp_path, monkeypatch):
     def mapped() -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.split("RssFile:")[1].split()[0]) / 1e3  # MB
@@ -270,3 +271,14 @@ def test_what_was_read_is_not_held(tmp_path):
         found = store.kept_rows(range(start, start + 100))
         assert np.array_equal(found, rows[start : start + 100].reshape(-1, 512))
     assert mapped() - before < 40
+    # Neither in one reading of places all over.
+    monkeypatch.setattr(activations, "SPANS_MAPPED", 100)
+    seen = []
+
+    def spans():
+        for context in range(len(rows)):
+            seen.append(mapped())
+            yield context, 0, 32
+
+    assert np.array_equal(store.kept_spans(spans()), rows[:, :32].reshape(-1, 512))
+    assert max(seen) - before < 40

@@ -27,6 +27,9 @@ def analysis(tiny_run, tiny_model, tmp_path_factory):
     model = shutil.copytree(tiny_model, folder / "model")
     template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     (model / "chat_template.jinja").write_text(template)
+    generation = json.loads((model / "generation_config.json").read_text())
+    generation["eos_token_id"] = None  # answers as long as asked for, so that there is time to stop
+    write_json(model / "generation_config.json", generation)
     analysis = shutil.copytree(tiny_run.folder / "analysis", folder / "analysis")
     summary = json.loads((analysis / "summary.json").read_text())
     write_json(analysis / "summary.json", summary | {"model_name": str(model)})

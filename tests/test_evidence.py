@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from utils import evidence, generations
 from utils.catalogue import Catalogue
 from utils.evaluation import as_torch
 from utils.language_model import residual_at
+from utils.settings import InputError
 from utils.steering import encode, prompt_tokens
 
 
@@ -49,13 +51,23 @@ def made_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_the_useful_strength_is_the_last_before_fluency_breaks():
-    means = evidence.relative(made_table())
-    of = {
-        method: evidence.useful_strength(means[(means.method == method) & (means.feature == 3)], 3)
+def useful_strengths(table: pd.DataFrame) -> dict[str, float]:
+    """By method, of feature 3."""
+    worst = evidence.least_fluent(table)
+    return {
+        method: evidence.useful_strength(worst[(worst.method == method) & (worst.feature == 3)], 3)
         for method in evidence.METHODS[2:]
     }
-    assert of == {"feature": 1.0, "mean difference": 0.25, "random": 0.25}
+
+
+def test_the_useful_strength_is_the_last_before_fluency_breaks():
+    table = made_table()
+    assert useful_strengths(table) == {"feature": 1.0, "mean difference": 0.25, "random": 0.25}
+    # After one prompt of several it is too much.
+    broken = (table["method"] == "feature") & (table["prompt"] == evidence.TRIAL_PROMPTS[1])
+    table.loc[broken & (table["strength"] > 0.5), "perplexity"] = 16.0
+    assert useful_strengths(table)["feature"] == 0.5
+    means = evidence.relative(made_table())
     ratios = means.set_index(["feature", "method", "strength"]).perplexity
     assert ratios[(3, "feature", 1.0)] == pytest.approx(2)
     assert ratios[(3, "feature", 2.0)] == pytest.approx(4)
@@ -71,9 +83,9 @@ def test_features_are_judged_on_the_prompts_not_tried():
     assert own["concept"].tolist() == pytest.approx([0.3, 0.3]) and (own["strength"] == 1).all()
     same = best[best["method"] == "random at the feature's strength"]
     assert same["concept"].tolist() == pytest.approx([0.01, 0.01]) and (same["strength"] == 1).all()
-    found = evidence.summarise(best, 3.0, seed=0)
+    found = evidence.summarise(best, 5, 3.0, seed=0)
     shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
-    assert found["n_features"] == 2 and shares == [1, 1, 1]
+    assert (found["n_tried"], found["n_features"]) == (5, 2) and shares == [1, 1, 1]
     assert found["perplexity"] == pytest.approx(2) and found["median_strength"] == 1
     assert found["concept"]["feature"] == pytest.approx([0.3, 0.3, 0.3])
     assert found["p_feature_greater"]["random"] == pytest.approx(0.25)  # the least for two pairs
@@ -81,7 +93,7 @@ def test_features_are_judged_on_the_prompts_not_tried():
     first = (broken["method"] == "feature") & (broken["feature"] == broken["feature"].min())
     second = (broken["method"] == "feature") & ~first
     broken.loc[first, "perplexity"], broken.loc[second, "concept"] = 9.0, 0.0
-    found = evidence.summarise(broken, 3.0, seed=0)
+    found = evidence.summarise(broken, 5, 3.0, seed=0)
     shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
     assert shares == [0.5, 0.5, 0]
 
@@ -138,18 +150,45 @@ def test_vectors_have_the_norm_of_the_clamp_and_one_direction(loaded):
         torch.testing.assert_close(clamp(silent).norm(dim=-1), expected[:, None].expand(3, 4))
 
 
+class MadeTexts(evidence.Texts):
+    """Features that bring in their concept as they are told to."""
+
+    def __init__(self, concepts):
+        self.concepts, self.settings = concepts, SimpleNamespace(max_perplexity=3.0)
+
+    def of(self, feature, methods, prompts):
+        table = made_table()
+        table = table[(table["feature"] == 3) & table["method"].isin(methods)]
+        table = table[table["prompt"].isin(prompts)].assign(feature=feature)
+        own = table["method"] == "feature"
+        return table.assign(concept=table["concept"].where(~own, self.concepts[feature]))
+
+
+def test_features_that_do_not_steer_on_trial_are_passed_over():
+    texts = MadeTexts({1: 0.02, 2: 0.5, 3: 0.0, 4: 0.3, 5: 0.9})  # untouched: 0.02
+    table, n_tried = evidence.collect(texts, [1, 2, 3, 4, 5], 2)
+    assert table["feature"].unique().tolist() == [2, 4] and n_tried == 4
+    assert set(table["method"]) == set(evidence.METHODS)
+    table, n_tried = evidence.collect(texts, [3, 5], 2)
+    assert table["feature"].unique().tolist() == [5] and n_tried == 2
+    with pytest.raises(InputError, match="none of 2 proposed does"):
+        evidence.collect(texts, [1, 3], 2)
+
+
 def test_the_study_goes_on_where_it_was(run_here, tiny_run, tmp_path):
     flags = [
         *tiny_run.flags.influence_llm, "--study", "evidence", "--n-features", 3,
-        "--max-new-tokens", 4, "--influence-dir", tmp_path,
+        "--max-new-tokens", 8, "--influence-dir", tmp_path,
     ]  # fmt: skip
     printed = run_here("influence_llm", *flags).stdout
     assert "concept score above the untouched text's" in printed
     log = tmp_path / "evidence.jsonl"
     lines = log.read_text().splitlines()
     n_settings = 2 + 3 * len(evidence.STRENGTHS)
-    n_prompts = len(evidence.TRIAL_PROMPTS + evidence.PROMPTS)
-    assert len(lines) == 3 * n_settings * n_prompts
+    n_prompts, n_trial = len(evidence.TRIAL_PROMPTS + evidence.PROMPTS), len(evidence.TRIAL_PROMPTS)
+    n_passed_over = json.loads((tmp_path / "evidence.json").read_text())["n_tried"] - 3
+    n_tried_in_vain = n_passed_over * (1 + len(evidence.STRENGTHS)) * n_trial
+    assert len(lines) == 3 * n_settings * n_prompts + n_tried_in_vain
     untouched = {json.loads(line)["text"] for line in lines if '"untouched"' in line}
     assert len(untouched) <= n_prompts  # whatever the feature
     summary = (tmp_path / "evidence.json").read_text()

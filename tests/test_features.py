@@ -348,6 +348,9 @@ def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
     assert sorted(saved.propose(5)["feature"]) == [1, 3]
     features.loc[3, "max_activation"] *= 2
     assert saved.propose(1)["feature"].tolist() == [3]
+    # Where it is known what a feature writes, that counts, and not what it seems to promote.
+    features["output_score"] = [0.9, 0.2, 0.9, 0.1, 0.9, np.nan]
+    assert saved.propose(2)["feature"].tolist() == [1, 3]
     features["dead"], features["frequency"] = True, 0.0
     assert saved.propose(5).empty and saved.search("rose", 5).empty
 

@@ -87,7 +87,7 @@ def test_analysis(tiny_run):
     assert set(examples["bucket"]) == {0, 1, 2, 3, 4, 5}
     assert features["umap_x"].isna().all()  # no map was asked for
     pictures = {"density", "l0", "fidelity", "fidelity_by_subset", "specificity", "completeness"}
-    pictures |= {"neurons", "directions", "explanations"}
+    pictures |= {"neurons", "directions", "explanations", "outputs"}
     assert {path.stem for path in folder.glob("*.png")} == pictures
     shown = {path.stem for path in (folder / "browser" / "pictures").iterdir()}
     assert shown == pictures and (folder / "browser" / "index.html").exists()

@@ -31,6 +31,7 @@ from utils.settings import InputError, require
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it found whole
 CHECKED_TOGETHER = 4  # shards: one thread reads slower than a disk
+SPANS_MAPPED = 1_024  # spans read before the memory that they are mapped into is given back
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 
@@ -311,16 +312,18 @@ class ActivationStore:
         Raises:
             InputError: One is NaN or infinite; names the shard and the place.
         """
-        rows, used = [], {}
-        for context, start, length in spans:
+        rows, last = [], None
+        for number, (context, start, length) in enumerate(spans, 1):
             shard, row = self.locate(context)
+            if last is not None and (shard is not last or number % SPANS_MAPPED == 0):
+                last.release()
+            last = shard
             kept = shard["kept"][row, start : start + length]
             rows.append(shard["activations"][row, start : start + length][kept])
             if not np.isfinite(rows[-1]).all():
                 self._raise_not_finite(context)
-            used[shard.number] = shard
-        for shard in used.values():
-            shard.release()
+        if last is not None:
+            last.release()
         return np.concatenate(rows) if rows else np.empty((0, self.d_model), np.float16)
 
     def batches(self, contexts: range, batch_size: int) -> Iterator[np.ndarray]:

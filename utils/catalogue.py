@@ -86,18 +86,23 @@ class Catalogue:
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
 
-        Those whose highest examples peak at whole words and that promote these words too, for a
-        feature that only reads a word does not write it; neither rare nor everywhere.
+        Those whose highest examples peak at whole words and that write them: by their output score,
+        where the analysis has it, else by the share of the words among the tokens they promote,
+        times their maximum. Neither rare nor everywhere.
         """
         features = self.features
         common = features[features["frequency"].between(5e-4, 2e-2)]
         common = common if len(common) else features[~features["dead"]]
-        match = []
-        for row in common.itertuples():
-            words = words_of(row.peak_tokens)
-            promoted = 0.05 + share_of(words, row.promoted_tokens)
-            match.append(share_at(words, row) * promoted * row.max_activation)
-        return common.assign(match=np.array(match, float)).nlargest(n, "match")
+        words = common["peak_tokens"].map(words_of)
+        at_peak = np.array(list(map(share_at, words, common.itertuples())), float)
+        if "output_score" in common:
+            writes = common["output_score"].clip(lower=0)
+        else:
+            promoted = [
+                share_of(*pair) for pair in zip(words, common["promoted_tokens"], strict=True)
+            ]
+            writes = (0.05 + np.array(promoted, float)) * common["max_activation"]
+        return common.assign(match=at_peak * writes).nlargest(n, "match")
 
 
 def words_of(tokens: list[str]) -> set[str]:

@@ -17,8 +17,9 @@ untouched model reads each text again:
     perplexity   of the text, given its prompt
     repetition   share of the text's three-token sequences that were there before
 
-The useful range of c ends where fluency breaks, which is found on some of the prompts; what a
-feature does is judged on the others. Intervals come from drawing features again (bootstrap).
+The useful range of c ends where fluency breaks, which is found on some of the prompts. A feature
+that does not raise its concept there merely reads, and is passed over; what the others do is judged
+on the remaining prompts. Intervals come from drawing features again (bootstrap).
 
 Reference: "Scaling Monosemanticity", Influence on Behavior, and its mean-difference baseline.
 """
@@ -40,6 +41,7 @@ from utils.catalogue import Catalogue, words_of
 from utils.evaluation import as_torch, split_reconstruction
 from utils.generations import key, read_records
 from utils.language_model import LanguageModel, replaced_residual, residual_at
+from utils.settings import require
 from utils.steering import (
     Clamp,
     change_by,
@@ -191,39 +193,84 @@ def change_of(
     return lambda residual: added.expand_as(residual)
 
 
-def collect(
-    models: tuple, catalogue: Catalogue, features: list[int], settings: Any, log: Path
-) -> pd.DataFrame:
-    """Texts of all methods, features, strengths and prompts, with their scores.
+class Texts:
+    """Texts by any method after any prompt, with their scores, each written once.
 
-    All texts of a feature are one batch, written to ``log`` when it is there; what is recorded
-    there is not made again.
+    Args:
+        models: Language model and autoencoder.
+        catalogue: The features.
+        settings: ``max_new_tokens, temperature, seed, max_perplexity``.
+        log: Keeps every text when it is there; what is recorded there is not written again.
+    """
+
+    def __init__(self, models: tuple, catalogue: Catalogue, settings: Any, log: Path):
+        self.models, self.catalogue, self.settings, self.log = models, catalogue, settings, log
+        names = ("max_new_tokens", "temperature", "seed")
+        self._fixed = {name: getattr(settings, name) for name in names}
+        self._fixed["autoencoder_fingerprint"] = catalogue.summary["autoencoder_fingerprint"]
+        self._recorded = read_records(log, {"text", *SCORES})
+
+    def of(self, feature: int, methods: Sequence[str], prompts: Sequence[str]) -> pd.DataFrame:
+        """The texts of some methods, at all strengths, after some prompts, written as one batch.
+
+        Returns:
+            A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
+        """
+        requests = [
+            {**self._fixed, "feature": feature}
+            | {"method": method, "strength": strength, "prompt": prompt}
+            for method in methods
+            for strength in ([0.0] if method in METHODS[:2] else STRENGTHS)
+            for prompt in prompts
+        ]
+        missing = [request for request in requests if key(request) not in self._recorded]
+        if missing:
+            self._write(feature, missing)
+        rows = [{**self._recorded[key(request)], **request} for request in requests]
+        return pd.DataFrame(rows)[["feature", "method", "strength", "prompt", *SCORES, "text"]]
+
+    def _write(self, feature: int, requests: list[dict]) -> None:
+        change = change_of_rows(self.models, self.catalogue, feature, requests, self.settings.seed)
+        prompts = [request["prompt"] for request in requests]
+        records = write_texts(self.models, self.catalogue, change, prompts, feature, self.settings)
+        for request, record in zip(requests, records, strict=True):
+            self._recorded[key(request)] = record
+            append_record(self.log, {"request": request, **record})
+
+    def steers(self, feature: int) -> bool:
+        """Whether a clamp at the strength found for it raises the concept on `TRIAL_PROMPTS`."""
+        table = self.of(feature, ("untouched", "feature"), TRIAL_PROMPTS)
+        worst = least_fluent(table)
+        own = worst[worst["method"] == "feature"]
+        strength = useful_strength(own, self.settings.max_perplexity)
+        found = relative(table).set_index(["method", "strength"]).loc[("feature", strength)]
+        return bool(found["concept"] > found["untouched_concept"])
+
+
+def collect(texts: Texts, candidates: Sequence[int], n_features: int) -> tuple[pd.DataFrame, int]:
+    """Texts by all methods of the first candidates that steer.
 
     Returns:
-        A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
+        A row a text, as of `Texts.of`, and how many candidates were tried.
+
+    Raises:
+        InputError: None of them steers.
     """
-    fixed = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "seed")}
-    fixed["autoencoder_fingerprint"] = catalogue.summary["autoencoder_fingerprint"]
-    recorded, rows = read_records(log, {"text", *SCORES}), []
-    strengths = {method: [0.0] if method in METHODS[:2] else STRENGTHS for method in METHODS}
-    for feature in tqdm(features, "steering", unit="feature"):
-        requests = [
-            {**fixed, "feature": feature, "method": method, "strength": strength, "prompt": prompt}
-            for method in METHODS
-            for strength in strengths[method]
-            for prompt in TRIAL_PROMPTS + PROMPTS
-        ]
-        if any(key(request) not in recorded for request in requests):
-            change = change_of_rows(models, catalogue, feature, requests, settings.seed)
-            prompts = [request["prompt"] for request in requests]
-            records = write_texts(models, catalogue, change, prompts, feature, settings)
-            for request, record in zip(requests, records, strict=True):
-                recorded[key(request)] = {"request": request, **record}
-                append_record(log, recorded[key(request)])
-        for request in requests:
-            record = recorded[key(request)]
-            rows.append({**record, **record["request"]})
-    return pd.DataFrame(rows)[["feature", "method", "strength", "prompt", *SCORES, "text"]]
+    tables, n_tried = [], 0
+    with tqdm(total=n_features, desc="steering", unit="feature") as bar:
+        for feature in candidates:
+            if len(tables) == n_features:
+                break
+            n_tried += 1
+            if texts.steers(feature):
+                tables.append(texts.of(feature, METHODS, TRIAL_PROMPTS + PROMPTS))
+                bar.update()
+    require(
+        len(tables) > 0,
+        f"Evidence needs features that bring what they are about into a text; none of {n_tried} "
+        "proposed does. A larger --max-new-tokens gives them more room.",
+    )
+    return pd.concat(tables, ignore_index=True), n_tried
 
 
 def change_of_rows(
@@ -262,19 +309,26 @@ def relative(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def useful_strength(means: pd.DataFrame, max_perplexity: float) -> float:
+def least_fluent(table: pd.DataFrame) -> pd.DataFrame:
+    """As `relative`, but each score the largest of any prompt."""
+    each = [relative(own) for _, own in table.groupby("prompt")]
+    return pd.concat(each).groupby(["feature", "method", "strength"]).max().reset_index()
+
+
+def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> float:
     """Where the useful range of a feature and method ends: the last strength before fluency breaks.
 
-    It breaks where the perplexity is above ``max_perplexity`` times the untouched, or the text is
-    more repetitive by `MORE_REPETITION`. The least strength, if it is broken already there.
+    It breaks where after any prompt the perplexity is above ``max_perplexity`` times the untouched,
+    or the text is more repetitive by `MORE_REPETITION`. The least strength, if it is broken already
+    there.
 
     Args:
-        means: Of `relative`, of one feature and method.
+        worst: Of `least_fluent`, of one feature and method.
     """
-    means = means.sort_values("strength")
-    fluent = (means["perplexity"] <= max_perplexity) & (means["more_repetition"] <= MORE_REPETITION)
+    worst = worst.sort_values("strength")
+    fluent = (worst["perplexity"] <= max_perplexity) & (worst["more_repetition"] <= MORE_REPETITION)
     n_fluent = int(fluent.cummin().sum())
-    return float(means["strength"].iloc[max(0, n_fluent - 1)])
+    return float(worst["strength"].iloc[max(0, n_fluent - 1)])
 
 
 def find_strength(models: tuple, catalogue: Catalogue, features: list[int], settings: Any) -> float:
@@ -294,11 +348,11 @@ def find_strength(models: tuple, catalogue: Catalogue, features: list[int], sett
     change = change_by(models[1], rows, models[0].device)
     prompts = [prompt for _, prompt in places]
     records = write_texts(models, catalogue, change, prompts, features[0], settings, settings.where)
-    table = pd.DataFrame(records).assign(feature=features[0], method="feature")
+    table = pd.DataFrame(records).assign(feature=features[0], method="feature", prompt=prompts)
     table["strength"] = [strength for strength, _ in places]
     table.loc[table["strength"] == 0, "method"] = "untouched"
-    means = relative(table)
-    return useful_strength(means[means["method"] == "feature"], settings.max_perplexity)
+    worst = least_fluent(table)
+    return useful_strength(worst[worst["method"] == "feature"], settings.max_perplexity)
 
 
 def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFrame:
@@ -309,12 +363,12 @@ def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFra
         ``mean difference at the feature's strength`` too.
     """
     is_trial = table["prompt"].isin(TRIAL_PROMPTS)
-    trial, judged = relative(table[is_trial]), relative(table[~is_trial])
+    trial, judged = least_fluent(table[is_trial]), relative(table[~is_trial])
     judged = judged.set_index(["feature", "method", "strength"], drop=False)
     rows = []
-    for feature, means in trial.groupby("feature"):
+    for feature, worst in trial.groupby("feature"):
         found = {
-            method: useful_strength(means[means["method"] == method], max_perplexity)
+            method: useful_strength(worst[worst["method"] == method], max_perplexity)
             for method in METHODS
         }
         rows += [judged.loc[(feature, *place)] for place in found.items()]
@@ -351,7 +405,7 @@ def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summarise(best: pd.DataFrame, max_perplexity: float, seed: int) -> dict[str, Any]:
+def summarise(best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int) -> dict[str, Any]:
     """What the evidence says, from `at_useful_strength`: shares, means with intervals, tests.
 
     The tests are Wilcoxon's, of the feature's concept against another method's, paired by feature.
@@ -360,6 +414,7 @@ def summarise(best: pd.DataFrame, max_perplexity: float, seed: int) -> dict[str,
     own = of["feature"]
     raised, fluent = own["concept"] > own["untouched_concept"], own["perplexity"] < max_perplexity
     found = {
+        "n_tried": n_tried,
         "n_features": len(own),
         "share_raised": float(raised.mean()),
         "median_strength": float(own["strength"].median()),

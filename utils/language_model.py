@@ -100,6 +100,11 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     except (OSError, ValueError) as error:
         raise _access_error(name, error) from None
     model.requires_grad_(False)
+    # Given a slice, such as the last position of a batch, PyTorch would multiply by a copy of the
+    # unembedding for each text.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0].contiguous(),)
+    )
     revision = getattr(config, "_commit_hash", None)
     return LanguageModel(name, revision, model.eval().to(device), tokenizer)
 

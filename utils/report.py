@@ -65,6 +65,10 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
         scores = pd.read_csv(folder / "explanations.csv")
         study_plots.plot_explanations(scores, summary["explanations"], folder / "explanations.png")
         drawn["Does a phrase tell what a feature fires on?"] = folder / "explanations.png"
+    if summary.get("outputs"):
+        scores = pd.read_csv(folder / "outputs.csv")
+        study_plots.plot_outputs(scores, folder / "outputs.png")
+        drawn["Does a feature write what it reads?"] = folder / "outputs.png"
     if summary.get("splitting"):
         table, family = pd.read_csv(folder / "splitting.csv"), summary["splitting"]["family"]
         table[["label", "word"]] = table[["label", "word"]].fillna("")

@@ -94,6 +94,8 @@ def pool_prompts(
     from utils.backend import use_backend
 
     use_backend("torch")
+    import torch
+
     from utils.evaluation import as_torch
     from utils.language_model import load_language_model, residual_at
     from utils.saved import load_autoencoder
@@ -118,7 +120,7 @@ def pool_prompts(
                 f"SEARCH_TOKEN must be a token of each prompt, and not a norm outlier; {token!r} "
                 f"is not among {pieces[1:]}.",
             )
-            kept = kept & (np.arange(len(kept)) == at[-1])
+            kept = kept & (torch.arange(len(kept)) == at[-1])
         latents = encode(autoencoder, residual[kept]).cpu() * norms
         pooled.append(latents.mean(dim=0).numpy())
     return np.nan_to_num(np.stack(pooled))

@@ -253,6 +253,31 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Any], path: Path) 
         axes[0].set(ylabel="% of each group")
 
 
+def plot_outputs(table: pd.DataFrame, path: Path) -> None:
+    """How much likelier features make their own tokens, and another's.
+
+    Args:
+        table: Of `outputs.output_scores`.
+    """
+    title = "A feature clamped to its maximum makes the tokens it peaks at "
+    title += f"{np.exp(table.score.mean()):.1f} times as likely (n = {len(table):,} features)"
+    bins = np.linspace(-3, 5, 81)
+    with picture(path, title, (7.5, 3.9)) as (_, axes):
+        for scores, label, colour in (
+            (table.score, "its own tokens", ORANGE),
+            (table.others, "another feature's", GREY),
+        ):
+            shares = np.full(len(scores), 100 / max(1, len(scores)))
+            shown = f"{label}: {scores.mean():+.2f} nats"
+            within = scores.clip(bins[0], bins[-1])
+            axes.hist(within, bins, weights=shares, color=colour, alpha=0.55, label=shown)
+            axes.axvline(scores.mean(), color=colour, linewidth=1.5)
+        axes.axvline(0, color=INK, linestyle=":", linewidth=1)
+        axes.set(xlim=(bins[0], bins[-1]), ylabel="% of features")
+        axes.set(xlabel="output score: rise in the log probability of the next token being of them")
+        axes.legend(loc="upper right")
+
+
 def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path) -> None:
     """The tokens of a prompt, and at each the features that most add to the difference of logits.
 

@@ -10,17 +10,26 @@ let opened = null; // number of the feature that is open
 const ORDERS = { best: "best match", number: "number", frequency: "frequency", max_activation: "maximum", label: "label" };
 const filter = { subset: "", label: "", dead: false, least: MOST_RARE, most: 0, scores: {} };
 
-// How well features fit a query: 4 by number, 3 if the label begins so, 2 if the label holds it,
-// 1 if another text does, 0 if none.
+// How well features fit a query: 4 by number, 3 if the label begins so, 2 if a word of it does,
+// 1 if a word of another text does, 0 if none.
 function fitness(query) {
   const words = query.toLowerCase().trim();
   if (!words) return () => 1;
   const number = /^#?\d+$/.test(words) ? Number(words.replace("#", "")) : null;
+  const at = placeOf(words);
   return (i) => {
     if (i === number) return 4;
-    const at = index.label[i].toLowerCase().indexOf(words);
-    return at === 0 ? 3 : at > 0 ? 2 : Number((searched[i] ?? "").includes(words));
+    const inLabel = at(index.label[i].toLowerCase());
+    return inLabel === 0 ? 3 : inLabel > 0 ? 2 : Number(at(searched[i] ?? "") >= 0);
   };
+}
+
+// Where a text has some words, -1 if nowhere: "king" is in "Kings", and not in "looking". Anywhere,
+// where a script has no spaces.
+function placeOf(words) {
+  if (!/^[\p{sc=Latin}\p{sc=Greek}\p{sc=Cyrillic}\d]/u.test(words)) return (text) => text.indexOf(words);
+  const begun = new RegExp(`(?<![\\p{L}\\d])${words.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")}`, "u");
+  return (text) => (text.includes(words) ? text.search(begun) : -1);
 }
 
 function search() {
