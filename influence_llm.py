@@ -126,6 +126,7 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Whether features steer what they are about, and better than other directions do."""
     from utils import evidence, generations
     from utils.study_plots import plot_evidence
+    from utils.texts import Texts
 
     # 1. Propose features by a rule, none by hand.
     folder = make_folder(settings.influence_dir, "--influence-dir")
@@ -136,8 +137,9 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     #    untouched model read them.
     log = folder / "evidence.jsonl"
     log.open("ab").close()
-    texts = evidence.Texts(models, catalogue, settings, log)
-    table, n_tried = evidence.collect(texts, candidates, settings.n_features)
+    texts = Texts(models, catalogue, settings, log)
+    most = settings.n_features, settings.max_perplexity
+    table, n_tried = evidence.collect(texts, candidates, *most)
 
     # 3. Find each feature's useful strength on some prompts, and judge it on the others.
     best = evidence.at_useful_strength(table, settings.max_perplexity)

@@ -2,33 +2,31 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from utils import evidence, generations
+from utils import evidence, generations, texts
 from utils.catalogue import Catalogue
 from utils.evaluation import as_torch
 from utils.language_model import residual_at
 from utils.settings import InputError
 from utils.steering import encode, prompt_tokens
+from utils.texts import Texts
 
 
 def test_repetition_known_answers():
-    assert evidence.repetition([1, 2, 3, 4, 5]) == 0
-    assert evidence.repetition([7] * 6) == 0.75  # four sequences, one of them new
-    assert evidence.repetition([1, 2, 3, 1, 2, 3]) == 0.25
-    assert evidence.repetition([1, 2]) == 0
+    assert texts.repetition([1, 2, 3, 4, 5]) == 0
+    assert texts.repetition([7] * 6) == 0.75  # four sequences, one of them new
+    assert texts.repetition([1, 2, 3, 1, 2, 3]) == 0.25
+    assert texts.repetition([1, 2]) == 0
 
 
 def test_share_of_words_known_answer():
-    assert evidence.share_of_words("The ship, a SHIP of shipping.", {"ship"}) == pytest.approx(
-        2 / 6
-    )
-    assert evidence.share_of_words("", {"ship"}) == 0
+    assert texts.share_of_words("The ship, a SHIP of shipping.", {"ship"}) == pytest.approx(2 / 6)
+    assert texts.share_of_words("", {"ship"}) == 0
 
 
 def made_table() -> pd.DataFrame:
@@ -120,9 +118,9 @@ def test_texts_are_read_as_by_the_untouched_model_alone(loaded):
     language_model, autoencoder = models
     layer, feature = catalogue.summary["layer"], int(catalogue.propose(1)["feature"].item())
     prompts = [prompt_tokens(language_model, words) for words in ("rose tulip", "ship")]
-    texts = [torch.tensor([40, 50, 60]), torch.tensor([70])]
-    found = evidence.read_again(models, layer, math.inf, prompts, texts, feature)
-    for prompt, text, perplexity, activation in zip(prompts, texts, *found, strict=True):
+    written = [torch.tensor([40, 50, 60]), torch.tensor([70])]
+    found = texts.read_again(models, layer, math.inf, prompts, written, feature)
+    for prompt, text, perplexity, activation in zip(prompts, written, *found, strict=True):
         tokens = torch.cat([prompt[0], text])[None]
         logp = language_model.model(tokens).logits[0].float().log_softmax(-1)
         n = prompt.shape[1]
@@ -139,22 +137,22 @@ def test_vectors_have_the_norm_of_the_clamp_and_one_direction(loaded):
     maximum = float(catalogue.features.loc[feature, "max_activation"])
     residual = torch.zeros(3, 4, models[0].d_model)
     for method in ("mean difference", "random"):
-        change = evidence.change_of(models, catalogue, method, feature, [0.5, 1.0, 2.0], seed=0)
+        change = texts.change_of(models, catalogue, method, feature, [0.5, 1.0, 2.0], seed=0)
         added = change(residual)
         expected = torch.tensor([0.5, 1.0, 2.0]) * maximum / float(models[1].scale)
         torch.testing.assert_close(added.norm(dim=-1), expected[:, None].expand(3, 4))
         torch.testing.assert_close(added[0] * 4, added[2])
-    clamp = evidence.change_of(models, catalogue, "feature", feature, [0.5, 1.0, 2.0], seed=0)
+    clamp = texts.change_of(models, catalogue, "feature", feature, [0.5, 1.0, 2.0], seed=0)
     silent = as_torch(models[1].center).expand(3, 4, -1)
     if not encode(models[1], silent)[..., feature].any():
         torch.testing.assert_close(clamp(silent).norm(dim=-1), expected[:, None].expand(3, 4))
 
 
-class MadeTexts(evidence.Texts):
+class MadeTexts(Texts):
     """Features that bring in their concept as they are told to."""
 
     def __init__(self, concepts):
-        self.concepts, self.settings = concepts, SimpleNamespace(max_perplexity=3.0)
+        self.concepts = concepts
 
     def of(self, feature, methods, prompts):
         table = made_table()
@@ -165,14 +163,14 @@ class MadeTexts(evidence.Texts):
 
 
 def test_features_that_do_not_steer_on_trial_are_passed_over():
-    texts = MadeTexts({1: 0.02, 2: 0.5, 3: 0.0, 4: 0.3, 5: 0.9})  # untouched: 0.02
-    table, n_tried = evidence.collect(texts, [1, 2, 3, 4, 5], 2)
+    made = MadeTexts({1: 0.02, 2: 0.5, 3: 0.0, 4: 0.3, 5: 0.9})  # untouched: 0.02
+    table, n_tried = evidence.collect(made, [1, 2, 3, 4, 5], 2, 3.0)
     assert table["feature"].unique().tolist() == [2, 4] and n_tried == 4
     assert set(table["method"]) == set(evidence.METHODS)
-    table, n_tried = evidence.collect(texts, [3, 5], 2)
+    table, n_tried = evidence.collect(made, [3, 5], 2, 3.0)
     assert table["feature"].unique().tolist() == [5] and n_tried == 2
     with pytest.raises(InputError, match="none of 2 proposed does"):
-        evidence.collect(texts, [1, 3], 2)
+        evidence.collect(made, [1, 3], 2, 3.0)
 
 
 def test_the_study_goes_on_where_it_was(run_here, tiny_run, tmp_path):
