@@ -54,7 +54,7 @@ SAVE_VECTOR: tuple[str, ...] = ()  # .safetensors, or .gguf for llama.cpp: what 
 N_PROPOSALS = 5  # features to propose where FEATURE names none, or for each word
 
 # --- evidence, and STRENGTH auto
-N_FEATURES = 20  # features to measure: the first proposed that steer on two trial prompts
+N_FEATURES = 20  # features to measure: the first proposed that steer on trial prompts
 MAX_PERPLEXITY = 3.0  # times the untouched, above which a text is no longer fluent
 
 # --- attribute

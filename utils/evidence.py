@@ -1,9 +1,9 @@
 """Evidence: does clamping a feature bring its concept into the text, and at what price?
 
-The useful range of a strength ends where fluency breaks, which is found on two prompts. A feature
-that does not raise its concept there merely reads, and is passed over; what the others do, and what
-other methods do in their place (`texts` says which), is judged on three other prompts. Intervals
-come from drawing features again (bootstrap).
+The useful range of a strength ends where fluency breaks, which is found on some prompts, the trial.
+A feature that does not raise its concept there merely reads, and is passed over; what the others
+do, and what other methods do in their place (`texts` says which), is judged on other prompts.
+Intervals come from drawing features again (bootstrap).
 
 Reference: "Scaling Monosemanticity", Influence on Behavior.
 """
@@ -22,8 +22,15 @@ from utils.settings import require
 from utils.steering import Clamp, change_by
 from utils.texts import METHODS, SCORES, STRENGTHS, Texts, write_texts
 
-TRIAL_PROMPTS = ("I think that", "She opened the letter and")
-PROMPTS = ("My favourite food is", "Once upon a time", "The meeting was about")
+TRIAL_PROMPTS = ("I think that", "She opened the letter and", "The best way to")
+PROMPTS = (
+    "My favourite food is",
+    "Once upon a time",
+    "The meeting was about",
+    "In the city there is",
+    "He told me",
+)
+TRIAL_MARGIN = 2 / 3  # of the perplexity allowed; other prompts come out higher, or lower
 MORE_REPETITION = 0.25  # than untouched, at which a text has collapsed
 
 
@@ -55,15 +62,16 @@ def least_fluent(table: pd.DataFrame) -> pd.DataFrame:
 def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> float:
     """Where the useful range of a feature and method ends: the last strength before fluency breaks.
 
-    It breaks where after any prompt the perplexity is above ``max_perplexity`` times the untouched,
-    or the text is more repetitive by `MORE_REPETITION`. The least strength, if it is broken already
-    there.
+    It breaks where after any prompt the perplexity is above `TRIAL_MARGIN` of ``max_perplexity``
+    times the untouched, or the text is more repetitive by `MORE_REPETITION`. The least strength, if
+    it is broken already there.
 
     Args:
         worst: Of `least_fluent`, of one feature and method.
     """
     worst = worst.sort_values("strength")
-    fluent = (worst["perplexity"] <= max_perplexity) & (worst["more_repetition"] <= MORE_REPETITION)
+    most = TRIAL_MARGIN * max_perplexity
+    fluent = (worst["perplexity"] <= most) & (worst["more_repetition"] <= MORE_REPETITION)
     n_fluent = int(fluent.cummin().sum())
     return float(worst["strength"].iloc[max(0, n_fluent - 1)])
 

@@ -149,8 +149,9 @@ def show_evidence(found: dict[str, Any], max_perplexity: float) -> str:
     concept, p = found["concept"], found["p_feature_greater"]
     lines = [
         f"{found['n_features']} features, of {found['n_tried']} proposed the first that steer on "
-        "two trial prompts, judged on three others. Each clamped at the strength found for it "
-        f"there (median {found['median_strength']:g} × its maximum):",
+        "trial prompts,",
+        f"clamped at the strength found there (median {found['median_strength']:g} × the maximum), "
+        "judged on other prompts:",
         f"  concept score above the untouched text's for {found['share_raised']:.0%}",
         f"  perplexity {found['perplexity']:.2f} × the untouched on average, below "
         f"{max_perplexity:g} × for {found['share_fluent']:.0%}; both for {found['share_both']:.0%}",
