@@ -204,7 +204,8 @@ def test_search_filter_and_order(small, visit):
     assert count.inner_text() == "99 of 100 features"  # the dead one is left out
     for query, numbers in (
         ("word42", [42]), ("PEAK17", [17]), ("promoted23", [23]), ("31", [31]), ("fires w", [0]),
-        ("word4", [4, *range(40, 50)]),
+        ("word4", [4, *range(40, 50)]), ("ord42", []), ("word5", [5, *range(50, 60)]),
+        ("omoted23", []), ("where </s", [0]), ("word4(", []),
     ):  # fmt: skip
         page.fill("#query", query)
         until(page, f"found.join() === '{','.join(map(str, numbers))}'")

@@ -53,7 +53,9 @@ def useful_strengths(table: pd.DataFrame) -> dict[str, float]:
     """By method, of feature 3."""
     worst = evidence.least_fluent(table)
     return {
-        method: evidence.useful_strength(worst[(worst.method == method) & (worst.feature == 3)], 3)
+        method: evidence.useful_strength(
+            worst[(worst.method == method) & (worst.feature == 3)], 3.2
+        )
         for method in evidence.METHODS[2:]
     }
 
@@ -76,12 +78,12 @@ def test_features_are_judged_on_the_prompts_not_tried():
     table = made_table()
     trial = table["prompt"].isin(evidence.TRIAL_PROMPTS)
     table.loc[trial & (table["method"] == "feature"), "concept"] = 9.0  # must count for nothing
-    best = evidence.at_useful_strength(table, 3.0)
+    best = evidence.at_useful_strength(table, 3.2)
     own = best[best["method"] == "feature"]
     assert own["concept"].tolist() == pytest.approx([0.3, 0.3]) and (own["strength"] == 1).all()
     same = best[best["method"] == "random at the feature's strength"]
     assert same["concept"].tolist() == pytest.approx([0.01, 0.01]) and (same["strength"] == 1).all()
-    found = evidence.summarise(best, 5, 3.0, seed=0)
+    found = evidence.summarise(best, 5, 3.2, seed=0)
     shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
     assert (found["n_tried"], found["n_features"]) == (5, 2) and shares == [1, 1, 1]
     assert found["perplexity"] == pytest.approx(2) and found["median_strength"] == 1
@@ -91,7 +93,7 @@ def test_features_are_judged_on_the_prompts_not_tried():
     first = (broken["method"] == "feature") & (broken["feature"] == broken["feature"].min())
     second = (broken["method"] == "feature") & ~first
     broken.loc[first, "perplexity"], broken.loc[second, "concept"] = 9.0, 0.0
-    found = evidence.summarise(broken, 5, 3.0, seed=0)
+    found = evidence.summarise(broken, 5, 3.2, seed=0)
     shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
     assert shares == [0.5, 0.5, 0]
 
@@ -164,13 +166,13 @@ class MadeTexts(Texts):
 
 def test_features_that_do_not_steer_on_trial_are_passed_over():
     made = MadeTexts({1: 0.02, 2: 0.5, 3: 0.0, 4: 0.3, 5: 0.9})  # untouched: 0.02
-    table, n_tried = evidence.collect(made, [1, 2, 3, 4, 5], 2, 3.0)
+    table, n_tried = evidence.collect(made, [1, 2, 3, 4, 5], 2, 3.2)
     assert table["feature"].unique().tolist() == [2, 4] and n_tried == 4
     assert set(table["method"]) == set(evidence.METHODS)
-    table, n_tried = evidence.collect(made, [3, 5], 2, 3.0)
+    table, n_tried = evidence.collect(made, [3, 5], 2, 3.2)
     assert table["feature"].unique().tolist() == [5] and n_tried == 2
     with pytest.raises(InputError, match="none of 2 proposed does"):
-        evidence.collect(made, [1, 3], 2, 3.0)
+        evidence.collect(made, [1, 3], 2, 3.2)
 
 
 def test_the_study_goes_on_where_it_was(run_here, tiny_run, tmp_path):

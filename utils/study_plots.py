@@ -259,8 +259,10 @@ def plot_outputs(table: pd.DataFrame, path: Path) -> None:
     Args:
         table: Of `outputs.output_scores`.
     """
-    title = "A feature clamped to its maximum makes the tokens it peaks at "
-    title += f"{np.exp(table.score.mean()):.1f} times as likely (n = {len(table):,} features)"
+    title = (
+        f"Clamped, features make the tokens they peak at {np.exp(table.score.mean()):.1f} times "
+    )
+    title += f"as likely (n = {len(table):,} features)"
     bins = np.linspace(-3, 5, 81)
     with picture(path, title, (7.5, 3.9)) as (_, axes):
         for scores, label, colour in (
@@ -272,9 +274,8 @@ def plot_outputs(table: pd.DataFrame, path: Path) -> None:
             within = scores.clip(bins[0], bins[-1])
             axes.hist(within, bins, weights=shares, color=colour, alpha=0.55, label=shown)
             axes.axvline(scores.mean(), color=colour, linewidth=1.5)
-        axes.axvline(0, color=INK, linestyle=":", linewidth=1)
         axes.set(xlim=(bins[0], bins[-1]), ylabel="% of features")
-        axes.set(xlabel="output score: rise in the log probability of the next token being of them")
+        axes.set(xlabel="output score: rise in the log probability that one comes next, nats")
         axes.legend(loc="upper right")
 
 
