@@ -55,6 +55,7 @@ N_PROPOSALS = 5  # features to propose where FEATURE names none, or for each wor
 
 # --- evidence, and STRENGTH auto
 N_FEATURES = 20  # features to measure: the first proposed that steer on trial prompts
+N_TRIED = 100  # proposed features to try for that, at most
 MAX_PERPLEXITY = 3.0  # times the untouched, above which a text is no longer fluent
 
 # --- attribute
@@ -69,8 +70,6 @@ ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py; for N_PRO
 ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
-
-MOST_TRIED = 5  # times N_FEATURES: proposed features that evidence tries
 
 
 def main() -> None:
@@ -130,7 +129,7 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 
     # 1. Propose features by a rule, none by hand.
     folder = make_folder(settings.influence_dir, "--influence-dir")
-    candidates = catalogue.propose(MOST_TRIED * settings.n_features)["feature"].tolist()
+    candidates = catalogue.propose(settings.n_tried)["feature"].tolist()
     models = generations.load_models(catalogue, autoencoder_path)
 
     # 2. Of those that steer on trial, write texts by every method at every strength, and let the
@@ -231,8 +230,8 @@ def check(settings: Any) -> None:
         f"STUDY must be steer, evidence or attribute; it is {settings.study!r}.",
     )
     require_positive(
-        settings, "max_new_tokens", "n_proposals", "n_features", "max_perplexity", "n_ablated",
-        "prompt_tokens", "features_per_prompt",
+        settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "max_perplexity",
+        "n_ablated", "prompt_tokens", "features_per_prompt",
     )  # fmt: skip
     require(settings.n_prompts >= 0, f"N_PROMPTS must not be negative; it is {settings.n_prompts}.")
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")

@@ -132,7 +132,7 @@ def collect(
     require(
         len(tables) > 0,
         f"Evidence needs features that bring what they are about into a text; none of {n_tried} "
-        "proposed does. A larger --max-new-tokens gives them more room.",
+        "proposed does. Let it try more with --n-tried, or write more with --max-new-tokens.",
     )
     return pd.concat(tables, ignore_index=True), n_tried
 
