@@ -196,7 +196,7 @@ def test_embedded_model_end_to_end(tmp_path, run_script, embedded_model, embedde
         (
             "analyze_features",
             ["--studies", "spelling"],
-            "STUDIES must be of specificity, completeness, neurons, explanations, splitting,",
+            "STUDIES must be of specificity, completeness, neurons, explanations, outputs,",
         ),
         ("influence_llm", ["--prompt", " "], "PROMPT must hold some text; it is empty"),
     ],
