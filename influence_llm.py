@@ -136,9 +136,12 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     #    untouched model read them.
     log = folder / "evidence.jsonl"
     log.open("ab").close()
-    texts = Texts(models, catalogue, settings, log)
-    most = settings.n_features, settings.max_perplexity
-    table, n_tried = evidence.collect(texts, candidates, *most)
+    table, n_tried = evidence.collect(
+        Texts(models, catalogue, settings, log),
+        candidates,
+        settings.n_features,
+        settings.max_perplexity,
+    )
 
     # 3. Find each feature's useful strength on some prompts, and judge it on the others.
     best = evidence.at_useful_strength(table, settings.max_perplexity)

@@ -27,7 +27,6 @@ from utils.steering import Clamp, prompt_tokens, steered
 
 PROMPTS = ("In my experience,", "I think that")
 N_TOGETHER = 128  # features clamped at once, each in a text of its own
-HIGH = 1.0  # nats: from here on a feature is said to write what it reads
 
 
 @torch.inference_mode()
@@ -82,6 +81,12 @@ def output_scores(
     return pd.DataFrame({"feature": features, "score": scores[0], "others": scores[1]})
 
 
+def of_another(wanted: dict[int, Sequence[int]], seed: int) -> dict[int, Sequence[int]]:
+    """For each feature what is of another, drawn at random; every feature's is used once."""
+    order = np.random.default_rng(seed).permutation(list(wanted)).tolist()
+    return {feature: wanted[order[place - 1]] for place, feature in enumerate(order)}
+
+
 def study(analysis: Analysis) -> Findings:
     """The output score of every living feature."""
     features, seed = analysis.features, analysis.settings.seed
@@ -91,8 +96,6 @@ def study(analysis: Analysis) -> Findings:
         feature: [number for token in features["peak_tokens"][feature] for number in numbers[token]]
         for feature in alive
     }
-    shifted = np.roll(np.random.default_rng(seed).permutation(alive), 1)
-    others = {feature: wanted[other] for feature, other in zip(alive, shifted, strict=True)}
     table = output_scores(
         analysis.language_model,
         analysis.autoencoder,
@@ -100,7 +103,7 @@ def study(analysis: Analysis) -> Findings:
         analysis.store.outlier_norm,
         features["max_activation"].to_numpy(),
         wanted,
-        others,
+        of_another(wanted, seed),
     )
     column = table.set_index("feature")["score"].reindex(range(len(features))).to_numpy()
     found = summarise(table)
@@ -111,8 +114,8 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
     """Scores, and how they compare with those of others' tokens.
 
     Returns:
-        ``n_features``; ``mean`` and ``others_mean``, in nats; ``share`` and ``others_share`` above
-        `HIGH`; ``p`` of Wilcoxon's signed ranks. Nothing if there is no feature.
+        ``n_features``; ``mean`` and ``others_mean``, in nats; ``p`` of Wilcoxon's signed ranks.
+        Nothing if there is no feature.
     """
     if table.empty:
         return {}
@@ -122,8 +125,6 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
         "n_features": len(table),
         "mean": float(table["score"].mean()),
         "others_mean": float(table["others"].mean()),
-        "share": float((table["score"] > HIGH).mean()),
-        "others_share": float((table["others"] > HIGH).mean()),
         "p": float(test.pvalue) if test else 1.0,
     }
 

@@ -259,10 +259,9 @@ def plot_outputs(table: pd.DataFrame, path: Path) -> None:
     Args:
         table: Of `outputs.output_scores`.
     """
-    title = (
-        f"Clamped, features make the tokens they peak at {np.exp(table.score.mean()):.1f} times "
-    )
-    title += f"as likely (n = {len(table):,} features)"
+    times = np.exp(table.score.mean())
+    title = f"Clamped, features make the tokens they peak at {times:.1f} times as likely"
+    title += f" (n = {len(table):,} features)"
     bins = np.linspace(-3, 5, 81)
     with picture(path, title, (7.5, 3.9)) as (_, axes):
         for scores, label, colour in (
