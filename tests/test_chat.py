@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pexpect
@@ -27,9 +28,6 @@ def analysis(tiny_run, tiny_model, tmp_path_factory):
     model = shutil.copytree(tiny_model, folder / "model")
     template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     (model / "chat_template.jinja").write_text(template)
-    generation = json.loads((model / "generation_config.json").read_text())
-    generation["eos_token_id"] = None  # answers as long as asked for, so that there is time to stop
-    write_json(model / "generation_config.json", generation)
     analysis = shutil.copytree(tiny_run.folder / "analysis", folder / "analysis")
     summary = json.loads((analysis / "summary.json").read_text())
     write_json(analysis / "summary.json", summary | {"model_name": str(model)})
@@ -45,6 +43,8 @@ def say(tiny_run, analysis, request):
     child = pexpect.spawn(
         program, words, cwd=ROOT, env=environment(TERM="dumb"), encoding="utf-8",
         codec_errors="replace", timeout=60, dimensions=(50, 200),
+        # As in a terminal: what starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     child.expect(PROMPT)
 
