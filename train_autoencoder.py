@@ -97,7 +97,7 @@ def main() -> None:
 
     # 1. Check the settings, and open the activations.
     check(settings)
-    backend = use_backend(settings.backend)
+    backend = use_backend(settings.backend, huge_pages=True)
     from utils import scaling, sweep, training
     from utils.activations import ActivationStore
     from utils.batches import ShuffledBatches

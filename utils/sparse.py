@@ -18,7 +18,7 @@ from keras import ops
 
 from utils.devices import add_up, first_own, join_columns, on_each_device, own_places
 
-CHUNK_ROWS = 256  # rows whose pre-activations are held at once on a CPU: they stay in its cache
+CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
 CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
 GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
 GROUP = 8  # latents whose maximum stands for them while the largest are sought
