@@ -8,6 +8,7 @@ each study, summary.json, plots, and browser/index.html, a page to look at it al
     python analyze_features.py --search "San Francisco"   # searches what is there
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def main() -> None:
 
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
-    if settings.search or settings.search_prompt or settings.search_like is not None:
+    if settings.search_prompt or (settings.search, settings.search_like) != (None, None):
         print(show_found(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
@@ -117,6 +118,13 @@ def main() -> None:
     others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
     recorded = {"script": "analyze_features.py", **as_dict(settings, leave_out=NOT_RECORDED)}
     recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
+    sizes = [one.n_latents for one in (autoencoder, *(other for other, _ in others))]
+    require(
+        len(set(sizes)) == len(sizes),
+        "OTHER_AUTOENCODERS must be of other sizes than each other and than the one in "
+        f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
+        f"{sizes[0]:,}. Leave out one of each size.",
+    )
     recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
 
     with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
@@ -124,13 +132,14 @@ def main() -> None:
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
-        store.verify(folder)
         analysis = Analysis(
             folder, settings, store, autoencoder, trained, [other for other, _ in others]
         )
+        analysis.verify()
 
-        # 2. One pass over the activations: statistics, examples, map; tokens each promotes.
+        # 2. One pass over the activations: statistics and examples; then each feature's place.
         analysis.go_through()
+        analysis.make("places", Analysis.place_features)
 
         # 3. What the model loses when it computes with the reconstruction.
         analysis.make("cross_entropy", Analysis.measure_loss)
@@ -188,6 +197,10 @@ def check(settings) -> None:
     require(
         sum(asked) + bool(settings.search_prompt) <= 1,
         "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
+    )
+    require(
+        settings.search is None or bool(re.search(r"\w", settings.search)),
+        f"SEARCH must hold a word; it is {settings.search!r}.",
     )
     require(
         bool(settings.search_prompt) or not (settings.search_not or settings.search_token),

@@ -282,7 +282,7 @@ def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
     assert loss_recovered(nothing) == 0
     assert nothing["reconstruction"] == nothing["zero_ablated"] != nothing["untouched"]
 
-    tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in range(100, 120)])).long()
+    tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in range(100, 200, 5)])).long()
     with torch.no_grad():
         likelihoods = language_model.model(tokens).logits[:, :-1].log_softmax(dim=-1)
     losses = -likelihoods.gather(-1, tokens[:, 1:, None])[..., 0]
@@ -309,8 +309,7 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
             "suppressed_tokens": [[" x"]] * 6,
         }
     )
-    places = np.zeros((N_FEATURES, 2))
-    features = tables.feature_table(found, examples, promoted, places, PIECES)
+    features = tables.feature_table(found, examples, PIECES).join(promoted)
     tables.save_tables(folder, examples, PIECES)
     tables.save_features(folder / "features.parquet", features)
     write_json(folder / "summary.json", {"n_latents": N_FEATURES})

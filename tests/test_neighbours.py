@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from utils import neighbours
-from utils.neighbours import N_NEIGHBOURS, nearest, neighbour_table
+from utils.catalogue import N_NEIGHBOURS
+from utils.neighbours import nearest, neighbour_table
 
 
 def test_known_answer():

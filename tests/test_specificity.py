@@ -69,7 +69,7 @@ def examples() -> pd.DataFrame:
         rows += [(feature, 5, rank, 1.0, weak) for rank in range(3)]
     table = pd.DataFrame(rows, columns=["feature", "bucket", "rank", "activation", "token"])
     table["pieces"] = [["x", token, "."] for token in table.pop("token")]
-    return table.assign(peak=1, subset=["Garden", "Harbour"] * 23)
+    return table.assign(peak=1, subset=["Garden", "Harbour"] * 23, context=range(46))
 
 
 def test_planted_features_get_planted_scores(examples):
@@ -80,6 +80,13 @@ def test_planted_features_get_planted_scores(examples):
     assert (scores.chance == 0).all()
     found = of_features(scores, 9)
     assert found[[3, 7]].tolist() == [3, 3] and np.isnan(found[0])
+
+
+def test_nothing_is_scored_twice_nor_where_the_concept_is_from(examples):
+    drawn = examples[examples["bucket"] == 0].groupby("feature").head(4)  # at random, but the same
+    again = pd.concat([examples, drawn.assign(bucket=1)], ignore_index=True)
+    expected = measure_specificity(examples, SHARES, seed=0)
+    pd.testing.assert_frame_equal(measure_specificity(again, SHARES, seed=0), expected)
 
 
 def test_levels(examples):

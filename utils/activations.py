@@ -179,6 +179,11 @@ def damaged_shard(path: Path, what: str) -> InputError:
     )
 
 
+def spread(contexts: range, n: int) -> range:
+    """``n`` contexts evenly over others, for neighbours may be of one document; all of fewer."""
+    return contexts[:: max(1, len(contexts) // n)][:n]
+
+
 class ActivationStore:
     """All finished shards of a folder.
 
@@ -274,12 +279,13 @@ class ActivationStore:
             return range(self.n_contexts)
         return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
 
-    def verify(self, folder: Path) -> None:
-        """Check every shard against its checksums, with a progress bar.
+    def verify(self, folder: Path, contexts: Iterable[int] | None = None) -> None:
+        """Check shards against their checksums, with a progress bar.
 
         Args:
             folder: Of the stage, which keeps there what it found whole: that is not read again
                 while it is as it was.
+            contexts: Those whose shards are checked; None for all.
 
         Raises:
             InputError: One is damaged; names the file.
@@ -287,7 +293,11 @@ class ActivationStore:
         log = folder / CHECKED
         log.touch()
         whole = {record["whole"] for record in records_of(log, ["whole"])}
-        shards = [shard for shard in self.shards if shard.state() not in whole]
+        shards = self.shards
+        if contexts is not None:
+            of = np.searchsorted(self._ends, np.fromiter(contexts, np.int64), side="right")
+            shards = [self.shards[number] for number in np.unique(of)]
+        shards = [shard for shard in shards if shard.state() not in whole]
         with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
             checks = zip(shards, pool.map(Shard.verify, shards), strict=True)
             bar = {"total": len(shards), "unit": "shard", "leave": False}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
+import torch
 
 from utils import tables
 from utils.activations import ActivationStore
@@ -88,13 +89,24 @@ class Analysis:
         """The language model that judges features, where the settings name one."""
         return open_judge(self.settings, self.folder)
 
+    def verify(self) -> None:
+        """Check the shards that the analysis reads against their checksums."""
+        n_tokens = self.settings.n_tokens
+        n_tokens = n_tokens and max(n_tokens, self.settings.n_neuron_tokens)
+        self.store.verify(self.folder, [*self.store.first(n_tokens), *self.held_out])
+
+    @torch.no_grad()
     def go_through(self) -> None:
         """One pass over the activations, and the tables of features and examples of it."""
         done = self.folder / "pass.json"
         if not done.exists():
             found = FeaturePass(self.autoencoder, self.store, self.settings.seed)
             found.run(self.contexts, self.settings.batch_size)
-            self._save_tables(found)
+            pieces = tables.vocabulary(self.language_model.tokenizer)
+            examples = tables.example_table(found, self.store)
+            tables.save_tables(self.folder, examples, pieces)
+            features = tables.feature_table(found, examples, pieces)
+            tables.save_features(self.folder / "pass.parquet", features)
             write_json(done, tables.summarise(found, self.store, self.trained))
         self.summary = read_json(done)
         self.subset_shares = self.summary["subset_shares"]
@@ -102,19 +114,15 @@ class Analysis:
         self.examples = pyarrow.parquet.read_table(self.folder / "examples.parquet")
         self.pieces = read_json(self.folder / "vocabulary.json")
 
-    def _save_tables(self, found: FeaturePass) -> None:
-        pieces = tables.vocabulary(self.language_model.tokenizer)
-        directions = self.autoencoder.directions()
-        promoted = tables.promoted_tokens(self.language_model, directions, pieces)
-        places = tables.map_directions(
-            directions, found.uses > 0, self.settings.seed, self.settings.map_features
-        )
-        examples = tables.example_table(found, self.store)
-        features = tables.feature_table(found, examples, promoted, places, pieces)
-        nearest = neighbour_table(directions, found.uses > 0)
-        features[["neighbours", "neighbour_cosines"]] = nearest
-        tables.save_tables(self.folder, examples, pieces)
-        tables.save_features(self.folder / "pass.parquet", features)
+    def place_features(self) -> Findings:
+        """What each feature's direction promotes, is near to, and where it lies on a map."""
+        directions, alive = self.autoencoder.directions(), ~self.features["dead"].to_numpy()
+        columns = dict(tables.promoted_tokens(self.language_model, directions, self.pieces))
+        columns |= dict(neighbour_table(directions, alive))
+        settings = self.settings
+        places = tables.map_directions(directions, alive, settings.seed, settings.map_features)
+        columns["umap_x"], columns["umap_y"] = places.T
+        return Findings(None, columns=columns)
 
     def measure_loss(self) -> Findings:
         """What the model loses when it computes with the reconstruction, on held-out tokens."""
@@ -131,6 +139,7 @@ class Analysis:
         )
         return Findings(found, words, {"fidelity": table.reset_index()})
 
+    @torch.no_grad()
     def make(self, name: str, study: Callable[["Analysis"], Findings]) -> None:
         """Make a study and keep what it found, unless an earlier run did."""
         kept = self.folder / f"study-{name}.json"
@@ -144,7 +153,8 @@ class Analysis:
                 pd.DataFrame(found.columns, index=self.features.index).to_parquet(partial)
             write_json(kept, {"summary": found.summary, "words": found.words})
         found = read_json(kept)
-        self.summary[name] = found["summary"]
+        if found["summary"] is not None:
+            self.summary[name] = found["summary"]
         self.words += [found["words"]] if found["words"] else []
         for column, values in pd.read_parquet(columns).items():
             self.features[column] = values

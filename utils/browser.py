@@ -247,6 +247,6 @@ def facts(summary: dict) -> list[tuple[str, str, str]]:
         (
             "Excluded positions",
             "; ".join(excluded) or "none",
-            "Positions left out of training and of every number here, by reason.",
+            "Positions left out of training and analysis, by reason, of all that were saved.",
         ),
     ]

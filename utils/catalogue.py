@@ -16,6 +16,8 @@ import pandas as pd
 from utils.artifacts import fingerprint, missing_stage, read_json
 from utils.settings import require
 
+N_NEIGHBOURS = 10  # of each feature, that are kept
+
 
 class Catalogue:
     """A finished analysis.

@@ -95,6 +95,8 @@ def find_features(
 ) -> tuple[pd.DataFrame, int]:
     """For each word the feature that finds it best.
 
+    Memory is 8 bytes for each pair of a word and a feature, whatever the number of tokens.
+
     Args:
         occurrences: Of the same contexts.
 
@@ -103,7 +105,10 @@ def find_features(
         ``recall`` r, ``precision`` p, ``f1``; ``covered``. And the number of living features.
     """
     norms = ops.convert_to_numpy(autoencoder.decoder_norms())
-    totals, parts = np.zeros(autoencoder.n_latents), []
+    n = autoencoder.n_latents
+    totals = np.zeros(n)
+    active = np.zeros((len(occurrences.words), n), np.int32)  # occurrences that a feature is on
+    mass = np.zeros(active.shape, np.float32)  # its activation on them
     length = store.context_length
     per_batch = max(1, batch_size // length)
     with tqdm(
@@ -114,41 +119,34 @@ def find_features(
             kept = np.stack([store["kept"][context] for context in chosen])
             rows = store.kept_rows(chosen).astype(np.float32)
             row, feature, latents, _ = autoencoder.encode_active(rows)
-            mass = latents * norms[feature]
-            totals += np.bincount(feature, mass, minlength=len(totals))
-            occurrence = occurrences.at[start : start + per_batch][kept][row]
+            activation = latents * norms[feature]
+            totals += np.bincount(feature, activation, minlength=n)
+            occurrence = occurrences.at[start : start + per_batch][kept][row].astype(np.int64)
             word = np.where(occurrence < 0, -1, occurrences.word_of[occurrence])
-            hit = pd.DataFrame(
-                {"word": word, "occurrence": occurrence, "feature": feature, "mass": mass}
-            )
-            parts.append(_add_up(hit[word >= 0]))
+            hit = word >= 0
+            word, feature, occurrence = word[hit], feature[hit], occurrence[hit]
+            np.add.at(mass, (word, feature), activation[hit])
+            once = np.unique(occurrence * n + feature, return_index=True)[1]
+            np.add.at(active, (word[once], feature[once]), 1)
             progress.update(len(chosen) * length)
-    pairs = pd.concat(parts).groupby(["word", "feature"]).sum().reset_index()
-    return _best_features(pairs, totals, occurrences), int((totals > 0).sum())
-
-
-def _add_up(hit: pd.DataFrame) -> pd.DataFrame:
-    """``active``, the occurrences on which a feature is, and ``mass``, by word and feature."""
-    once = hit.groupby(["word", "occurrence", "feature"])["mass"].sum().reset_index()
-    pairs = once.groupby(["word", "feature"])["mass"]
-    return pd.DataFrame({"active": pairs.size(), "mass": pairs.sum()})
+    return _best_features(active, mass, totals, occurrences), int((totals > 0).sum())
 
 
 def _best_features(
-    pairs: pd.DataFrame, totals: np.ndarray, occurrences: Occurrences
+    active: np.ndarray, mass: np.ndarray, totals: np.ndarray, occurrences: Occurrences
 ) -> pd.DataFrame:
     words = occurrences.words
     counts = np.bincount(occurrences.word_of + 1, minlength=len(words) + 1)[1:]
-    pairs["n"] = counts[pairs["word"]]
-    pairs["recall"] = pairs["active"] / pairs["n"]
-    pairs["precision"] = pairs["mass"] / totals[pairs["feature"]]
-    both = pairs["recall"] + pairs["precision"]
-    pairs["f1"] = 2 * pairs["recall"] * pairs["precision"] / both
-    best = pairs.sort_values("f1").groupby("word").tail(1).set_index("word")
+    rows = []
+    for word, n in enumerate(counts):
+        recall, precision = active[word] / n, mass[word] / np.maximum(totals, 1e-12)
+        f1 = 2 * recall * precision / np.maximum(recall + precision, 1e-12)
+        best = int(f1.argmax())
+        rows.append((best if f1[best] else -1, recall[best], precision[best], f1[best]))
     table = pd.DataFrame({"word": words, "list": occurrences.listed, "n": counts})
-    table = table.join(best[["feature", "recall", "precision", "f1"]])
-    table["feature"] = table["feature"].fillna(-1).astype(int)
-    table = table.fillna({"recall": 0.0, "precision": 0.0, "f1": 0.0})
+    best = pd.DataFrame(rows, columns=["feature", "recall", "precision", "f1"])
+    best.loc[best["feature"] < 0, ["recall", "precision"]] = 0.0
+    table = table.join(best)
     table["covered"] = table["f1"] >= COVERED
     return table.sort_values("n", ascending=False, ignore_index=True)
 

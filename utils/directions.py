@@ -9,6 +9,7 @@ Reference: "Update on how we train SAEs" (Circuits Updates, April 2024); "Scalin
 """
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from keras import ops
 from scipy import stats
 from tqdm import tqdm
 
-from utils.activations import ActivationStore
+from utils.activations import ActivationStore, spread
 from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import as_torch
@@ -134,7 +135,7 @@ def _what_changes(
             untouched = found if untouched is None else untouched
             gains = (untouched - found).gather(1, tokens[1:][counted, None])
             kl = torch.nn.functional.kl_div(found, untouched, reduction="sum", log_target=True)
-            rises.append(float(gains.double().sum()))
+            rises.append(math.fsum(gains.flatten().tolist()))
             divergences.append(float(kl))
     return rises[1:], divergences[1:]
 
@@ -168,7 +169,7 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
 def study(analysis: Analysis) -> Findings:
     """The rise in loss for `N_FEATURES` features drawn among those active often enough."""
     store, seed = analysis.store, analysis.settings.seed
-    contexts = analysis.held_out[:N_CONTEXTS]
+    contexts = spread(analysis.held_out, N_CONTEXTS)
     n_tokens = len(contexts) * store.context_length
     frequency = analysis.features["frequency"].to_numpy()
     features = draw_features(frequency, n_tokens, N_FEATURES, seed)

@@ -10,7 +10,7 @@ import torch
 from keras import ops
 from tqdm import tqdm
 
-from utils.activations import ActivationStore
+from utils.activations import ActivationStore, spread
 from utils.autoencoder import SparseAutoencoder
 from utils.fidelity import Fidelity
 from utils.language_model import LanguageModel, replaced_residual
@@ -56,7 +56,7 @@ def measure_losses(
     are in every case, since the autoencoder is not made for them; no prediction of a BOS counts.
 
     Args:
-        contexts: Contexts of the store to take from, best those held out of training.
+        contexts: Contexts of the store to spread over, best those held out of training.
         n_tokens: Tokens to run, if ``contexts`` have so many.
         batch_size: Tokens run together; each takes a row of logits over the whole vocabulary.
 
@@ -66,7 +66,7 @@ def measure_losses(
         divergence of the reconstruction's prediction from the untouched one, in nats;
         ``n_tokens``, the number of predictions; ``fvu``, ``cosine`` and ``l0`` of the activations.
     """
-    contexts = contexts[: -(-n_tokens // store.context_length)]
+    contexts = spread(contexts, -(-n_tokens // store.context_length))
     per_batch = max(1, batch_size // store.context_length)
     replacements = {
         "untouched": lambda residual: residual,

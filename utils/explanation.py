@@ -35,12 +35,16 @@ from utils.questions import (
     marked_tokens,
     show,
 )
-from utils.specificity import chosen_from, draw_examples, word_at
+from utils.specificity import chosen_from, draw_examples, held_out, word_at
 from utils.tables import example_table
 
 N_QUIET = 200  # texts that non-activating examples are drawn from
 LEAST = 5  # examples to take a phrase from, and to score it on
 N_COMPARED = 100  # features, and as many neurons
+SCORED = (
+    "feature", "explanation", "detection", "fuzzing", "score", "random", "likeness",
+    "random_likeness",
+)  # fmt: skip
 USUAL_LABEL = "the names of countries, rivers and cities in news and travel writing"
 QUESTIONS = {"detection": DETECTION, "fuzzing": FUZZING}
 
@@ -75,14 +79,6 @@ def draw_quiet(
         subset = store.subset_names(context)[position]
         rows.append(([pieces[token] for token in tokens], position - start, subset))
     return Quiet(pd.DataFrame(rows, columns=["pieces", "peak", "subset"]), active)
-
-
-def held_out(examples: pd.DataFrame) -> pd.DataFrame:
-    """Examples that no phrase came from, of other contexts than those, one a context."""
-    source = chosen_from(examples)
-    places = pd.MultiIndex.from_frame(examples[["feature", "context"]])
-    others = examples[~source.to_numpy() & ~places.isin(places[source.to_numpy()])]
-    return others.drop_duplicates(["feature", "context"])
 
 
 def make_trials(held: pd.DataFrame, quiet: Quiet, seed: int) -> pd.DataFrame:
@@ -177,13 +173,15 @@ def score_group(analysis: Analysis, examples: pd.DataFrame, quiet: Quiet, n: int
         examples: Of `specificity.draw_examples`; "features" may be neurons.
 
     Returns:
-        A row a feature: ``feature, explanation, detection, fuzzing, score``, ``random`` (the score
-        of another's explanation), ``likeness`` and ``random_likeness`` of contexts.
+        A row a feature, columns `SCORED`: ``random`` is the score of another's explanation,
+        ``likeness`` and ``random_likeness`` are of contexts.
     """
     settings = analysis.settings
     held = held_out(examples)
     trials = make_trials(held, quiet, settings.seed)
     able = set(trials["feature"])
+    if not able:
+        return pd.DataFrame(columns=SCORED)
     order = np.random.default_rng(settings.seed).permutation(sorted(able))[:n]
     trials = trials[trials["feature"].isin(order)].reset_index(drop=True)
     examples = examples[examples["feature"].isin(order)]
@@ -250,8 +248,8 @@ def study(analysis: Analysis) -> Findings:
         "explanation": np.array(
             [phrases.get(f, "") for f in range(len(analysis.features))], object
         ),
-        "explanation_score": by_feature["score"].to_numpy(),
-        "context_likeness": by_feature["likeness"].to_numpy(),
+        "explanation_score": by_feature["score"].to_numpy(float),
+        "context_likeness": by_feature["likeness"].to_numpy(float),
     }
     summary = summarise(scored, compared, settings.seed)
     if analysis.judge is not None:
@@ -318,7 +316,8 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     both = scored.dropna(subset=["score", "random"])
     if both.empty:
         return {}
-    groups = {name: own["score"].dropna() for name, own in compared.groupby("group")}
+    compared = compared.dropna(subset=["score"])
+    groups = {name: own["score"] for name, own in compared.groupby("group")}
     columns = ("score", "detection", "fuzzing", "random", "likeness", "random_likeness")
     summary = {name: interval(scored[name].dropna(), seed) for name in columns}
     summary |= {"n_features": len(both), "groups": {}}
@@ -327,8 +326,8 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     summary["p_random"] = float(test.pvalue) if differ else 1.0
     summary["groups"] = {name: interval(values, seed) for name, values in groups.items()}
     summary["n_groups"] = {name: len(values) for name, values in groups.items()}
-    features, neurons = groups["features, same tokens"], groups["neurons"]
-    if len(features) and len(neurons):
+    if len(groups) == 2:
+        features, neurons = groups["features, same tokens"], groups["neurons"]
         test = stats.mannwhitneyu(features, neurons, alternative="greater")
         summary["p_neurons"] = float(test.pvalue)
     return summary

@@ -5,9 +5,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from utils.catalogue import N_NEIGHBOURS
 from utils.language_model import pick_device
 
-N_NEIGHBOURS = 10  # of each feature
 PAIRS_TOGETHER = 2**26  # cosines in memory: 256 MiB
 
 

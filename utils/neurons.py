@@ -54,18 +54,18 @@ class Correlations:
     """Pearson correlations of the columns of a stream of pairs of matrices."""
 
     def __init__(self, n_left: int, n_right: int, device: torch.device):
-        options = {"dtype": torch.float64, "device": device}
         self.n = 0
-        self.sums = [torch.zeros(n, **options) for n in (n_left, n_right)]
-        self.squares = [torch.zeros(n, **options) for n in (n_left, n_right)]
+        # On the CPU, for not every accelerator has float64.
+        self.sums = [torch.zeros(n, dtype=torch.float64) for n in (n_left, n_right)]
+        self.squares = [torch.zeros(n, dtype=torch.float64) for n in (n_left, n_right)]
         self.products = torch.zeros(n_left, n_right, device=device)
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add rows: left (rows, n_left), right (rows, n_right), float32."""
         self.n += len(left)
         for side, values in enumerate((left, right)):
-            self.sums[side] += values.sum(dim=0)
-            self.squares[side] += values.square().sum(dim=0)
+            self.sums[side] += values.sum(dim=0).cpu()
+            self.squares[side] += values.square().sum(dim=0).cpu()
         self.products.addmm_(left.T, right)
 
     def pearson(self) -> torch.Tensor:
@@ -76,9 +76,9 @@ class Correlations:
             for squares, mean in zip(self.squares, means, strict=True)
         ]
         # Row by row of the left side, for the whole may be the largest thing in memory.
-        pearson = torch.empty_like(self.products)
+        pearson = torch.empty(self.products.shape)
         for i, product in enumerate(self.products):
-            covariance = product.double() / self.n - means[0][i] * means[1]
+            covariance = product.cpu().double() / self.n - means[0][i] * means[1]
             both = deviations[0][i] * deviations[1]
             pearson[i] = torch.where(both > 1e-12, covariance / both, 0.0)
         return pearson
@@ -147,9 +147,9 @@ def correlate_with_neurons(
     return pd.DataFrame(
         {
             "feature": features,
-            "block": (at // width).cpu().numpy(),
-            "neuron": (at % width).cpu().numpy(),
-            "correlation": largest.cpu().numpy(),
+            "block": (at // width).numpy(),
+            "neuron": (at % width).numpy(),
+            "correlation": largest.numpy(),
         }
     )
 
@@ -240,8 +240,9 @@ def study(analysis: Analysis) -> Findings:
     )
     found = summarise(correlations)
     words = (
-        f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features correlate at most "
-        f"{LOW} with any neuron of the model up to the layer."
+        f"Neurons: {found['at_most']:.0%} of {found['n_features']:,} features, of those active on "
+        f"at least {LEAST_ACTIVE} of the tokens, correlate at most {LOW} with any neuron of the "
+        "model up to the layer."
         if found
         else ""
     )

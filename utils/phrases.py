@@ -72,10 +72,11 @@ def words_around(examples: pd.DataFrame, pieces: list[str]) -> dict[int, list[st
     features, number, sizes = np.unique(
         examples["feature"], return_inverse=True, return_counts=True
     )
-    in_example = np.unique(np.stack([row, tokens[row, column]]), axis=1)  # once an example
-    everywhere = np.bincount(in_example[1], minlength=len(pieces)) / len(examples)
-    pairs = np.stack([number[in_example[0]], in_example[1]])
-    (owner, token), count = np.unique(pairs, axis=1, return_counts=True)
+    n_tokens = len(pieces)  # pairs are packed into one number, which sorts far faster
+    row, token = np.divmod(np.unique(row * n_tokens + tokens[row, column]), n_tokens)  # once each
+    everywhere = np.bincount(token, minlength=n_tokens) / len(examples)
+    pairs, count = np.unique(number[row] * n_tokens + token, return_counts=True)
+    owner, token = np.divmod(pairs, n_tokens)
     share = count / sizes[owner]
     telling = (count > 1) & (share >= NEAR) & (share >= LIFT * everywhere[token])
     owner, token, share = owner[telling], token[telling], share[telling]

@@ -25,6 +25,7 @@ BLUE, ORANGE, INK, GREY, PALE = "#0072B2", "#D55E00", "#22262B", "#666B73", "#D6
 # After Paul Tol's "muted" scheme: told apart under every colour blindness, and from pale grey.
 SUBSET_COLOURS = ["#332288", "#CC6677", "#117733", "#88CCEE", "#DDAA33", "#AA4499", "#44AA99"]
 SUBSET_COLOURS += ["#882255", "#999933"]
+LEAST_SHOWN = 200  # tokens of a kind of text, below which what it loses may be chance
 MIXED, OTHER = "mixed (no subset has half)", "other subsets"
 STYLE = {
     "font.family": FONT,
@@ -180,10 +181,13 @@ def plot_fidelity(summary: dict, path: Path) -> None:
 def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
     """What the reconstruction misses in each kind of text, the least first; dashed, in all text.
 
+    Kinds of fewer than `LEAST_SHOWN` tokens are left out, unless all are.
+
     Args:
         table: Of `evaluation.measure_losses`, with ``subset`` and ``loss_recovered``.
     """
     every, subsets = table.set_index("subset").loc["all"], table[table.subset != "all"]
+    subsets = subsets[subsets.n_tokens >= min(LEAST_SHOWN, subsets.n_tokens.max())]
     subsets = subsets.sort_values("kl")
     title = f"The reconstruction misses least in {subsets.subset.iloc[0]}"
     lost = 100 * (1 - subsets.loss_recovered), 100 * (1 - every.loss_recovered)
@@ -220,7 +224,12 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     colours = dict(zip(subsets, SUBSET_COLOURS, strict=False)) | {OTHER: "#8D939B", MIXED: PALE}
     group = drawn.top_subset.where(drawn.top_subset.isin(subsets), OTHER).mask(mixed, MIXED)
     counts = group.value_counts()
-    title = f"{(~mixed).sum():,} of {len(drawn):,} features are active mainly in one kind of text"
+    title = (
+        f"{(~mixed).sum():,} of {len(drawn):,} features have half of their activation in one kind "
+        "of text"
+        if drawn.top_subset.nunique() > 1
+        else f"{len(drawn):,} features, all of them active in one kind of text alone"
+    )
     with picture(path, title, (11, 8)) as (figure, axes):
         points = drawn[["umap_x", "umap_y"]].to_numpy()
         grown = np.clip(np.log10(drawn.frequency) / 4 + 1.25, 0, 1)  # 1 in 100,000 to 1 in 10

@@ -70,8 +70,10 @@ def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
         study_plots.plot_outputs(scores, folder / "outputs.png")
         drawn["Does a feature write what it reads?"] = folder / "outputs.png"
     if summary.get("splitting"):
-        table, family = pd.read_csv(folder / "splitting.csv"), summary["splitting"]["family"]
-        table[["label", "word"]] = table[["label", "word"]].fillna("")
+        # A label may be "null" or "None", which would count as missing.
+        numbers = dict.fromkeys(("cosine", "x", "y"), "")
+        table = pd.read_csv(folder / "splitting.csv", keep_default_na=False, na_values=numbers)
+        family = summary["splitting"]["family"]
         if family is not None:
             study_plots.plot_family(table, family, folder / "family.png")
             drawn["What does a feature become in larger dictionaries?"] = folder / "family.png"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.catalogue import Catalogue
+from utils.catalogue import N_NEIGHBOURS, Catalogue
 from utils.settings import require
 
 
@@ -44,6 +44,10 @@ def find_like(catalogue: Catalogue, feature: int, n: int) -> pd.DataFrame:
     require(
         feature in features.index and not features["dead"][feature],
         f"SEARCH_LIKE must be a living feature from 0 to {len(features) - 1}; it is {feature}.",
+    )
+    require(
+        n <= N_NEIGHBOURS,
+        f"N_FOUND must be at most {N_NEIGHBOURS} with SEARCH_LIKE: so many are kept; it is {n}.",
     )
     row = features.loc[feature]
     return features.loc[row["neighbours"][:n]].assign(match=row["neighbour_cosines"][:n])

@@ -114,6 +114,17 @@ def chosen_from(examples: pd.DataFrame) -> pd.Series:
     return (examples["bucket"] == 0) & (examples["rank"] % 2 == 0)
 
 
+def held_out(examples: pd.DataFrame) -> pd.DataFrame:
+    """Examples that nothing was taken from, one a context.
+
+    The random ones may be among the highest too: a feature's examples are the peaks of contexts.
+    """
+    source = chosen_from(examples).to_numpy()
+    places = pd.MultiIndex.from_frame(examples[["feature", "context"]])
+    others = examples[~source & ~places.isin(places[source])]
+    return others.drop_duplicates(["feature", "context"])
+
+
 def measure_specificity(
     examples: pd.DataFrame, subset_shares: dict[str, float], seed: int
 ) -> pd.DataFrame:
@@ -125,7 +136,7 @@ def measure_specificity(
         seed: Of which feature's concept each one's examples are scored by for comparison.
 
     Returns:
-        A row an example that no concept was taken from: ``feature``, ``level`` (activation as a
+        A row an example of `held_out`: ``feature``, ``level`` (activation as a
         share of the feature's maximum), ``score``, ``chance``, and ``listed``, the concept's list.
     """
     examples = examples.reset_index(drop=True)
@@ -136,14 +147,13 @@ def measure_specificity(
     examples["word"] = [word_at(*place) for place in places]
     examples["nearby"] = [_words_near(*place) for place in places]
     examples["subset"] = examples["subset"].astype(str)
-    source = chosen_from(examples)
     concepts = {
         feature: find_concept(group, subset_shares)
-        for feature, group in examples[source].groupby("feature")
+        for feature, group in examples[chosen_from(examples)].groupby("feature")
     }
     shuffled = np.random.default_rng(seed).permutation(list(concepts))
     other = dict(zip(shuffled, np.roll(shuffled, 1), strict=True))
-    scored = examples[~source & examples["feature"].isin(concepts)]
+    scored = held_out(examples)
     maxima = examples.groupby("feature")["activation"].max()
     rows = [
         {
@@ -163,8 +173,8 @@ def judge_specificity(examples: pd.DataFrame, answers: Answers, seed: int) -> pd
     labels = ask_labels(examples[chosen_from(examples)], answers)
     shuffled = np.random.default_rng(seed).permutation(list(labels))
     other = {f: labels[of] for f, of in zip(shuffled, np.roll(shuffled, 1), strict=True)}
-    scored = examples[~chosen_from(examples) & examples["feature"].isin(labels)]
-    scored = scored.reset_index(drop=True)
+    scored = held_out(examples)
+    scored = scored[scored["feature"].isin(labels)].reset_index(drop=True)
     shown = [
         show(row.pieces, marked_tokens(np.asarray(row.activations))) for row in scored.itertuples()
     ]

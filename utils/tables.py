@@ -132,20 +132,12 @@ def _lists(values: np.ndarray) -> pyarrow.Array:
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
 
 
-def feature_table(
-    found: FeaturePass,
-    examples: pyarrow.Table,
-    promoted: pd.DataFrame,
-    places: np.ndarray,
-    pieces: list[str],
-) -> pd.DataFrame:
-    """One row a feature; ``places`` (n_latents, 2) is the map of `map_directions`."""
+def feature_table(found: FeaturePass, examples: pyarrow.Table, pieces: list[str]) -> pd.DataFrame:
+    """What the pass found, one row a feature."""
     features = pd.DataFrame(found.statistics())
     features.insert(0, "feature", np.arange(len(features)))
     features["peak_tokens"], features["peak_shares"] = _peak_tokens(examples, len(features), pieces)
     features["label"] = features["peak_tokens"].map(make_label)
-    features[["promoted_tokens", "suppressed_tokens"]] = promoted
-    features["umap_x"], features["umap_y"] = places.T
     return features
 
 

@@ -46,7 +46,7 @@ function statistics(i) {
 
 function histogram(i, { histogram: counts, range }) {
   const n = counts.reduce((a, b) => a + b, 0), most = Math.max(...counts), width = range / counts.length;
-  const last = Math.ceil(index.max_activation[i] / width - 1e-6), wide = 340, high = 120, left = 4, bar = (wide - 2 * left) / last;
+  const last = counts.findLastIndex((count) => count > 0) + 1, wide = 340, high = 120, left = 4, bar = (wide - 2 * left) / last;
   const svg = make("svg", { viewBox: `0 0 ${wide} ${high + 36}`, role: "img", "aria-label": `Histogram of ${withCommas(n)} activations` });
   for (let bin = 0; bin < last; bin++) {
     const tall = counts[bin] ? Math.max(1, high * counts[bin] / most) : 0;

@@ -11,17 +11,20 @@ const canvas = byId("canvas");
 const context = canvas.getContext("2d");
 const styles = getComputedStyle(document.documentElement);
 const N_COLOURS = 9;
-let colours = [], pale = "", ink = "", page = "";
+let colours = [], pale = "", other = "", ink = "", page = "";
 
 function readColours() {
   const read = (name) => styles.getPropertyValue(name).trim();
   colours = Array.from({ length: N_COLOURS }, (_, n) => read(`--subset-${n}`));
-  [pale, ink, page] = ["--mixed", "--ink", "--card"].map(read);
+  [pale, other, ink, page] = ["--mixed", "--other", "--ink", "--card"].map(read);
 }
+
+// Subsets are in order of size; those beyond the colours share one.
+const colourOfSubset = (s) => colours[s] ?? other;
 
 // A subset's colour if it has half of a feature's activation, else that of mixed ones.
 function colourOf(i) {
-  return index.top_subset_share[i] >= 0.5 ? colours[index.subset[i] % N_COLOURS] : pale;
+  return index.top_subset_share[i] >= 0.5 ? colourOfSubset(index.subset[i]) : pale;
 }
 
 function makeMap() {
@@ -33,7 +36,7 @@ function makeMap() {
   key.firstChild.style.background = pale;
   byId("legend").replaceChildren(...index.subsets.map((name, s) => {
     const dot = make("span", { class: "dot" });
-    dot.style.background = colours[s % N_COLOURS];
+    dot.style.background = colourOfSubset(s);
     const button = make("button", { title: `Only features mostly in ${name}` }, dot, `${name} `, make("span", { class: "soft" }, withCommas(counts[s])));
     button.onclick = () => setSubset(name);
     return button;
