@@ -171,6 +171,10 @@ def test_shards_are_checked_once_while_they_are_as_they_were(store, tmp_path, mo
     log.write_text(log.read_text()[:-5])  # killed while it wrote
     store.verify(tmp_path)
     assert read[len(store.shards) + 1 :] == [1]
+    log.unlink()
+    read.clear()
+    store.verify(tmp_path, [store.n_contexts - 1, 0])
+    assert read == [0, store.shards[-1].number]
 
 
 def test_nan_is_named_by_shard_and_place(arrays, tmp_path):

@@ -12,10 +12,10 @@ from test_steering import tiny_language_model
 
 from utils.activations import ActivationStore
 from utils.explanation import (
+    SCORED,
     Quiet,
     auc,
     draw_quiet,
-    held_out,
     interval,
     make_trials,
     score_group,
@@ -27,7 +27,7 @@ from utils.language_model import residual_at
 from utils.likeness import compare_contexts, open_embedder
 from utils.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values, neurons_of
 from utils.phrases import explain, phrase, words_around
-from utils.specificity import Concept, chosen_from
+from utils.specificity import Concept, chosen_from, held_out
 
 PIECES = [" the", " rose", " tide", " garden", " harbour", " of", " is", " roses", "."]
 THE, ROSE, TIDE, GARDEN, HARBOUR, OF, IS, ROSES, STOP = range(9)
@@ -127,6 +127,9 @@ def test_features_with_too_little_to_ask_are_left_out(examples, quiet):
     quiet.active[:20, 1] = True
     few = examples[(examples["feature"] == 1) | (examples["rank"] < 8)]
     assert make_trials(held_out(few), quiet, seed=0).empty
+    none = score_group(make_analysis(), few, quiet, 2)
+    assert none.empty and list(none.columns) == list(SCORED)
+    assert summarise(none, none.assign(group="features"), 0) == {}
 
 
 def test_scores_are_balanced_accuracies_of_answers_of_yes_and_no():

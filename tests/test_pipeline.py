@@ -408,6 +408,12 @@ def test_an_analysis_of_another_autoencoder(run_here, refused, copied):
     assert "Run analyze_features.py for this autoencoder" in message
 
 
+def test_other_dictionaries_must_be_of_other_sizes(refused, copied):
+    flags = ["--other-autoencoders", copied.folder / "autoencoder"]
+    message = refused("analyze_features", *copied.analyze_features, *flags, "--overwrite")
+    assert "OTHER_AUTOENCODERS must be of other sizes" in message
+
+
 def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
     catalogue = Catalogue(tiny_run.folder / "analysis")
     found = catalogue.search("anchor", 1)["feature"].item()

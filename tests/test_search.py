@@ -51,6 +51,8 @@ def test_neighbours(catalogue):
     for feature in (3, 4):
         with pytest.raises(InputError, match="living feature from 0 to 3"):
             find_like(catalogue, feature, 5)
+    with pytest.raises(InputError, match="N_FOUND must be at most 10 with SEARCH_LIKE"):
+        find_like(catalogue, 0, 11)
 
 
 def test_prompts_known_answer():
