@@ -138,6 +138,7 @@ def plot_directions(found: list[dict], path: Path) -> None:
             axes.axvline(0, color=GREY, linewidth=0.8)
             axes.grid(axis="y", visible=False)
             axes.set(title=heading, xlabel="nats for each position moved")
+            axes.locator_params(axis="x", nbins=6)
         grid[0].set_yticks(range(len(names)), names.values())
         grid[0].invert_yaxis()
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
