@@ -325,7 +325,7 @@ def test_a_phone_shows_the_list_then_the_feature(small, visit):
     assert page.locator("#finder").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.click(".back")
-    assert page.locator("#finder").is_visible()
+    page.locator("#finder").wait_for(timeout=3_000)  # a change of address is told a moment later
 
 
 @needs_chromium
