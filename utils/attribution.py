@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from utils.activations import ActivationStore
 from utils.autoencoder import SparseAutoencoder
+from utils.bootstrap import draw_again, interval
 from utils.evaluation import as_torch
 from utils.language_model import LanguageModel, replaced_residual
 from utils.settings import require
@@ -197,11 +198,11 @@ def correlations(table: pd.DataFrame, seed: int, n_draws: int = 1_000) -> dict[s
         numbers; ``n_features`` and ``n_prompts``.
     """
     prompts = [group for _, group in table.groupby("prompt")]
-    draws = np.random.default_rng(seed).integers(0, len(prompts), (n_draws, len(prompts)))
+    draws = draw_again(len(prompts), seed, n_draws)
     names = ("attribution", "activation")
     again = [pd.concat([prompts[i] for i in draw]).corr()["ablation"] for draw in draws]
     found = {"n_features": len(table), "n_prompts": len(prompts)}
     for name in names:
-        interval = np.percentile([corr[name] for corr in again], [2.5, 97.5])
-        found[name] = [float(table.corr()["ablation"][name]), *map(float, interval)]
+        ends = interval([corr[name] for corr in again])
+        found[name] = [float(table.corr()["ablation"][name]), *ends]
     return found

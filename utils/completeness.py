@@ -23,6 +23,7 @@ from tqdm import tqdm
 from utils.activations import ActivationStore
 from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
+from utils.bootstrap import draw_again, interval
 from utils.concepts import CONCEPTS
 
 COVERED = 0.5
@@ -165,14 +166,13 @@ def fit_sigmoid(frequency: np.ndarray, covered: np.ndarray, seed: int) -> dict[s
     """
     if covered.all() or not covered.any():
         return None
-    draws = np.random.default_rng(seed).integers(0, len(covered), (N_DRAWS, len(covered)))
     middles = [
         _fit(frequency[draw], covered[draw])[1]
-        for draw in draws
+        for draw in draw_again(len(covered), seed, N_DRAWS)
         if covered[draw].any() and not covered[draw].all()
     ]
     slope, middle = _fit(frequency, covered)
-    low, high = np.percentile(middles, [2.5, 97.5])
+    low, high = interval(middles)
     half = {"half": 10**middle, "half_low": 10**low, "half_high": 10**high}
     return {"slope": slope, **{name: float(value) for name, value in half.items()}}
 

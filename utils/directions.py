@@ -22,6 +22,7 @@ from tqdm import tqdm
 from utils.activations import ActivationStore, spread
 from utils.analysis import Analysis, Findings
 from utils.autoencoder import SparseAutoencoder
+from utils.bootstrap import mean_and_interval
 from utils.evaluation import as_torch
 from utils.language_model import LanguageModel, load_language_model, replaced_residual
 from utils.neurons import draw_features
@@ -32,7 +33,6 @@ FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added t
 N_FEATURES = 50
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
 TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
-N_DRAWS = 1_000  # of the features, for intervals
 
 
 def draw_directions(
@@ -151,14 +151,12 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
     """
     grouped = table.set_index(["change", "direction", "feature"]).unstack("feature")
     n = table["feature"].nunique()
-    draws = np.random.default_rng(seed).integers(0, max(1, n), (N_DRAWS, n))
     found = []
     for change, direction in itertools.product(FACTORS, DIRECTIONS) if n else ():
         row = {"change": change, "direction": direction, "n_features": n}
         for measure in ("rise", "kl"):
             values = grouped[measure].loc[change, direction].to_numpy()
-            interval = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-            row[measure] = [float(values.mean()), *map(float, interval)]
+            row[measure] = mean_and_interval(values, seed)
         more = grouped["kl"].loc[change, "feature"].to_numpy() - values
         differs = direction != "feature" and more.any()
         p = stats.wilcoxon(more, alternative="greater").pvalue if differs else 1.0

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 from tqdm import tqdm
 
+from utils.bootstrap import mean_and_interval
 from utils.catalogue import Catalogue
 from utils.settings import require
 from utils.steering import Clamp, change_by
@@ -161,12 +162,6 @@ def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFra
     return pd.DataFrame(rows).reset_index(drop=True)
 
 
-def interval(values: np.ndarray, seed: int, n_draws: int = 2_000) -> list[float]:
-    """Mean and its 95% interval, drawing again."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_draws, len(values)))
-    return [float(np.mean(values)), *np.percentile(values[draws].mean(axis=1), [2.5, 97.5])]
-
-
 def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Mean scores over features at each strength of each method, on the prompts judged.
 
@@ -180,7 +175,8 @@ def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
         row = {"method": method, "strength": strength, "n": len(own)}
         for name in ("concept", "words", "perplexity"):
             is_ratio = name == "perplexity"
-            values = interval((np.log(own[name]) if is_ratio else own[name]).to_numpy(), seed)
+            values = np.log(own[name]) if is_ratio else own[name]
+            values = mean_and_interval(values.to_numpy(), seed)
             values = np.exp(values) if is_ratio else values
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         rows.append(row)
@@ -207,7 +203,7 @@ def summarise(best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int
         "p_feature_greater": {},
     }
     for method, other in of.items():
-        found["concept"][method] = interval(other["concept"].to_numpy(), seed)
+        found["concept"][method] = mean_and_interval(other["concept"].to_numpy(), seed)
         if method != "feature":
             differences = (own["concept"] - other["concept"].loc[own.index]).to_numpy()
             test = stats.wilcoxon(differences, alternative="greater") if differences.any() else None

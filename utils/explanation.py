@@ -22,6 +22,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils.analysis import Analysis, Findings
+from utils.bootstrap import mean_and_interval
 from utils.features import WINDOW, FeaturePass, window_start
 from utils.judge import Answers, ask_grades, ask_labels
 from utils.likeness import compare_contexts, open_embedder
@@ -319,24 +320,17 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     compared = compared.dropna(subset=["score"])
     groups = {name: own["score"] for name, own in compared.groupby("group")}
     columns = ("score", "detection", "fuzzing", "random", "likeness", "random_likeness")
-    summary = {name: interval(scored[name].dropna(), seed) for name in columns}
+    summary = {name: mean_and_interval(scored[name].dropna().to_numpy(), seed) for name in columns}
     summary |= {"n_features": len(both), "groups": {}}
     differ = (both["score"] != both["random"]).any()  # else there is no test to make
     test = stats.wilcoxon(both["score"], both["random"], alternative="greater") if differ else None
     summary["p_random"] = float(test.pvalue) if differ else 1.0
-    summary["groups"] = {name: interval(values, seed) for name, values in groups.items()}
+    summary["groups"] = {
+        name: mean_and_interval(values.to_numpy(), seed) for name, values in groups.items()
+    }
     summary["n_groups"] = {name: len(values) for name, values in groups.items()}
     if len(groups) == 2:
         features, neurons = groups["features, same tokens"], groups["neurons"]
         test = stats.mannwhitneyu(features, neurons, alternative="greater")
         summary["p_neurons"] = float(test.pvalue)
     return summary
-
-
-def interval(values: pd.Series, seed: int, n_draws: int = 2_000) -> list[float]:
-    """The mean, and its 95% interval over features drawn again (bootstrap)."""
-    if values.empty:
-        return []
-    values = values.to_numpy()
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_draws, len(values)))
-    return [float(values.mean()), *np.percentile(values[draws].mean(axis=1), [2.5, 97.5]).tolist()]

@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.compute
 
 from utils.analysis import Analysis, Findings
+from utils.bootstrap import draw_again, interval
 from utils.concepts import CONCEPTS
 from utils.judge import Answers, ask_grades, ask_labels
 from utils.questions import RUBRIC, marked_tokens, show
@@ -212,7 +213,7 @@ def by_level(scores: pd.DataFrame, seed: int, n_draws: int = 1_000) -> pd.DataFr
     scores = scores.dropna(subset=["score", "chance"])
     level = np.minimum((scores["level"] * N_LEVELS).astype(int), N_LEVELS - 1)
     features, number = np.unique(scores["feature"], return_inverse=True)
-    draws = np.random.default_rng(seed).integers(0, len(features), (n_draws, len(features)))
+    draws = draw_again(len(features), seed, n_draws)
     rows = []
     for part in range(N_LEVELS):
         own = scores[level == part]
@@ -221,7 +222,7 @@ def by_level(scores: pd.DataFrame, seed: int, n_draws: int = 1_000) -> pd.DataFr
         at = number[level == part]
         sums = np.bincount(at, own["score"], len(features))[draws].sum(axis=1)
         counts = np.bincount(at, minlength=len(features))[draws].sum(axis=1)
-        low, high = np.percentile(sums / np.maximum(1, counts), [2.5, 97.5])
+        low, high = interval(sums / np.maximum(1, counts))
         shares = {f"share_{value}": (own["score"] == value).mean() for value in range(4)}
         rows.append(
             {"low": part / N_LEVELS, "high": (part + 1) / N_LEVELS, "n": len(own)}

@@ -1,0 +1,26 @@
+"""How sure a number is: its 95% interval over what it was measured on, drawn again (bootstrap)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+N_DRAWS = 2_000
+
+
+def draw_again(n: int, seed: int, n_draws: int = N_DRAWS) -> np.ndarray:
+    """Which of ``n`` each draw has, with replacement, (n_draws, n); no draws where ``n`` is 0."""
+    return np.random.default_rng(seed).integers(0, n, (n_draws, n)) if n else np.zeros((0, 0), int)
+
+
+def interval(found: Sequence[float] | np.ndarray) -> list[float]:
+    """The two ends of the middle 95% of what the draws gave."""
+    return np.percentile(found, [2.5, 97.5]).tolist()
+
+
+def mean_and_interval(values: np.ndarray, seed: int) -> list[float]:
+    """The mean of values, (n,), and the two ends of its interval; empty where there are none."""
+    if not len(values):
+        return []
+    return [float(np.mean(values)), *interval(values[draw_again(len(values), seed)].mean(axis=1))]
