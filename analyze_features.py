@@ -203,6 +203,10 @@ def check(settings) -> None:
         f"SEARCH must hold a word; it is {settings.search!r}.",
     )
     require(
+        all(text.strip() for text in (*settings.search_prompt, *settings.search_not)),
+        "SEARCH_PROMPT and SEARCH_NOT must be of texts; one is empty.",
+    )
+    require(
         bool(settings.search_prompt) or not (settings.search_not or settings.search_token),
         "SEARCH_NOT and SEARCH_TOKEN belong to SEARCH_PROMPT, which is not given.",
     )

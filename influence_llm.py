@@ -9,7 +9,8 @@ evidence   Measures how much of their concepts features bring into texts, and at
            mean-difference vectors and random directions; writes data/influence/evidence*.csv
            and .png. Goes on where it was.
 attribute  Prints which features lead to the next token, by gradient and by ablation, and writes
-           data/influence/attribution.csv and .png; over held-out prompts too, if asked.
+           data/influence/attribution.csv, .json and .png, in place of an earlier prompt's; over
+           held-out prompts too, if asked.
 
     python influence_llm.py --prompt "My favourite food is" --feature countries --strength 0 1 2
     python influence_llm.py --feature "San Francisco" --strength auto --where generated
@@ -72,24 +73,41 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
 
 
+# What has a meaning for some uses alone; given for another, it is refused.
+ALL_STUDIES = ("steer", "evidence", "attribute")
+ONLY_FOR = {
+    **dict.fromkeys(("feature", "intervention", "strength", "where", "save_vector"), ("steer",)),
+    "n_proposals": ("steer",),
+    "max_perplexity": ("steer", "evidence"),
+    **dict.fromkeys(("n_features", "n_tried"), ("evidence",)),
+    **dict.fromkeys(("pair", "n_ablated", "n_prompts"), ("attribute",)),
+    **dict.fromkeys(("prompt_tokens", "features_per_prompt"), ("attribute",)),
+    "study": ALL_STUDIES,
+    "prompt": ("steer", "attribute", "playground"),
+    "chat_template": ("steer", "attribute", "playground"),
+    **dict.fromkeys(("max_new_tokens", "temperature"), ("steer", "evidence", "playground", "chat")),
+    "port": ("playground",),
+}
+
+
 def main() -> None:
     settings = read_settings(sys.modules[__name__])
     use_backend("torch")
+    use = use_of(settings)
     check(settings)
     catalogue, autoencoder_path = read_analysis(settings)
-    if settings.playground or settings.chat:
-        return play(settings, catalogue, autoencoder_path)
-    study = {"steer": steer, "evidence": evidence, "attribute": attribute}[settings.study]
-    study(settings, catalogue, autoencoder_path)
+    uses = {"evidence": evidence, "attribute": attribute, "chat": chat, "playground": playground}
+    uses.get(use, steer)(settings, catalogue, autoencoder_path)
 
 
 def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Texts with and without features changed."""
     from utils import generations
-    from utils.evidence import find_strength
-    from utils.export import save_vectors
+    from utils.evidence import describe_strength, find_strength
+    from utils.export import require_exportable, save_vectors
 
     # 1. Choose the features to change: by number, by word, or proposed.
+    require_exportable(settings.save_vector, catalogue.summary["layer"])
     width = shutil.get_terminal_size().columns
     features = choose_features(catalogue, settings.feature, settings.n_proposals, width)
     log = generations.open_log(settings.influence_dir)
@@ -99,8 +117,9 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     strengths = (0.0,) if settings.intervention == "ablate" else settings.strength
     if strengths == "auto":
         models = generations.load_models(catalogue, autoencoder_path)
-        strengths = [find_strength(models, catalogue, features, settings)]
-        print(f"Useful up to {strengths[0]:g} times the maximum.")
+        strength, n_fluent = find_strength(models, catalogue, features, settings)
+        print(describe_strength(strength, n_fluent, settings.intervention))
+        strengths = (strength,)
 
     # 3. Load the model and the autoencoder, unless every text is recorded already.
     requests = generations.list_requests(settings, catalogue, features, strengths)
@@ -178,7 +197,7 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     model = language_model, summary["layer"], autoencoder
 
     # 2. One pass forward and one back: what each active feature adds to the difference of logits.
-    tokens = prompt_tokens(language_model, settings.prompt)
+    tokens = prompt_tokens(language_model, settings.prompt, settings.chat_template)
     pair = attribution.token_pair(language_model, settings.pair)
     found = attribution.attribute(*model, tokens, pair, summary["outlier_norm"])
     features = attribution.of_features(found)
@@ -193,6 +212,9 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     words = [language_model.tokenizer.decode([token]) for token in (*found.pair, *tokens[0])]
     print(show_attribution(words[:2], found.difference, top, settings.prompt))
     top.to_csv(folder / "attribution.csv", index=False)
+    asked = {"prompt": settings.prompt, "chat_template": settings.chat_template}
+    found_of = {"pair": words[:2], "difference": found.difference}
+    write_json(folder / "attribution.json", asked | found_of)
     plot_attribution(found, words, labels, folder / "attribution.png")
 
     # 5. Over held-out prompts: does attribution, or mere activation, tell what ablation does?
@@ -207,36 +229,71 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
         print(show_correlations(attribution.correlations(table, settings.seed)))
 
 
-def play(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
-    """The playground in a browser, or the chat in the terminal, until the user leaves."""
+def chat(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """A chat in the terminal with features turned, until the user leaves."""
+    from utils.chat import Chat
     from utils.generations import load_models
 
-    if settings.chat:
-        from utils.chat import Chat
+    models = load_models(catalogue, autoencoder_path)
+    Chat(catalogue, *models, settings.max_new_tokens, settings.temperature, settings.seed).run()
 
-        models = load_models(catalogue, autoencoder_path)
-        how = settings.max_new_tokens, settings.temperature, settings.seed
-        return Chat(catalogue, *models, *how).run()
 
+def playground(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+    """A page to find features and turn them, until the user leaves."""
+    from utils.generations import load_models
     from utils.playground import Playground, require_free, serve
 
     require_free(settings.port)
     serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
 
 
-def check(settings: Any) -> None:
-    """Refuse wrong settings before anything is read."""
-    from utils.steering import check_change
+def use_of(settings: Any) -> str:
+    """Which of the uses is asked for: a study, the playground or the chat.
 
+    Raises:
+        InputError: There is no such study, two uses are asked for, or one is given what it has not.
+    """
     require(
-        settings.study in ("steer", "evidence", "attribute"),
+        settings.study in ALL_STUDIES,
         f"STUDY must be steer, evidence or attribute; it is {settings.study!r}.",
     )
+    require(
+        not (settings.playground and settings.chat),
+        "One of PLAYGROUND and CHAT can be on at a time.",
+    )
+    use = "playground" if settings.playground else "chat" if settings.chat else settings.study
+    for name, uses in ONLY_FOR.items():
+        value = getattr(settings, name)
+        require(
+            use in uses or value == globals()[name.upper()],
+            f"{name.upper()} is for {', '.join(uses)}; this is {use}, and {name.upper()} is "
+            f"{value!r}. Leave it out.",
+        )
+    return use
+
+
+def check(settings: Any) -> None:
+    """Refuse wrong settings before anything is read."""
+    from utils.evidence import TRIAL_MARGIN
+    from utils.steering import check_change
+
     require_positive(
-        settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "max_perplexity",
-        "n_ablated", "prompt_tokens", "features_per_prompt",
+        settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "n_ablated",
+        "features_per_prompt",
     )  # fmt: skip
-    require(settings.n_prompts >= 0, f"N_PROMPTS must not be negative; it is {settings.n_prompts}.")
+    require(
+        settings.max_perplexity * TRIAL_MARGIN > 1,
+        f"MAX_PERPLEXITY must be greater than {1 / TRIAL_MARGIN:g} times the untouched, for trials "
+        f"allow {TRIAL_MARGIN:.0%} of it; it is {settings.max_perplexity}.",
+    )
+    require(
+        settings.n_prompts == 0 or settings.n_prompts >= 2,
+        f"N_PROMPTS must be 0, or 2 and more, to correlate over; it is {settings.n_prompts}.",
+    )
+    require(
+        settings.prompt_tokens >= 2,
+        f"PROMPT_TOKENS must be at least 2, for BOS and a token; it is {settings.prompt_tokens}.",
+    )
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
         settings.strength == "auto"
@@ -251,8 +308,20 @@ def check(settings: Any) -> None:
         "STRENGTH auto needs an INTERVENTION other than ablate, and WHERE everywhere or generated.",
     )
     require(
-        not settings.save_vector or settings.strength == "auto" or len(settings.strength) == 1,
-        f"SAVE_VECTOR needs one STRENGTH; there are {len(settings.strength)}. Give one.",
+        settings.intervention != "ablate" or settings.strength == STRENGTH,
+        "STRENGTH does not matter to INTERVENTION ablate; it is "
+        f"{settings.strength}. Leave it out.",
+    )
+    require(
+        not settings.save_vector
+        or settings.strength == "auto"
+        or (len(settings.strength) == 1 and settings.strength[0] != 0),
+        f"SAVE_VECTOR needs one STRENGTH other than 0; there is {settings.strength}. Give one.",
+    )
+    require(
+        not settings.save_vector or settings.where == "everywhere",
+        "SAVE_VECTOR needs WHERE everywhere, for that is where other programs add a vector; it is "
+        f"{settings.where!r}.",
     )
     require(
         not settings.save_vector or settings.intervention in ("clamp", "add"),
@@ -260,8 +329,8 @@ def check(settings: Any) -> None:
         f"{settings.intervention}.",
     )
     require(
-        math.isfinite(settings.temperature) and settings.temperature >= 0,
-        f"TEMPERATURE must be 0 or a finite number above; it is {settings.temperature}.",
+        settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,
+        f"TEMPERATURE must be 0 or a finite number from 0.01 on; it is {settings.temperature}.",
     )
     require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
 

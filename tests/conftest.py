@@ -248,10 +248,13 @@ class Flags:
             "--activations-dir", activations, "--autoencoder-dir", autoencoder,
             "--analysis-dir", folder / "analysis",
         ]  # fmt: skip
+        self.influence_folders = [
+            "--autoencoder-dir", autoencoder, "--analysis-dir", folder / "analysis",
+            "--influence-dir", folder / "influence",
+        ]  # fmt: skip
         self.influence_llm = [
             "--prompt", "rose tulip ship", "--max-new-tokens", 100,
-            "--strength", 0, 2, 4, 6, 8, 10, "--autoencoder-dir", autoencoder,
-            "--analysis-dir", folder / "analysis", "--influence-dir", folder / "influence",
+            "--strength", 0, 2, 4, 6, 8, 10, *self.influence_folders,
         ]  # fmt: skip
 
 

@@ -76,6 +76,7 @@ def test_attributions_are_activations_times_the_gradient_along_their_rows(model,
     found = attribute(*model, tokens, (7, 20), math.inf)
     autoencoder = model[2]
     latents = encode(autoencoder, residual_at(model[0], tokens, LAYER)[0]).double()
+    latents[0] = 0  # BOS
     W_dec, scale = as_torch(autoencoder.W_dec).double(), float(autoencoder.scale)
     expected = latents * (found.gradient @ W_dec.T) / scale
     dense = np.zeros(expected.shape)

@@ -37,7 +37,7 @@ def analysis(tiny_run, tiny_model, tmp_path_factory):
 @pytest.fixture
 def say(tiny_run, analysis, request):
     """Type a line; the answer, up to where the next line can be typed."""
-    flags = [*tiny_run.flags.influence_llm, "--chat", "--max-new-tokens", request.param]
+    flags = [*tiny_run.flags.influence_folders, "--chat", "--max-new-tokens", request.param]
     flags += ["--analysis-dir", analysis]
     program, *words = command("influence_llm", *flags)
     child = pexpect.spawn(
@@ -124,8 +124,8 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(say):
 
 
 def test_a_model_without_a_chat_template_is_refused(tiny_run, run_here):
-    ended = run_here("influence_llm", *tiny_run.flags.influence_llm, "--chat", check=False)
-    assert "needs a model with a chat template" in ended.message
+    ended = run_here("influence_llm", *tiny_run.flags.influence_folders, "--chat", check=False)
+    assert "need a model with a chat template" in ended.message
 
 
 def test_an_answer_cannot_command_the_terminal():

@@ -93,6 +93,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path, tiny_run, run_here):
     with pytest.raises(InputError, match="no control vector for layer 0"):
         require_exportable([tmp_path / "v.gguf"], 0)
     require_exportable([tmp_path / "v.safetensors"], 0)
+    (tmp_path / "d.gguf").mkdir()
+    with pytest.raises(InputError, match=r"must be a file; .*d\.gguf is a folder"):
+        require_exportable([tmp_path / "d.gguf"], 3)
     flags = [*tiny_run.flags.influence_llm, "--save-vector", tmp_path / "v.gguf"]
     ended = run_here("influence_llm", *flags, check=False)
-    assert "SAVE_VECTOR needs one STRENGTH; there are 6" in ended.message
+    assert "SAVE_VECTOR needs one STRENGTH other than 0" in ended.message

@@ -42,7 +42,8 @@ def free_port() -> int:
 def address(tiny_run):
     """Of the page, served by the user's command."""
     port = free_port()
-    flags = [*tiny_run.flags.influence_llm, "--playground", "--port", port]
+    flags = [*tiny_run.flags.influence_folders, "--prompt", "rose tulip ship"]
+    flags += ["--max-new-tokens", 100, "--playground", "--port", port]
     process = subprocess.Popen(
         command("influence_llm", *flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
     )
@@ -243,7 +244,7 @@ def test_dead_and_missing_features_are_not_found(playground):
 def test_a_port_that_is_taken_is_refused(tiny_run, run_here):
     with socket.create_server((HOST, 0)) as server:
         port = server.getsockname()[1]
-        flags = [*tiny_run.flags.influence_llm, "--playground", "--port", port]
+        flags = [*tiny_run.flags.influence_folders, "--playground", "--port", port]
         ended = run_here("influence_llm", *flags, check=False)
     assert re.search(rf"PORT must be free on {HOST}; {port} is not .*--port", ended.message)
     assert "Loading" not in ended.stdout

@@ -132,12 +132,13 @@ def test_steered_residual_moves_to_the_target(
     )
     latent = encode(autoencoder, residual)[..., feature, None]
     expected = (2.0 * 3.0 / norm - latent) * direction(autoencoder, feature)
+    expected[:, 0] = 0  # BOS
     torch.testing.assert_close(changed - residual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_present_activation_changes_nothing(language_model, autoencoder, tokens, features):
-    # One position, because the present activation differs between positions.
-    first = tokens[:, :1]
+    # One position, because the present activation differs between positions; not BOS.
+    first = tokens[:, 1:2]
     activations = encode(autoencoder, residual_at(language_model, first, LAYER))[0, 0]
     activations = activations * as_torch(autoencoder.decoder_norms())
     feature = int(activations.argmax())
@@ -167,6 +168,7 @@ def test_interventions(
     present = encode(autoencoder, residual)[..., feature, None] * norm
     assert (present > 0).any()
     expected = (target(present) - present) * direction(autoencoder, feature) / norm
+    expected[:, 0] = 0  # BOS
     torch.testing.assert_close(changed - residual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -196,6 +198,7 @@ def test_ablation_changes_no_bit_where_the_feature_is_silent(
     language_model, autoencoder, tokens, residual, features
 ):
     active = encode(autoencoder, residual)[0] > 0
+    active[0] = False  # BOS is never changed
     partly = [i for i in features if active[:, i].any() and not active[:, i].all()]
     changed = steered_residual(
         language_model, tokens, autoencoder, [Clamp(partly[0], 0.0, 5.0)], math.inf
@@ -219,8 +222,18 @@ def test_outliers_are_left_alone(language_model, autoencoder, tokens, residual, 
         language_model, tokens, autoencoder, [Clamp(features[0], 2.0, 3.0)], limit
     )
     same = (changed == residual).all(dim=-1)
-    assert same.any()
-    assert torch.equal(same, norms > limit)
+    is_bos = tokens == language_model.bos
+    assert (same & ~is_bos).any()
+    assert torch.equal(same, (norms > limit) | is_bos)
+
+
+def test_bos_within_a_text_is_left_alone(language_model, autoencoder, tokens, features):
+    twice = torch.cat([tokens, tokens], dim=1)
+    residual = residual_at(language_model, twice, LAYER)
+    clamps = [Clamp(features[0], 2.0, 3.0)]
+    changed = steered_residual(language_model, twice, autoencoder, clamps, math.inf)
+    same = (changed == residual).all(dim=-1)
+    assert torch.equal(same, twice == language_model.bos) and same.sum() == 2
 
 
 def test_reconstruction_and_error_are_the_residual(autoencoder, residual):
@@ -255,6 +268,7 @@ def test_half_precision_models(dtype, autoencoder, tokens, features):
     changed = steered_residual(half, tokens, autoencoder, clamps, math.inf)
     assert changed.dtype == dtype
     expected = untouched.float() + change_by(autoencoder, clamps)(untouched)
+    expected[:, 0] = untouched[:, 0]  # BOS
     assert torch.equal(changed, expected.to(dtype))
 
 
@@ -282,7 +296,11 @@ def test_clamps_are_checked(language_model, autoencoder):
         ([[], [Clamp(3, math.nan, 1.0)]], "everywhere", "STRENGTH must be finite; it is nan"),
         ([Clamp(3, 1.0, 1.0, "push")], "everywhere", "INTERVENTION must be one of clamp, add"),
         ([Clamp(3, 1.0, 1.0)], "somewhere", "WHERE must be everywhere or generated, or positions"),
-        ([Clamp(3, 1.0, 1.0)], [-1], "or positions from 0, BOS, on; it is .-1"),
+        (
+            [Clamp(3, 1.0, 1.0)],
+            [-1],
+            "or positions from 1 on, for BOS, at 0, is never .*; it is .-1",
+        ),
     ]:
         with (
             pytest.raises(InputError, match=rule),
@@ -310,7 +328,7 @@ def test_places(language_model, autoencoder, features, use_cache):
     clamps = [Clamp(features[0], 3.0, 4.0, "add")]
     prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8")]  # 7 and 3 tokens
     for where, expected in {
-        "everywhere": ([0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4]),
+        "everywhere": ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4]),
         "generated": ([7, 8], [3, 4]),
         (2, 7): ([2, 7], [2]),
     }.items():
@@ -344,7 +362,7 @@ def test_a_padded_batch_says_what_its_prompts_say_alone(language_model, autoenco
 
 def test_chat_is_put_into_the_models_template(language_model, monkeypatch):
     with pytest.raises(
-        InputError, match="CHAT_TEMPLATE needs a model with a chat template; tiny has none"
+        InputError, match="CHAT_TEMPLATE need a model with a chat template; tiny has none"
     ):
         generate(language_model, PROMPT, 3, chat=True)
     template = "{{ bos_token }} w5 {{ messages[0].content }} w6"

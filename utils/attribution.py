@@ -24,7 +24,7 @@ from utils.activations import ActivationStore
 from utils.autoencoder import SparseAutoencoder
 from utils.bootstrap import draw_again, interval
 from utils.evaluation import as_torch
-from utils.language_model import LanguageModel, replaced_residual
+from utils.language_model import LanguageModel, learnt_positions, replaced_residual
 from utils.settings import require
 from utils.steering import encode
 
@@ -69,6 +69,7 @@ def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[i
             "A word within a text begins with a space, as in ' France'.",
         )
         numbers += tokens
+    require(numbers[0] != numbers[1], f"PAIR must be two different tokens; it is {words}.")
     return tuple(numbers)
 
 
@@ -87,7 +88,7 @@ def attribute(
         layer: The block whose output the autoencoder is of.
         tokens: Of the prompt, shape (1, context).
         pair: Numbers of the two tokens; None: the likeliest and the second.
-        outlier_norm: Positions of a larger raw norm are left out, as they were of training.
+        outlier_norm: BOS and positions of a larger raw norm are left out, as they were of training.
     """
     kept = []
 
@@ -102,7 +103,7 @@ def attribute(
         (gradient,) = torch.autograd.grad(difference, kept[0])
     residual, gradient = kept[0].detach()[0], gradient[0]
     latents = encode(autoencoder, residual)
-    latents[residual.norm(dim=-1) > outlier_norm] = 0
+    latents *= learnt_positions(language_model, tokens[0], residual, outlier_norm)[:, None]
     position, feature = latents.nonzero(as_tuple=True)
     value = latents[position, feature]
     rows = as_torch(ops.take(autoencoder.W_dec, feature, axis=0)).to(value.device)
@@ -138,12 +139,14 @@ def ablate(
     Returns:
         Logits, shape (len(features),).
     """
+    if not len(features):
+        return np.zeros(0)
     effects = []
     for some in torch.tensor(np.array(features), device=language_model.device).split(N_TOGETHER):
 
         def remove(residual, some=some):
             present = encode(autoencoder, residual[0], some).T  # (features, context)
-            present[:, residual[0].norm(dim=-1) > outlier_norm] = 0
+            present *= learnt_positions(language_model, found.tokens[0], residual[0], outlier_norm)
             rows = as_torch(ops.take(autoencoder.W_dec, some, axis=0)).to(residual.device)
             change = present[..., None] * rows[:, None]
             return residual - change / as_torch(autoencoder.scale).to(residual.device)

@@ -152,6 +152,8 @@ class Chat:
             for (text,) in stream(self.language_model, tokens, self.steering, *self.how):
                 print(printable(text[len(said) :]), end="", flush=True)
                 said = text
+        except InputError as error:  # the conversation is too long, or a strength too large
+            raise InputError(f"{error} /reset begins a new conversation.") from None
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()

@@ -60,28 +60,34 @@ def least_fluent(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(each).groupby(["feature", "method", "strength"]).max().reset_index()
 
 
-def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> float:
+def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> tuple[float, int]:
     """Where the useful range of a feature and method ends: the last strength before fluency breaks.
 
     It breaks where after any prompt the perplexity is above `TRIAL_MARGIN` of ``max_perplexity``
-    times the untouched, or the text is more repetitive by `MORE_REPETITION`. The least strength, if
-    it is broken already there.
+    times the untouched, or the text is more repetitive by `MORE_REPETITION`.
 
     Args:
         worst: Of `least_fluent`, of one feature and method.
+
+    Returns:
+        The strength, the least if fluency is broken already there; and at how many strengths, from
+        the least on, it is not.
     """
     worst = worst.sort_values("strength")
     most = TRIAL_MARGIN * max_perplexity
     fluent = (worst["perplexity"] <= most) & (worst["more_repetition"] <= MORE_REPETITION)
     n_fluent = int(fluent.cummin().sum())
-    return float(worst["strength"].iloc[max(0, n_fluent - 1)])
+    return float(worst["strength"].iloc[max(0, n_fluent - 1)]), n_fluent
 
 
-def find_strength(models: tuple, catalogue: Catalogue, features: list[int], settings: Any) -> float:
-    """The useful strength of features changed together, tried on `TRIAL_PROMPTS`.
+def find_strength(
+    models: tuple, catalogue: Catalogue, features: list[int], settings: Any
+) -> tuple[float, int]:
+    """The `useful_strength` of features changed together, tried on `TRIAL_PROMPTS`.
 
     Args:
-        settings: ``intervention, where, max_perplexity``, and those of the generation.
+        settings: ``intervention, where, chat_template, max_perplexity``, and those of the
+            generation.
     """
     maxima = catalogue.features["max_activation"]
     places = list(itertools.product((0.0, *STRENGTHS), TRIAL_PROMPTS))
@@ -93,7 +99,8 @@ def find_strength(models: tuple, catalogue: Catalogue, features: list[int], sett
     ]
     change = change_by(models[1], rows, models[0].device)
     prompts = [prompt for _, prompt in places]
-    records = write_texts(models, catalogue, change, prompts, features[0], settings, settings.where)
+    how = settings.where, settings.chat_template
+    records = write_texts(models, catalogue, change, prompts, features[0], settings, *how)
     table = pd.DataFrame(records).assign(feature=features[0], method="feature", prompt=prompts)
     table["strength"] = [strength for strength, _ in places]
     table.loc[table["strength"] == 0, "method"] = "untouched"
@@ -101,11 +108,20 @@ def find_strength(models: tuple, catalogue: Catalogue, features: list[int], sett
     return useful_strength(worst[worst["method"] == "feature"], settings.max_perplexity)
 
 
+def describe_strength(strength: float, n_fluent: int, intervention: str) -> str:
+    """What `find_strength` found, as a sentence."""
+    unit = "times what is there" if intervention == "scale" else "times the maximum"
+    if n_fluent == 0:
+        return f"Texts fall apart already at {strength:g} {unit}, the least tried; this is there."
+    rest = ", the most tried" if n_fluent == len(STRENGTHS) else ""
+    return f"Texts stay fluent up to {strength:g} {unit}{rest}."
+
+
 def steers(texts: Texts, feature: int, max_perplexity: float) -> bool:
     """Whether a clamp at the strength found for it raises a feature's concept on trial."""
     table = texts.of(feature, ("untouched", "feature"), TRIAL_PROMPTS)
     worst = least_fluent(table)
-    strength = useful_strength(worst[worst["method"] == "feature"], max_perplexity)
+    strength, _ = useful_strength(worst[worst["method"] == "feature"], max_perplexity)
     found = relative(table).set_index(["method", "strength"]).loc[("feature", strength)]
     return bool(found["concept"] > found["untouched_concept"])
 
@@ -151,7 +167,7 @@ def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFra
     rows = []
     for feature, worst in trial.groupby("feature"):
         found = {
-            method: useful_strength(worst[worst["method"] == method], max_perplexity)
+            method: useful_strength(worst[worst["method"] == method], max_perplexity)[0]
             for method in METHODS
         }
         rows += [judged.loc[(feature, *place)] for place in found.items()]

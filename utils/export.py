@@ -17,6 +17,7 @@ after the block's last addition), which is our layer N; it has no direction for 
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
     """Refuse files that a vector of ``layer`` cannot be saved as.
 
     Raises:
-        InputError: An unknown ending, a folder that is not there, or layer 0 for llama.cpp.
+        InputError: An unknown ending, no folder to write to, a folder in the file's place, or layer
+            0 for llama.cpp.
     """
     for path in map(Path, paths):
         require(
@@ -48,8 +50,10 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
             f"SAVE_VECTOR must end in {' or '.join(FORMATS)}; it is {path}.",
         )
         require(
-            path.parent.is_dir(), f"SAVE_VECTOR must be in a folder that exists; {path} is not."
+            path.parent.is_dir() and os.access(path.parent, os.W_OK),
+            f"SAVE_VECTOR must be in a folder that exists and can be written to; {path} is not.",
         )
+        require(not path.is_dir(), f"SAVE_VECTOR must be a file; {path} is a folder.")
         require(
             path.suffix != ".gguf" or layer > 0,
             "llama.cpp has no control vector for layer 0. Save a .safetensors instead.",
@@ -57,9 +61,19 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
 
 
 def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> torch.Tensor:
-    """What the clamps would add if their features were not active, raw, float32, (d_model,)."""
+    """What the clamps would add if their features were not active, raw, float32, (d_model,).
+
+    Raises:
+        InputError: A strength is so large that the vector is not finite.
+    """
     added = [dataclasses.replace(clamp, how="add") for clamp in clamps]
-    return change_by(autoencoder, added)(torch.zeros(autoencoder.d_model))
+    vector = change_by(autoencoder, added)(torch.zeros(autoencoder.d_model))
+    require(
+        bool(vector.isfinite().all()),
+        f"STRENGTH must keep a saved vector finite; at {[clamp.strength for clamp in clamps]} it "
+        "is not. −10 to 10 is the useful range.",
+    )
+    return vector
 
 
 def save_vectors(
@@ -68,16 +82,15 @@ def save_vectors(
     """Save the vector of some clamps to every path.
 
     Args:
-        paths: Their endings choose the formats.
+        paths: Fit for it, by `require_exportable`; their endings choose the formats.
         clamps: Of different features.
         summary: The catalogue's, for the model's name and the layer.
         autoencoder_path: The autoencoder that the features are of.
 
     Raises:
-        InputError: As for `require_exportable`.
+        InputError: As for `steering_vector`.
     """
     name, layer = summary["model_name"], summary["layer"]
-    require_exportable(paths, layer)
     architecture = read_config(name, layer).get_text_config().model_type
     vector = steering_vector(load_autoencoder(autoencoder_path), clamps)
     for path in paths:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.artifacts import append_record, make_folder, records_of
-from utils.language_model import load_language_model
+from utils.language_model import LanguageModel, load_language_model
 from utils.saved import load_autoencoder
-from utils.steering import Clamp, generate, steered
+from utils.settings import require
+from utils.steering import Clamp, generate, prompt_tokens, steered
 
 
 def list_requests(
@@ -83,11 +84,24 @@ def generate_records(
             yield {**recorded[key(request)], "was_recorded": True}
             continue
         if untouched is None:
+            require_reach(models[0], request)
             untouched = generate_text(models, request, steer=False)
         steered = generate_text(models, request, steer=True)
         record = {"request": request, "untouched": untouched, "steered": steered}
         append_record(log, record)
         yield record
+
+
+def require_reach(language_model: LanguageModel, request: dict[str, Any]) -> None:
+    """Refuse positions that are all beyond the text that a request can come to."""
+    prompt = prompt_tokens(language_model, request["prompt"], request["chat_template"])
+    end = prompt.shape[1] + request["max_new_tokens"]
+    where = request["where"]
+    require(
+        isinstance(where, str) or min(where) < end,
+        f"WHERE must have a position below {end}, where the text ends at the latest; it is "
+        f"{where}.",
+    )
 
 
 def clamps_of(request: dict[str, Any]) -> list[Clamp]:

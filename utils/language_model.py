@@ -177,6 +177,38 @@ def replaced_residual(
         handle.remove()
 
 
+@contextlib.contextmanager
+def watched_tokens(language_model: LanguageModel) -> Iterator[list[torch.Tensor]]:
+    """While open, the list's one entry is the tokens of the pass under way, (batch, context)."""
+    tokens = []
+
+    def watch(_module, inputs, options):
+        tokens[:] = [options["input_ids"] if "input_ids" in options else inputs[0]]
+
+    handle = language_model.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield tokens
+    finally:
+        handle.remove()
+
+
+def learnt_positions(
+    language_model: LanguageModel, tokens: torch.Tensor, residual: torch.Tensor, outlier_norm: float
+) -> torch.Tensor:
+    """The positions that autoencoders are trained on: not BOS, wherever it is, and no outlier.
+
+    Args:
+        tokens: Any shape.
+        residual: Raw, of that shape and d_model.
+        outlier_norm: Positions of a larger norm are outliers.
+
+    Returns:
+        Bool, of the tokens' shape.
+    """
+    tokens = tokens.to(residual.device)
+    return (tokens != language_model.bos) & (residual.float().norm(dim=-1) <= outlier_norm)
+
+
 @torch.inference_mode()
 def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream after block ``layer``; the blocks above it are not run.

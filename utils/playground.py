@@ -24,8 +24,8 @@ from utils.autoencoder import SparseAutoencoder
 from utils.catalogue import Catalogue
 from utils.embedded import TITLES
 from utils.evaluation import as_torch
-from utils.language_model import LanguageModel, residual_at
-from utils.settings import InputError
+from utils.language_model import LanguageModel, learnt_positions, residual_at
+from utils.settings import InputError, require
 from utils.steering import Clamp, change_by, changed, encode, prompt_tokens
 from utils.streaming import stream
 from utils.terminal import one_line
@@ -111,7 +111,7 @@ class Playground:
             latents = encode(self.autoencoder, residual) * as_torch(
                 self.autoencoder.decoder_norms()
             )
-        if residual.float().norm() > self.outlier_norm:
+        if not learnt_positions(self.language_model, tokens[0, -1], residual, self.outlier_norm):
             return []
         strongest = latents.topk(N_FOUND)
         pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
@@ -158,7 +158,8 @@ def build_page(playground: Playground, settings: Any) -> gr.Blocks:
     """The page: what is seen, and what each control does.
 
     Args:
-        settings: What the controls begin with: ``prompt, max_new_tokens, temperature, seed``.
+        settings: What the controls begin with: ``prompt, chat_template, max_new_tokens,
+            temperature, seed``.
     """
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
         _connect(playground, _lay_out(playground, settings))
@@ -199,12 +200,13 @@ def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
                 elem_id="prompt",
             )
             seen.chat = gr.Checkbox(
+                settings.chat_template,
                 label="Ask it, in the model's chat template",
                 visible=playground.language_model.tokenizer.chat_template is not None,
                 elem_id="chat",
             )
             seen.tokens = gr.HighlightedText(
-                playground.pieces(settings.prompt, False),
+                playground.pieces(settings.prompt, settings.chat_template),
                 label="Its tokens; click one for its top features",
                 elem_id="tokens",
             )
@@ -214,7 +216,9 @@ def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
                     settings.max_new_tokens, label="New tokens", precision=0, minimum=1
                 )
                 seen.temperature = gr.Number(settings.temperature, label="Temperature", minimum=0)
-                seen.seed = gr.Number(settings.seed, label="Seed", precision=0, minimum=0)
+                seen.seed = gr.Number(
+                    settings.seed, label="Seed", precision=0, minimum=0, maximum=2**32
+                )
             with gr.Row():
                 seen.go = gr.Button("Generate", variant="primary", elem_id="go")
                 seen.stop = gr.Button("Stop", elem_id="stop")
@@ -314,14 +318,15 @@ def _turned(playground: Playground, strengths: dict[int, float]) -> list[Any]:
 
 
 def require_free(port: int) -> None:
-    """Refuse a port that another process listens on, before the model is loaded.
+    """Refuse no port, and one that another process listens on, before the model is loaded.
 
     Raises:
-        InputError: It is taken, or not for this user.
+        InputError: It is none, taken, or not for this user.
     """
+    require(1 <= port <= 65_535, f"PORT must be from 1 to 65535; it is {port}.")
     try:
         socket.create_server((HOST, port)).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InputError(
             f"PORT must be free on {HOST}; {port} is not ({error}). Choose another --port."
         ) from None
@@ -331,7 +336,8 @@ def serve(playground: Playground, settings: Any) -> None:
     """Show the page on this machine, at ``settings.port``, until Ctrl-C; see `build_page`."""
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
     print(f"Playground: http://{HOST}:{settings.port}  (Ctrl-C ends it)", flush=True)
-    build_page(playground, settings).launch(
-        server_name=HOST, server_port=settings.port, share=False, quiet=True, theme=theme, css=CSS,
-        ssr_mode=False, mcp_server=False, footer_links=[],
-    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        build_page(playground, settings).launch(
+            server_name=HOST, server_port=settings.port, share=False, quiet=True, theme=theme,
+            css=CSS, ssr_mode=False, mcp_server=False, footer_links=[],
+        )  # fmt: skip

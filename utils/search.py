@@ -101,7 +101,7 @@ def pool_prompts(
     import torch
 
     from utils.evaluation import as_torch
-    from utils.language_model import load_language_model, residual_at
+    from utils.language_model import learnt_positions, load_language_model, residual_at
     from utils.saved import load_autoencoder
     from utils.steering import encode, prompt_tokens
 
@@ -114,15 +114,14 @@ def pool_prompts(
     for prompt in prompts:
         tokens = prompt_tokens(language_model, prompt)
         residual = residual_at(language_model, tokens, layer)[0]
-        kept = (residual.float().norm(dim=-1) <= outlier_norm).cpu()
-        kept[0] = False  # BOS, whatever its norm
+        kept = learnt_positions(language_model, tokens[0], residual, outlier_norm).cpu()
         if token is not None:
             pieces = [language_model.tokenizer.decode([number]) for number in tokens[0]]
             at = [i for i, piece in enumerate(pieces) if piece.strip() == token.strip()]
             require(
                 bool(at) and bool(kept[at[-1]]),
-                f"SEARCH_TOKEN must be a token of each prompt, and not a norm outlier; {token!r} "
-                f"is not among {pieces[1:]}.",
+                "SEARCH_TOKEN must be a token of each prompt, and neither BOS nor a norm outlier; "
+                f"{token!r} is not among {pieces[1:]}.",
             )
             kept = kept & (torch.arange(len(kept)) == at[-1])
         latents = encode(autoencoder, residual[kept]).cpu() * norms

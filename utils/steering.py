@@ -27,7 +27,12 @@ from keras import ops
 
 from utils.autoencoder import SparseAutoencoder
 from utils.evaluation import as_torch
-from utils.language_model import LanguageModel, replaced_residual
+from utils.language_model import (
+    LanguageModel,
+    learnt_positions,
+    replaced_residual,
+    watched_tokens,
+)
 from utils.settings import require
 
 INTERVENTIONS = ("clamp", "add", "scale", "ablate")
@@ -69,7 +74,7 @@ def encode(
     """
     rows = residual.float().reshape(-1, residual.shape[-1])
     latents = as_torch(autoencoder.encode(rows, features))
-    return latents.reshape(*residual.shape[:-1], -1).to(residual.device)
+    return latents.reshape(*residual.shape[:-1], latents.shape[-1]).to(residual.device)
 
 
 def change_by(
@@ -138,8 +143,9 @@ def check_change(how: str, where: str | Sequence[int] = "everywhere") -> None:
         f"INTERVENTION must be one of {', '.join(INTERVENTIONS)}; it is {how!r}.",
     )
     require(
-        where in PLACES if isinstance(where, str) else len(where) > 0 and min(where) >= 0,
-        f"WHERE must be {' or '.join(PLACES)}, or positions from 0, BOS, on; it is {where!r}.",
+        where in PLACES if isinstance(where, str) else len(where) > 0 and min(where) > 0,
+        f"WHERE must be {' or '.join(PLACES)}, or positions from 1 on, for BOS, at 0, is never "
+        f"changed; it is {where!r}.",
     )
 
 
@@ -153,9 +159,10 @@ def changed(
 ) -> Iterator[None]:
     """While open, ``change`` of it is added to the output of block ``layer``.
 
-    Positions whose raw norm is above ``outlier_norm`` (BOS and a few others, 10 to 100 times the
-    rest) are left alone: they were kept out of training, so the latents there mean nothing, and
-    the model uses these positions as attention sinks, whose content is not about the text.
+    BOS, wherever it is, and positions whose raw norm is above ``outlier_norm`` (a few others, 10 to
+    100 times the rest) are left alone: they were kept out of training, so the latents there mean
+    nothing, and the model uses these positions as attention sinks, whose content is not about the
+    text.
 
     A position's change depends on that position alone, so batches work, padded or not, and so does
     a KV cache: with and without it the model says the same. Computed in float32, returned in the
@@ -165,7 +172,7 @@ def changed(
         language_model: The model to change.
         layer: The block, counted from 0.
         change: Of a raw residual stream in float32, to the same shape.
-        outlier_norm: That of the activations; ``math.inf`` changes all positions.
+        outlier_norm: That of the activations; ``math.inf`` changes all positions but BOS.
         where: ``"everywhere"``; ``"generated"``, from the first generated token on: what comes
             after the first pass while this is open, which is the prompt's; or positions.
 
@@ -178,7 +185,7 @@ def changed(
 
     def replace(residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         activations = residual.float()
-        chosen = activations.norm(dim=-1) <= outlier_norm
+        chosen = learnt_positions(language_model, fed[0], activations, outlier_norm)
         if where == "generated":
             ends[:] = ends or [positions[:, -1:]]
             chosen &= positions > ends[0]
@@ -195,7 +202,8 @@ def changed(
         )
         return torch.where(chosen, changed, residual)
 
-    with replaced_residual(language_model.blocks[layer], replace, with_positions=True):
+    block = language_model.blocks[layer]
+    with watched_tokens(language_model) as fed, replaced_residual(block, replace, True):
         yield
 
 
@@ -238,8 +246,8 @@ def prompt_tokens(
     if chat:
         require(
             bool(tokenizer.chat_template),
-            f"CHAT_TEMPLATE needs a model with a chat template; {language_model.name} has none. "
-            "Turn it off, or use an instruction-tuned model.",
+            f"CHAT and CHAT_TEMPLATE need a model with a chat template; {language_model.name} has "
+            "none. Leave them out, or use an instruction-tuned model.",
         )
         is_text = isinstance(prompt, str)
         messages = [{"role": "user", "content": prompt}] if is_text else prompt

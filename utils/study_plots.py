@@ -11,6 +11,7 @@ from matplotlib import ticker
 from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 
 N_SHOWN = 5  # features of a token
+N_POSITIONS = 60  # tokens of a prompt whose attributions are drawn
 GREEN = "#117733"
 
 
@@ -291,10 +292,16 @@ def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path
     title = f"What makes “{first.strip()}” likelier than “{second.strip()}”: "
     title += f"{found.difference:.2f} logits"
     places = found.places.sort_values("attribution", key=abs, ascending=False)
-    height = 1.2 + 0.34 * len(prompt)
+    total = places["attribution"].abs().groupby(places["position"]).sum()
+    total = total.reindex(range(len(prompt)), fill_value=0.0)
+    positions = sorted(total.nlargest(N_POSITIONS).index)
+    some = f"; of {len(prompt)} tokens the {N_POSITIONS} that count most" * (
+        len(prompt) > N_POSITIONS
+    )
+    height = 1.2 + 0.34 * len(positions)
     with picture(path, title, (9, height)) as (_, axes):
-        for position in range(len(prompt)):
-            own = places[places.position == position].head(N_SHOWN)
+        for position, token in enumerate(positions):
+            own = places[places.position == token].head(N_SHOWN)
             ends = {True: 0.0, False: 0.0}
             for value in own.attribution:
                 colour = ORANGE if value > 0 else BLUE
@@ -305,10 +312,11 @@ def plot_attribution(found: Any, words: list[str], labels: pd.Series, path: Path
             text = "; ".join(named[:2]).replace("$", r"\$")
             axes.text(1.02, position, text, color=GREY, **place)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_yticks(range(len(prompt)), [word.replace("$", r"\$") for word in prompt])
+        shown = [prompt[token].replace("$", r"\$") for token in positions]
+        axes.set_yticks(range(len(shown)), shown)
         axes.set(xlabel="attribution (logits); orange adds, blue takes away")
-        axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest")
-        axes.set_ylim(len(prompt) - 0.4, -0.6)
+        axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest{some}")
+        axes.set_ylim(len(positions) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
 
 

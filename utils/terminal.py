@@ -176,7 +176,8 @@ def show_attribution(pair: Sequence[str], difference: float, top: Any, prompt: s
     first, second = (repr(one_line(word)) for word in pair)
     lines = [
         f"Prompt: {one_line(prompt)}",
-        f"The logit of {first} is {difference:.2f} above that of {second}. What adds to that:",
+        f"The logit of {first} is {abs(difference):.2f} {'below' if difference < 0 else 'above'} "
+        f"that of {second}. What adds to the first:",
         "",
         "feature  attribution  ablation  activation  label",
     ]

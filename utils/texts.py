@@ -34,7 +34,12 @@ from utils.artifacts import append_record
 from utils.catalogue import Catalogue, words_of
 from utils.evaluation import as_torch, split_reconstruction
 from utils.generations import key, read_records
-from utils.language_model import LanguageModel, replaced_residual, residual_at
+from utils.language_model import (
+    LanguageModel,
+    learnt_positions,
+    replaced_residual,
+    residual_at,
+)
 from utils.steering import (
     Clamp,
     change_by,
@@ -90,7 +95,7 @@ def read_again(
         with replaced_residual(language_model.blocks[layer], kept.append):
             logits = language_model.model(tokens, use_cache=False).logits
         latents = encode(autoencoder, kept[0], chosen)[..., 0] * norm
-        latents[kept[0].norm(dim=-1) > outlier_norm] = 0
+        latents *= learnt_positions(language_model, tokens, kept[0], outlier_norm)
         for row, (prompt, text) in enumerate(some):
             at = slice(prompt.shape[1], prompt.shape[1] + len(text))
             before = logits[row, at.start - 1 : at.stop - 1].float()
@@ -108,6 +113,7 @@ def write_texts(
     feature: int,
     settings: Any,
     where: str | Sequence[int] = "everywhere",
+    chat: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate a text after each prompt, with ``change`` of `steering.changed`, and score it.
 
@@ -117,7 +123,7 @@ def write_texts(
     language_model, _ = models
     layer, outlier_norm = catalogue.summary["layer"], catalogue.summary["outlier_norm"]
     known = catalogue.features.loc[feature]
-    tokens = [prompt_tokens(language_model, prompt) for prompt in prompts]
+    tokens = [prompt_tokens(language_model, prompt, chat) for prompt in prompts]
     with changed(language_model, layer, change, outlier_norm, where):
         texts = generate_tokens(
             language_model,
@@ -153,8 +159,9 @@ def mean_difference(
         rows = []
         for window in examples["tokens"]:
             tokens = torch.tensor([[language_model.bos, *window[window >= 0]]])
-            residual = residual_at(language_model, tokens, layer)[0, 1:].float()
-            rows.append(residual[residual.norm(dim=-1) <= catalogue.summary["outlier_norm"]])
+            residual = residual_at(language_model, tokens, layer)[0].float()
+            limit = catalogue.summary["outlier_norm"]
+            rows.append(residual[learnt_positions(language_model, tokens[0], residual, limit)])
         means.append(torch.cat(rows).mean(dim=0))
     return means[0] - means[1]
 
@@ -214,7 +221,8 @@ class Texts:
         self.models, self.catalogue, self.settings, self.log = models, catalogue, settings, log
         names = ("max_new_tokens", "temperature", "seed")
         self._fixed = {name: getattr(settings, name) for name in names}
-        self._fixed["autoencoder_fingerprint"] = catalogue.summary["autoencoder_fingerprint"]
+        for name in ("model_name", "layer", "outlier_norm", "autoencoder_fingerprint"):
+            self._fixed[name] = catalogue.summary[name]
         self._recorded = read_records(log, {"text", *SCORES})
 
     def of(self, feature: int, methods: Sequence[str], prompts: Sequence[str]) -> pd.DataFrame:
@@ -223,8 +231,11 @@ class Texts:
         Returns:
             A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
         """
+        # Of another analysis of the same autoencoder these may be others.
+        known = self.catalogue.features.loc[feature]
+        own = {"maximum": float(known["max_activation"]), "peaks": list(known["peak_tokens"])}
         requests = [
-            {**self._fixed, "feature": feature}
+            {**self._fixed, "feature": feature, **own}
             | {"method": method, "strength": strength, "prompt": prompt}
             for method in methods
             for strength in ([0.0] if method in METHODS[:2] else STRENGTHS)
