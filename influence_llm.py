@@ -179,7 +179,7 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """The features that lead to the next token."""
     from utils import attribution
-    from utils.activations import ActivationStore
+    from utils.activations import ActivationStore, spread
     from utils.language_model import load_language_model
     from utils.saved import load_autoencoder, open_autoencoder
     from utils.steering import prompt_tokens
@@ -221,7 +221,7 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     if settings.n_prompts:
         _, held_out = store.split(trained["held_out"])
         sizes = settings.prompt_tokens, settings.features_per_prompt
-        contexts = held_out[: settings.n_prompts]
+        contexts = spread(held_out, settings.n_prompts)
         table = attribution.correlate(
             language_model, autoencoder, store, contexts, *sizes, settings.seed
         )

@@ -180,14 +180,15 @@ def correlate(
     Returns:
         A row a prompt and feature: ``prompt, feature, activation, attribution, ablation``.
     """
-    draw, tables = np.random.default_rng(seed), []
+    tables = []
     model = language_model, store.layer, autoencoder
     for context in tqdm(contexts, desc="ablating", unit="prompt"):
         tokens = np.array(store["tokens"][context][:n_tokens], dtype=np.int64)[None]
         tokens = torch.from_numpy(tokens).to(language_model.device)
         found = attribute(*model, tokens, None, store.outlier_norm)
         table = of_features(found)
-        drawn = table.iloc[np.sort(draw.permutation(len(table))[:n_features])]
+        order = np.random.default_rng([seed, context]).permutation(len(table))
+        drawn = table.iloc[np.sort(order[:n_features])]
         effects = ablate(*model, found, drawn["feature"].to_numpy(), store.outlier_norm)
         tables.append(drawn.assign(prompt=context, ablation=effects))
     return pd.concat(tables, ignore_index=True)
