@@ -62,7 +62,7 @@ BACKEND = "auto"  # tensorflow, jax, torch; auto: one that sees an accelerator, 
 DISTRIBUTION: str | None = None  # over several devices (jax): data splits batches, model latents
 LOG_EVERY = 100  # steps between lines of the log
 TENSORBOARD = False  # also log to AUTOENCODER_DIR for TensorBoard (pip install tensorboard)
-BACKUP_EVERY = 50  # log lines between backups; one takes 25 bytes for each weight of W_dec
+BACKUP_EVERY = 50  # log lines between backups; 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
 # A sweep may be widened by more latents and learning rates.
@@ -82,6 +82,7 @@ CHOICES = {
     "learning_rate_shape": ("linear", "cosine"),
 }
 N_VALIDATION_TOKENS = 8_192
+LONGEST_IDLE = 2**30
 OUTPUTS = (
     "*.keras",
     "*.tfevents.*",
@@ -107,8 +108,9 @@ def main() -> None:
     from utils.saved import save_autoencoder
 
     training.check_options(settings, sys.modules[__name__])
-    sweep.check(settings)
-    use_devices(settings.distribution, settings.batch_size, settings.n_latents)
+    sweep.check(settings, sys.modules[__name__])
+    sizes = settings.sweep_latents or (settings.n_latents,)
+    use_devices(settings.distribution, settings.batch_size, sizes)
     store = ActivationStore(settings.activations_dir)
     recorded = {"script": "train_autoencoder.py"}
     recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
@@ -133,7 +135,8 @@ def main() -> None:
 
         # 3. Build the autoencoder, starting from the data's scale and mean.
         # A backup holds weights and two moments; the last one goes when the next is whole.
-        require_disk_space(folder, 50 * store.d_model * settings.n_latents)
+        weights = store.d_model * settings.n_latents
+        require_disk_space(folder, 2 * training.backup_bytes(weights, settings))
         autoencoder = training.build(settings, store, rounds.total_steps)
 
         # 4. Train, going on from a backup if there is one.
@@ -150,6 +153,8 @@ def main() -> None:
         )
 
         # 5. Measure on tokens held out, and save.
+        if settings.weight_averaging is not None:
+            training.calibrate(autoencoder, batches.from_step(0))
         fidelity = measure_fidelity(
             autoencoder, store.batches(held_out_contexts, settings.batch_size)
         )
@@ -172,6 +177,11 @@ def check(settings) -> None:
     for name in ("sparsity_coefficient", "preactivation_coefficient", "auxk_coefficient", "seed"):
         value = getattr(settings, name)
         require(value is None or value >= 0, f"{name.upper()} must not be negative; it is {value}.")
+    require(
+        settings.dead_after <= LONGEST_IDLE,
+        f"DEAD_AFTER must be at most {LONGEST_IDLE:,} tokens, which are counted no further; it is "
+        f"{settings.dead_after:,}.",
+    )
     for name in ("sparsity_warmup", "learning_rate_warmup", "learning_rate_decay"):
         share = getattr(settings, name)
         require(

@@ -29,7 +29,7 @@ def main(name: str, folder: Path) -> None:
     from utils.saved import save_autoencoder
 
     batches = np.load(folder / "batches.npy")
-    use_devices(None if name == "single" else name, batches.shape[1], N_LATENTS)
+    use_devices(None if name == "single" else name, batches.shape[1], (N_LATENTS,))
     layouts = {}
     for kind in KINDS:
         own = folder / name / kind
@@ -82,7 +82,7 @@ def refusals() -> list[str]:
     from utils.settings import InputError
 
     said = []
-    for settings in (("data", 30, 64), ("model", 32, 66)):
+    for settings in (("data", 30, (64,)), ("model", 32, (64, 66))):
         try:
             use_devices(*settings)
         except InputError as error:

@@ -190,13 +190,14 @@ def test_decoders_are_unit_where_the_kind_needs_it(rows, kind):
         np.testing.assert_allclose(norms[given], norm, rtol=1e-5)
 
 
-def test_rounds_are_alike_and_drop_at_most_one():
+def test_rounds_are_alike_and_drop_less_than_a_step_each():
     assert Rounds.cut(1_000, 100) == Rounds(10, 100)
     assert Rounds.cut(7, 100) == Rounds(1, 7)
+    assert Rounds.cut(199, 2) == Rounds(99, 2)
     for total in range(1, 400):
         rounds = Rounds.cut(total, 20)
         assert total - rounds.n_rounds < rounds.total_steps <= total
-        assert rounds.steps <= 2 * 20
+        assert rounds.steps < 2 * 20 and (rounds.steps >= 20 or rounds.n_rounds == 1)
 
 
 # ------------------------------------------------------------------------------------ unit decoder

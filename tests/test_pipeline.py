@@ -329,6 +329,10 @@ def test_training_refuses_what_cannot_work(refused, tiny_run, tmp_path):
         (["--learning-rate", -1.0], "LEARNING_RATE must be greater than 0; it is -1.0"),
         (["--learning-rate-decay", 2.0], "LEARNING_RATE_DECAY must be a share from 0 to 1; it is"),
         (["--seed", -1], "SEED must not be negative; it is -1"),
+        (["--n-passes", "inf"], "N_PASSES must be a finite number; it is inf"),
+        (["--dead-after", 3 * 10**9], "DEAD_AFTER must be at most 1,073,741,824 tokens"),
+        (["--decoder-norm", 0.5], "DECODER_NORM is for rows that are not held at norm 1"),
+        (["--sweep-latents", 64, "--sweep-steps", 8], "N_LATENTS, N_PASSES, LOG_EVERY, BACKUP_EV"),
     ):
         words = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", tmp_path / "out", *flags]
         assert rule in refused("train_autoencoder", *words)

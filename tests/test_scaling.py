@@ -291,6 +291,18 @@ def test_the_command_killed_and_given_again(store, tmp_path, run_here):
     assert names == {"settings.json", *(f"scaling_laws.{end}" for end in ("csv", "json", "png"))}
 
 
+def test_a_sweep_that_is_widened_keeps_its_rate(store, tmp_path):
+    options = {"learning_rate": None, "sweep_learning_rates": ()}
+    scaling.measure_laws(settings_of(store, **options), store, tmp_path)
+    first = pd.read_csv(tmp_path / "scaling_laws.csv")
+    wide = settings_of(store, **options, sweep_latents=(8, 16, 32, 64, 128, 256))
+    scaling.measure_laws(wide, store, tmp_path)
+    both = pd.read_csv(tmp_path / "scaling_laws.csv")
+    assert both["learning_rate"].nunique() == 1 and len(both) == 2 * len(first) == 18
+    again = both.merge(first, on=["n_latents", "steps"], suffixes=("", "_first"))
+    assert (again["loss"] == again["loss_first"]).all()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -156,6 +156,13 @@ class SparseAutoencoder(keras.Model):
 
     # ---- training
 
+    def calibrate(self, batches) -> None:
+        """Suit to the weights, if these were set otherwise than by training, what follows them.
+
+        Args:
+            batches: Some of those trained on, raw, (batch, d_model).
+        """
+
     def forward_pass(self, x) -> dict:
         """One differentiable pass over normalised x (batch, d_model), only made while training.
 
@@ -183,7 +190,7 @@ class SparseAutoencoder(keras.Model):
         values = {"loss": loss, "fvu": squared_error(x, reconstruction) / variance}
         if training:
             self.step.assign_add(1)
-            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)
+            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)  # int32 ends at 2**31
             self.idle_tokens.assign(ops.where(y_pred["active"], 0, idle))
             values["l0"] = y_pred["l0"]
             values["dead_fraction"] = ops.mean(ops.cast(self.dead(), "float32"))

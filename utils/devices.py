@@ -6,6 +6,8 @@ along the second: each holds a share of the latents, their moments too, and sees
 is for dictionaries too large for one. Either trains what one device would, but for rounding.
 """
 
+from collections.abc import Iterable
+
 import keras
 from keras import ops
 
@@ -19,13 +21,13 @@ LATENT_ROWS = ".*/W_(enc|dec)"
 LATENT_NUMBERS = ".*/(b_enc|b_mag|r_mag|log_threshold|idle_tokens)"
 
 
-def use_devices(distribution: str | None, batch_size: int, n_latents: int) -> None:
+def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[int]) -> None:
     """Make Keras split what is built and trained from now on over all devices.
 
     Args:
         distribution: ``"data"``, ``"model"``, or None: one device.
         batch_size: Rows a batch.
-        n_latents: Size of the dictionary.
+        n_latents: Sizes of the dictionaries to be trained.
 
     Raises:
         InputError: The distribution is unknown, the backend has none, there is one device, or the
@@ -45,12 +47,13 @@ def use_devices(distribution: str | None, batch_size: int, n_latents: int) -> No
     devices = keras.distribution.list_devices()
     n = len(devices)
     require(n > 1, "DISTRIBUTION needs several devices, and JAX sees one. Leave it out.")
-    sizes = {"data": ("BATCH_SIZE", batch_size), "model": ("N_LATENTS", n_latents)}
-    name, size = sizes[distribution]
-    require(
-        size % n == 0,
-        f"{name} must be a multiple of the {n} devices that share it; it is {size:,}.",
-    )
+    sizes = {"data": ("BATCH_SIZE", (batch_size,)), "model": ("N_LATENTS", n_latents)}
+    name, shared = sizes[distribution]
+    for size in shared:
+        require(
+            size % n == 0,
+            f"{name} must be a multiple of the {n} devices that share it; it is {size:,}.",
+        )
     shape = (n, 1) if distribution == "data" else (1, n)
     layouts = keras.distribution.LayoutMap(
         keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)

@@ -50,9 +50,11 @@ def measure_laws(settings: Any, store: ActivationStore, folder: Path) -> dict[st
         fitted against FLOPs, keys as in `NAMES`, values of `fit_power_law`.
     """
     grid_of = settings.sweep_latents, settings.sweep_steps
-    middle = [values[len(values) // 2] for values in grid_of]
-    rate = settings.learning_rate or find_kind(settings.kind).default_learning_rate(*middle)
     sweep = Sweep(settings, store, folder)
+    middle = [values[len(values) // 2] for values in grid_of]
+    # A sweep that is widened keeps its rate, though its middle moves.
+    rate = settings.learning_rate or sweep.main_rate()
+    rate = rate or find_kind(settings.kind).default_learning_rate(*middle)
     sweep.train([Run(*sizes, rate) for sizes in itertools.product(*grid_of)], "sizes, steps")
     grid = sweep.table().query("learning_rate == @rate")
     best = optimal_sizes(grid).query("not at_edge")

@@ -8,6 +8,7 @@ annotations come from the imported script, the comments from its source.
 import ast
 import dataclasses
 import io
+import math
 import os
 import sys
 import tokenize
@@ -95,6 +96,8 @@ def require_positive(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise InputError(f"{name.upper()} must be greater than 0; it is {value}.")
+        if value == math.inf:
+            raise InputError(f"{name.upper()} must be a finite number; it is {value}.")
 
 
 def hub_token() -> str | None:

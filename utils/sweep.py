@@ -3,6 +3,7 @@
 Reference: "Scaling Monosemanticity", Scaling Laws.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -21,6 +22,7 @@ from utils.activations import ActivationStore
 from utils.artifacts import replacing, require_disk_space
 from utils.autoencoder import SparseAutoencoder
 from utils.batches import ShuffledBatches
+from utils.devices import n_shares
 from utils.fidelity import measure_fidelity
 from utils.kinds import find_kind
 from utils.settings import require
@@ -28,6 +30,7 @@ from utils.settings import require
 BACKUP_SECONDS = 300
 N_HELD_OUT_TOKENS = 16_384
 TABLE_FILE = "scaling_laws.csv"
+NOT_OF_A_SWEEP = ("N_LATENTS", "N_PASSES", "LOG_EVERY", "BACKUP_EVERY", "TENSORBOARD")
 
 
 class Run(NamedTuple):
@@ -48,8 +51,13 @@ class Live:
     seconds: float = 0.0
 
 
-def check(settings: Any) -> None:
-    """Refuse a sweep that cannot be made, before anything is read."""
+def check(settings: Any, defaults: Any) -> None:
+    """Refuse a sweep that cannot be made, before anything is read.
+
+    Args:
+        settings: What the script was started with.
+        defaults: The script's module: what differs from its constants was given.
+    """
     for name in ("sweep_latents", "sweep_steps", "sweep_learning_rates"):
         values = getattr(settings, name)
         require(
@@ -60,6 +68,16 @@ def check(settings: Any) -> None:
         bool(settings.sweep_latents) == bool(settings.sweep_steps),
         "SWEEP_LATENTS and SWEEP_STEPS must be given together; they are "
         f"{settings.sweep_latents} and {settings.sweep_steps}. Give both, or neither.",
+    )
+    given = [
+        name
+        for name in NOT_OF_A_SWEEP
+        if getattr(settings, name.lower()) != getattr(defaults, name)
+    ]
+    require(
+        not (settings.sweep_latents and given),
+        f"{', '.join(given)} is not of a sweep, which has sizes and steps of its own and logs "
+        "and backs up by itself. Leave it out.",
     )
     takes_k = "k" in find_kind(settings.kind).options()
     require(
@@ -100,7 +118,9 @@ class Sweep:
         contexts, held_out = store.split(settings.held_out)
         self.batches = ShuffledBatches(store, contexts, settings.batch_size, settings.seed)
         held_out = held_out[: max(1, N_HELD_OUT_TOKENS // store.context_length)]
-        self.held_out = list(store.batches(held_out, settings.batch_size))
+        batches = store.batches(held_out, settings.batch_size)
+        even = (rows[: len(rows) // n_shares() * n_shares()] for rows in batches)
+        self.held_out = [rows for rows in even if len(rows)]
         self.finished: dict[Run, dict] = {}
         self.live: dict[Run, Live] = {}
         if (folder / TABLE_FILE).exists():
@@ -111,13 +131,19 @@ class Sweep:
         """All finished runs, a row each, as in scaling_laws.csv."""
         return pd.DataFrame(self.finished.values()).sort_values(list(Run._fields))
 
+    def main_rate(self) -> float | None:
+        """The learning rate that most runs so far have: that of the grid. None without any."""
+        rates = collections.Counter(run.learning_rate for run in self.finished)
+        return rates.most_common(1)[0][0] if rates else None
+
     def train(self, runs: list[Run], name: str) -> None:
         """Train those of ``runs`` that are not finished; ``name`` is on the progress bar."""
         left = sorted(set(runs) - set(self.finished))
         if not left:
             return
         trunks = {(run.n_latents, run.learning_rate): run for run in left}  # the longest is last
-        require_disk_space(self.folder, 75 * self.store.d_model * sum(n for n, _ in trunks))
+        weights = self.store.d_model * sum(n for n, _ in trunks)
+        require_disk_space(self.folder, 3 * training.backup_bytes(weights, self.settings))
         self.live = {run: self._restore(run) for run in left if self._backup(run).exists()}
         for trunk in trunks.values():
             if trunk not in self.live:
@@ -202,6 +228,8 @@ class Sweep:
         """A row of the table; ``seconds`` is what the run takes by itself, at its mean step."""
         autoencoder = live.autoencoder
         autoencoder.optimizer.finalize_variable_values(autoencoder.trainable_variables)
+        if self.settings.weight_averaging is not None:
+            training.calibrate(autoencoder, self.batches.from_step(0))
         fidelity = measure_fidelity(autoencoder, self.held_out)
         dead = float(np.mean(keras.ops.convert_to_numpy(autoencoder.dead())))
         tokens = run.steps * self.settings.batch_size

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import time
 import zipfile
@@ -29,6 +30,8 @@ LOG_FIELDS = (
     "step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate", "val_fvu", "seconds",
 )  # fmt: skip
 
+N_CALIBRATION_BATCHES = 20
+
 
 def check_options(settings: Any, defaults: Any) -> None:
     """Refuse an option that was given although the kind has no such option.
@@ -38,9 +41,11 @@ def check_options(settings: Any, defaults: Any) -> None:
         defaults: The script's module: what differs from its constants was given.
 
     Raises:
-        InputError: The kind is unknown, or has no such option, or fewer latents than K.
+        InputError: The kind is unknown, or has no such option, or fewer latents than K; or
+            DECODER_NORM is given for rows that are held at norm 1.
     """
-    own = find_kind(settings.kind).options()
+    cls = find_kind(settings.kind)
+    own = cls.options()
     for option in sorted({name for cls in KINDS.values() for name in cls.options()}):
         value = getattr(settings, option, None)
         if option in own or value == getattr(defaults, option.upper(), None):
@@ -50,6 +55,12 @@ def check_options(settings: Any, defaults: Any) -> None:
             f"{option.upper()} is an option of {', '.join(having)}; KIND is {settings.kind!r}, and "
             f"{option.upper()} {value}. Leave it out, or choose another kind."
         )
+    is_unit = cls.default_unit_decoder if settings.unit_decoder is None else settings.unit_decoder
+    require(
+        not is_unit or settings.decoder_norm == defaults.DECODER_NORM,
+        "DECODER_NORM is for rows that are not held at norm 1, as here they are (UNIT_DECODER); it "
+        f"is {settings.decoder_norm}. Leave it out.",
+    )
     require(
         "k" not in own or settings.k <= settings.n_latents,
         f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
@@ -115,6 +126,16 @@ def optimizer(settings: Any, cls: type[SparseAutoencoder], total_steps: int) -> 
     )
 
 
+def calibrate(autoencoder: SparseAutoencoder, batches: Iterator[np.ndarray]) -> None:
+    """Suit what follows the weights, as batch_topk's threshold, to weights that were averaged."""
+    autoencoder.calibrate(list(itertools.islice(batches, N_CALIBRATION_BATCHES)))
+
+
+def backup_bytes(weights: int, settings: Any) -> int:
+    """Size of a backup for so many weights of W_dec: W_enc, W_dec, their moments and averages."""
+    return (33 if settings.weight_averaging is not None else 25) * weights
+
+
 def metrics(
     autoencoder: SparseAutoencoder,
     fidelity: Fidelity,
@@ -158,8 +179,8 @@ class Rounds:
 
     @classmethod
     def cut(cls, total_steps: int, log_every: int) -> "Rounds":
-        """About ``log_every`` steps a round, all alike; at most a round's rest is dropped."""
-        n_rounds = max(1, round(total_steps / log_every))
+        """At least ``log_every`` steps a round, all alike; less than a step a round is dropped."""
+        n_rounds = max(1, total_steps // log_every)
         return cls(n_rounds, total_steps // n_rounds)
 
     @property
