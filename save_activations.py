@@ -17,7 +17,7 @@ from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.corpus import Corpus
 from utils.extraction import Extraction, Ranks
 from utils.language_model import load_language_model, read_config
-from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.settings import InputError, as_dict, read_settings, require, require_positive, run
 
 # --- model
 MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
@@ -47,7 +47,7 @@ def main() -> None:
     # 1. Check the settings, the model's configuration and the first document.
     check(settings, ranks)
     config = read_config(settings.model_name, settings.layer, settings.dtype)
-    check_context(settings, config.get_text_config().max_position_embeddings)
+    check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
     corpus.check()
@@ -98,12 +98,12 @@ def check(settings, ranks: Ranks) -> None:
     )
 
 
-def check_context(settings, longest: int) -> None:
-    """Refuse contexts that the model was not made for."""
+def check_context(settings, longest: int | None) -> None:
+    """Refuse contexts that the model was not made for, if it says so."""
     require(
-        settings.context_length <= longest,
-        f"CONTEXT_LENGTH must be at most {longest:,} for {settings.model_name}; it is "
-        f"{settings.context_length:,}.",
+        longest is None or settings.context_length <= longest,
+        f"CONTEXT_LENGTH must be at most {longest} for {settings.model_name}; it is "
+        f"{settings.context_length}.",
     )
 
 
@@ -123,7 +123,12 @@ def describe(folder: Path, ranks: Ranks) -> str:
     finished = sum(read_json(path)["finished"] for path in folder.glob("manifest*.json"))
     if finished < ranks.world_size:
         return f"Process {ranks.rank} is done; {finished} of {ranks.world_size} are."
-    store = ActivationStore(folder)
+    try:
+        store = ActivationStore(folder)
+    except InputError as error:
+        if ranks.world_size == 1:
+            raise
+        return f"Process {ranks.rank} is done; another has a shard to make anew ({error})"
     total = store.n_contexts * store.context_length
     reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.0f}"}
     excluded = ", ".join(f"{count:,} {reasons[why]}" for why, count in store.excluded.items())

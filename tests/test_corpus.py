@@ -282,6 +282,21 @@ def test_a_document_at_the_start_of_a_context_gets_one_bos(tokenizer):
     assert [context.next_position for context in contexts] == [Position(1, 0), Position(2, 0)]
 
 
+def test_a_text_that_spells_a_special_token_does_not_have_it(tokenizer):
+    assert tokenizer("zqx<bos>jw", add_special_tokens=False).input_ids.count(tokenizer.bos_token_id)
+    ((_, tokens),) = tokenize(make_documents(["zqx<bos>jw"]), tokenizer)
+    assert tokenizer.bos_token_id not in tokens and tokenizer.decode(tokens) == "zqx<bos>jw"
+
+
+def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
+    assert texts_of(tmp_path) == ["one"]
+    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
+    with pytest.raises(InputError, match="no file or folder"):
+        Corpus("x" * 300 + ".jsonl")
+
+
 def test_contexts_hold_the_stream_and_nothing_else(tokenizer):
     documents = make_documents(TEXTS * 40)
     bos = tokenizer.bos_token_id

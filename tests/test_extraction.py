@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYER, ROOT, SUBSETS, command, environment, make_texts
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.activations import ARRAYS, ActivationStore
+from utils.activations import ARRAYS, ActivationStore, _open_array
 from utils.corpus import Corpus
 
 
@@ -139,6 +140,19 @@ def test_one_rank_alone_is_unfinished_but_no_failure(run_here, tiny_run, tmp_pat
                 ActivationStore(tmp_path)
         assert words in run_here("save_activations", *flags).stdout
     assert ActivationStore(tmp_path).n_contexts == 64
+    # A rank whose shards are whole does not fail because another's are not.
+    number = max(shard.number for shard in ActivationStore(tmp_path).shards if shard.number % 2)
+    (tmp_path / f"tokens-{number:05d}.npy").unlink()
+    _open_array.cache_clear()  # in a process of its own it would not have been read
+    for rank, words in (("0", "Process 0 is done; another has a shard"), ("1", f"{tmp_path} ho")):
+        monkeypatch.setenv("RANK", rank)
+        assert words in run_here("save_activations", *flags).stdout
+    monkeypatch.setenv("RANK", "2")
+    assert (
+        "RANK in the environment must be from 0"
+        in run_here("save_activations", *flags, check=False).message
+    )
+    monkeypatch.setenv("RANK", "0")
     refused = run_here("save_activations", *flags, "--overwrite", check=False)
     assert "OVERWRITE must be off with several processes" in refused.message
 
@@ -154,6 +168,7 @@ def damaged(tiny_run, tmp_path) -> Path:
 
 def test_damaged_shards_are_made_anew(damaged, tiny_run, run_here):
     whole = {path.name: path.read_bytes() for path in damaged.glob("*.npy")}
+    manifest = (damaged / "manifest.json").read_bytes()  # by which later stages know them again
     untouched = os.stat(damaged / "activations-00000.npy").st_mtime_ns
     flipped = damaged / "activations-00002.npy"
     with flipped.open("r+b") as file:
@@ -170,10 +185,12 @@ def test_damaged_shards_are_made_anew(damaged, tiny_run, run_here):
     assert re.findall(r"Shard (\d+) is damaged or missing", printed) == ["2", "5", "47"]
     assert {path.name: path.read_bytes() for path in damaged.glob("*.npy")} == whole
     assert os.stat(damaged / "activations-00000.npy").st_mtime_ns == untouched
+    assert (damaged / "manifest.json").read_bytes() == manifest
 
 
 def test_a_repair_from_other_text_is_refused(damaged, tiny_run, tiny_text, run_here):
     (damaged / "tokens-00001.npy").unlink()
+    left = {path.name: path.read_bytes() for path in damaged.glob("*.npy")}
     before = tiny_text.read_bytes()
     try:
         tiny_text.write_bytes(before.replace(b"rope", b"ship"))
@@ -182,4 +199,26 @@ def test_a_repair_from_other_text_is_refused(damaged, tiny_run, tiny_text, run_h
     finally:
         tiny_text.write_bytes(before)
     assert "Shard 1 made anew differs from the one recorded" in message
+    assert {path.name: path.read_bytes() for path in damaged.glob("*.npy")} == left
+    assert not list(damaged.glob(".partial*"))
     assert json.loads((damaged / "manifest.json").read_text())["finished"]
+
+
+def test_going_on_from_other_files_is_refused(damaged, tiny_run, run_here):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (name,) = manifest["files"]
+    manifest["files"][name] += 1
+    manifest["finished"] = False
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+    message = run_here("save_activations", *flags, check=False).message
+    assert "were begun with files" in message and "Delete it to start anew" in message
+
+
+def test_a_run_that_another_rank_still_writes_is_not_deleted(damaged, tiny_run, run_here):
+    flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+    with FileLock(damaged / ".lock-1"):
+        words = [*flags, "--layer", LAYER + 1, "--overwrite"]
+        message = run_here("save_activations", *words, check=False).message
+    assert "Another process is writing to" in message
+    assert len(ActivationStore(damaged).shards) > 1

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import functools
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,8 @@ class ShardWriter:
             )
             for array, dtype in zip(ARRAYS, dtypes, strict=True)
         }
+        for array in ARRAYS:
+            self._reserve(self._partial(array))
         self._filled = 0
         self.sum = np.zeros(shape[2])
         self.sum_squared_norm = 0.0
@@ -79,6 +82,30 @@ class ShardWriter:
     def _partial(self, array: str) -> Path:
         path = shard_path(self.folder, array, self.shard)
         return path.with_name(f".partial-{path.name}")
+
+    def _reserve(self, path: Path) -> None:
+        """Take a file's space on the disk now: a write to a map that finds none kills the process.
+
+        Raises:
+            InputError: There is too little.
+        """
+        if not hasattr(os, "posix_fallocate"):  # not on Windows and macOS
+            return
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self.discard()
+                raise InputError(
+                    f"The disk of {self.folder} is full. Make room, and run the same command again."
+                ) from error
+
+    def discard(self) -> None:
+        """Delete what was written so far."""
+        self._arrays.clear()
+        for array in ARRAYS:
+            self._partial(array).unlink(missing_ok=True)
 
     def append(self, excluded: dict[str, int], **batch: np.ndarray) -> None:
         """Add contexts: one array a name of `ARRAYS`, each of shape (batch, context_length, ...).
@@ -93,18 +120,24 @@ class ShardWriter:
             self._arrays[array][self._filled : stop] = values
         rows = batch["activations"][batch["kept"]].astype(np.float32)
         stored = self._arrays["activations"]
-        require(
-            bool(np.isfinite(stored[self._filled : stop]).all()),
-            f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
-            "If they overflow, use --storage-dtype float32; else the model computes NaN.",
-        )
+        if not np.isfinite(stored[self._filled : stop]).all():
+            self.discard()
+            raise InputError(
+                f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
+                "If they overflow, use --storage-dtype float32, with --overwrite if there are "
+                "shards already; else the model computes NaN."
+            )
         self.sum += rows.sum(axis=0, dtype=np.float64)
         self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
         self.excluded.update(excluded)
         self._filled = stop
 
-    def finish(self) -> dict[str, Any]:
-        """Put the shard's files in place; returns its entry for the manifest."""
+    def finish(self, crc32: dict[str, int] | None = None) -> dict[str, Any]:
+        """Put the shard's files in place; returns its entry for the manifest.
+
+        Raises:
+            InputError: ``crc32`` is given, and theirs is another: what was there is left alone.
+        """
         entry = {
             "shard": self.shard,
             "contexts": self._filled,
@@ -118,6 +151,13 @@ class ShardWriter:
                 with open(self._partial(array), "wb") as file:
                     np.save(file, values)
             entry["crc32"][array] = checksum(self._partial(array))
+        if crc32 is not None and entry["crc32"] != crc32:
+            self.discard()
+            raise InputError(
+                f"Shard {self.shard} made anew differs from the one recorded: the model, the "
+                "corpus or the machine computes otherwise than before. Delete "
+                f"{self.folder} to start anew."
+            )
         self._arrays.clear()
         for array in ARRAYS:
             self._partial(array).replace(shard_path(self.folder, array, self.shard))

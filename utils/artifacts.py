@@ -141,8 +141,18 @@ def open_stage(
     folder = Path(folder)
     with _hold(folder, lock_name):
         with FileLock(folder / f"{LOCK_FILE}-settings"):  # ranks take turns
+            if overwrite:
+                _refuse_other_holders(folder, lock_name)
             _claim(folder, settings, outputs, overwrite)
         yield folder
+
+
+def _refuse_other_holders(folder: Path, lock_name: str) -> None:
+    """Refuse to delete what another rank, whose lock has another name, is still writing."""
+    for path in folder.glob(f"{LOCK_FILE}*"):
+        if path.name not in (lock_name, f"{LOCK_FILE}-settings"):
+            with _hold(folder, path.name):
+                pass
 
 
 def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bool) -> None:

@@ -7,6 +7,7 @@ A corpus is the embedded text, a local file or folder (``.jsonl``, ``.jsonl.zst`
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,7 +66,8 @@ class Corpus:
         self.name = dataset
         self.skipped: Counter[str] = Counter()
         path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
-        self.files = list_files(path) if dataset and path.exists() else []  # none: of the hub
+        is_there = bool(dataset) and os.path.exists(path)  # False for what can be no path at all
+        self.files = list_files(path) if is_there else []  # none: of the hub
         is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not dataset.endswith(SUFFIXES)
         if not self.files and not is_name:
             raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
@@ -76,6 +78,10 @@ class Corpus:
             if path.suffix in (".parquet", ".txt"):
                 next(READERS[path.suffix](path), None)
         next(self.documents())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each local file, by name: by this the corpus is known again."""
+        return {path.name: path.stat().st_size for path in self.files}
 
     def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of one rank, without its first ``skip``."""
@@ -119,7 +125,9 @@ def list_files(path: Path) -> list[Path]:
     if path.is_file():
         files = [path] if path.name.endswith(SUFFIXES) else []
     else:
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        files = sorted(
+            file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
+        )
     require(bool(files), f"{path} must be or hold a file of a known type: {', '.join(SUFFIXES)}.")
     return files
 
@@ -177,6 +185,8 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
                     chunk = frame.unused_data
     except zstandard.ZstdError as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if frame is not None and not frame.eof:
         raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
 
@@ -190,7 +200,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
             columns = [name for name in ("text", "meta") if name in names]
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
 
 
@@ -201,6 +211,8 @@ def read_txt(path: Path) -> Iterator[dict]:
     except UnicodeDecodeError as error:
         remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
         raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
@@ -249,6 +261,7 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Do
         encoded = tokenizer(
             [document.text for document in batch],
             add_special_tokens=False,
+            split_special_tokens=True,  # a text that spells BOS has no BOS
             return_attention_mask=False,
             verbose=False,  # no warning about texts longer than the model's context
         )

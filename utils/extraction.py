@@ -24,6 +24,8 @@ from utils.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
 
+MOST_SUBSETS = 2**15  # that int16 can number
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -34,8 +36,18 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As set by torchrun or accelerate launch; a single process otherwise."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """As set by torchrun or accelerate launch; a single process otherwise.
+
+        Raises:
+            InputError: The two make no sense.
+        """
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        require(
+            rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size),
+            f"RANK in the environment must be from 0 to WORLD_SIZE - 1; it is {rank!r}, and "
+            f"WORLD_SIZE {world_size!r}. Unset both for one process.",
+        )
+        return cls(int(rank), int(world_size))
 
     @property
     def manifest_name(self) -> str:
@@ -94,7 +106,8 @@ class Extraction:
 
     def bytes_to_write(self, d_model: int) -> int:
         """Bytes this run still adds to the disk."""
-        done = sum(entry["contexts"] for entry in self.manifest["shards"]) if self.manifest else 0
+        shards = self.manifest["shards"] if self.manifest else ()
+        done = sum(entry["contexts"] for entry in shards if entry["shard"] not in self.damaged)
         tokens = (self.n_contexts - done) * self.settings.context_length
         return tokens * bytes_per_token(d_model, self.settings.storage_dtype)
 
@@ -123,7 +136,6 @@ class Extraction:
                 self._repair(shard)
             self._extend(done)
         self.manifest["finished"] = True
-        self.manifest["skipped"] = dict(self.corpus.skipped)
         write_json(self.manifest_path, self.manifest)
 
     def _adopt_manifest(self) -> None:
@@ -135,13 +147,14 @@ class Extraction:
             "d_model": self.language_model.d_model,
             "context_length": self.settings.context_length,
             "dataset": self.settings.dataset,
+            "files": self.corpus.sizes(),
             "world_size": self.ranks.world_size,
         }
         if self.manifest is None:
             self.manifest = new_manifest(**facts)
         for name, value in facts.items():
             require(
-                self.manifest[name] == value,
+                self.manifest.get(name, value) == value,
                 f"The activations in {self.folder} were begun with {name} "
                 f"{self.manifest[name]!r}, which is {value!r} now. Delete it to start anew.",
             )
@@ -174,12 +187,8 @@ class Extraction:
         (entry,) = (e for e in self.manifest["shards"] if e["shard"] == number)
         contexts = self._contexts(Position(*entry["start"]))
         writer, _ = self._fill(number, entry["contexts"], contexts)
-        crc32 = writer.finish()["crc32"]
-        require(
-            crc32 == entry["crc32"],
-            f"Shard {number} made anew differs from the one recorded: the model, the corpus or the "
-            f"machine computes otherwise than before. Delete {self.folder} to start anew.",
-        )
+        require(writer is not None, f"{self.corpus.name} ends before shard {number} now.")
+        writer.finish(entry["crc32"])
 
     def _extend(self, done: int) -> None:
         position = Position(*self.manifest.get("position", BEGINNING))
@@ -189,6 +198,7 @@ class Extraction:
             wanted = min(self.contexts_per_shard, self.n_contexts - done)
             writer, after = self._fill(number, wanted, contexts)
             if writer is None:
+                self.manifest["skipped"] = dict(self.corpus.skipped)
                 print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
                 return
             entry = writer.finish()
@@ -196,6 +206,7 @@ class Extraction:
             self._record(entry, writer)
             position = after
             self.manifest["position"] = list(after)
+            self.manifest["skipped"] = dict(self.corpus.skipped)  # of all records up to here
             write_json(self.manifest_path, self.manifest)
             done += entry["contexts"]
 
@@ -261,6 +272,11 @@ class Extraction:
         """The subset of each token, as an index into the manifest's growing list of names."""
         names = self.manifest["subsets"]
         names.extend(name for name in context.subsets.values() if name not in names)
+        require(
+            len(names) <= MOST_SUBSETS,
+            f"A corpus must have at most {MOST_SUBSETS:,} subsets; {self.corpus.name} has more. "
+            "Every file is one, where records do not name theirs: join some files.",
+        )
         documents, inverse = np.unique(context.documents, return_inverse=True)
         numbers = [names.index(context.subsets[document]) for document in documents]
         return np.array(numbers, np.int16)[inverse]

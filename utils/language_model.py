@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,7 +45,7 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        return self.model.config.hidden_size
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +98,13 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
         model = AutoModelForCausalLM.from_pretrained(
             _source(name), dtype=resolve_dtype(dtype, device), token=hub_token()
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _access_error(name, error) from None
+    require(
+        hasattr(model.get_decoder(), "layers"),
+        f"MODEL_NAME must be a decoder whose blocks are its layers, as LLaMA's are; {name} is a "
+        f"{type(model).__name__}.",
+    )
     model.requires_grad_(False)
     # Given a slice, such as the last position of a batch, PyTorch would multiply by a copy of the
     # unembedding for each text.
