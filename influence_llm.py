@@ -96,8 +96,9 @@ def main() -> None:
     use = use_of(settings)
     check(settings)
     catalogue, autoencoder_path = read_analysis(settings)
-    uses = {"evidence": evidence, "attribute": attribute, "chat": chat, "playground": playground}
-    uses.get(use, steer)(settings, catalogue, autoencoder_path)
+    studies = {"steer": steer, "evidence": evidence, "attribute": attribute}
+    uses = studies | {"chat": chat, "playground": playground}
+    uses[use](settings, catalogue, autoencoder_path)
 
 
 def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:

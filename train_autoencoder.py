@@ -153,8 +153,6 @@ def main() -> None:
         )
 
         # 5. Measure on tokens held out, and save.
-        if settings.weight_averaging is not None:
-            training.calibrate(autoencoder, batches.from_step(0))
         fidelity = measure_fidelity(
             autoencoder, store.batches(held_out_contexts, settings.batch_size)
         )

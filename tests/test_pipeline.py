@@ -114,6 +114,7 @@ def test_studies(tiny_run):
     fidelity = pd.read_csv(folder / "fidelity.csv", index_col="subset")
     assert set(fidelity.index) == {"all", "Garden", "Harbour"} and (fidelity["kl"] > 0).all()
     reconstruction = summary["cross_entropy"]["reconstruction"]
+    assert isinstance(summary["cross_entropy"]["n_tokens"], int)
     assert fidelity["reconstruction"]["all"] == pytest.approx(reconstruction, rel=1e-4)
     assert len(summary["directions"]) == 6 and "splitting" not in summary  # no other size
     printed = tiny_run.printed["analyze_features"]

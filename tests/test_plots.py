@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from utils import plots
+from utils import plots, study_plots
 
 SUBSETS = ["Github", "ArXiv", "Wikipedia (en)"]
 
@@ -138,3 +139,19 @@ def test_umap_labels_overlap_neither_each_other_nor_the_dots_they_name():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     named = axes.transData.transform([label.xy for label in labels])
     assert not any(box.count_contains(named) for box in boxes)
+
+
+def test_attribution_of_a_long_prompt_shows_the_tokens_that_count(tmp_path):
+    def shown(n: int, strong: int | None):
+        values = np.where(np.arange(n) == strong, 2.0, 0.001)
+        places = pd.DataFrame({"position": range(n), "feature": range(n), "attribution": values})
+        found = SimpleNamespace(difference=1.0, places=places)
+        labels = pd.Series([f"label {i}" for i in range(n)])
+        words = ["a", "b", *(f"w{i}" for i in range(n))]
+        study_plots.plot_attribution(found, words, labels, tmp_path / "attribution.png")
+        return drawn(tmp_path / "attribution.png")
+
+    long, short = shown(200, 150), shown(study_plots.N_POSITIONS, None)
+    assert len(long) <= 1.05 * len(short)
+    orange = [share_of(picture, plots.ORANGE) for picture in (long, shown(200, None))]
+    assert orange[0] > 0.002 and orange[0] < orange[1]  # one bar, not thirty of equal length

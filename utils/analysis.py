@@ -131,7 +131,7 @@ class Analysis:
         table = measure_losses(*model, self.held_out, n_tokens)
         names = ["untouched", "reconstruction", "zero_ablated", "kl", "n_tokens"]
         table["loss_recovered"] = loss_recovered(table)
-        found = table.loc["all", names].to_dict()
+        found = {name: table.at["all", name].item() for name in names}  # a count stays whole
         words = (
             f"Cross-entropy {found['untouched']:.3f} untouched, {found['reconstruction']:.3f} with "
             f"the reconstruction, {found['zero_ablated']:.3f} zero-ablated: "

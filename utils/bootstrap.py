@@ -1,7 +1,5 @@
 """How sure a number is: its 95% interval over what it was measured on, drawn again (bootstrap)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -153,10 +153,11 @@ class Extraction:
         if self.manifest is None:
             self.manifest = new_manifest(**facts)
         for name, value in facts.items():
+            begun_with = self.manifest.get(name, value)  # early versions recorded no files
             require(
-                self.manifest.get(name, value) == value,
-                f"The activations in {self.folder} were begun with {name} "
-                f"{self.manifest[name]!r}, which is {value!r} now. Delete it to start anew.",
+                begun_with == value,
+                f"The activations in {self.folder} were begun with {name} {begun_with!r}, which "
+                f"is {value!r} now. Delete it to start anew.",
             )
 
     def _calibrate(self) -> None:

@@ -11,7 +11,7 @@ from matplotlib import ticker
 from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 
 N_SHOWN = 5  # features of a token
-N_POSITIONS = 60  # tokens of a prompt whose attributions are drawn
+N_POSITIONS = 30  # tokens of a prompt whose attributions are drawn
 GREEN = "#117733"
 
 

@@ -228,8 +228,7 @@ class Sweep:
         """A row of the table; ``seconds`` is what the run takes by itself, at its mean step."""
         autoencoder = live.autoencoder
         autoencoder.optimizer.finalize_variable_values(autoencoder.trainable_variables)
-        if self.settings.weight_averaging is not None:
-            training.calibrate(autoencoder, self.batches.from_step(0))
+        training.calibrate(autoencoder, self.batches.from_step)
         fidelity = measure_fidelity(autoencoder, self.held_out)
         dead = float(np.mean(keras.ops.convert_to_numpy(autoencoder.dead())))
         tokens = run.steps * self.settings.batch_size

@@ -1,5 +1,6 @@
 """Training: an autoencoder built from settings, callbacks for `fit`, and the call that trains."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -126,9 +127,13 @@ def optimizer(settings: Any, cls: type[SparseAutoencoder], total_steps: int) -> 
     )
 
 
-def calibrate(autoencoder: SparseAutoencoder, batches: Iterator[np.ndarray]) -> None:
-    """Suit what follows the weights, as batch_topk's threshold, to weights that were averaged."""
-    autoencoder.calibrate(list(itertools.islice(batches, N_CALIBRATION_BATCHES)))
+def calibrate(
+    autoencoder: SparseAutoencoder, batches_from: Callable[[int], Iterator[np.ndarray]]
+) -> None:
+    """Where averaged weights took the place of the trained, suit to them what follows weights."""
+    if autoencoder.optimizer.use_ema:
+        with contextlib.closing(batches_from(0)) as batches:
+            autoencoder.calibrate(list(itertools.islice(batches, N_CALIBRATION_BATCHES)))
 
 
 def backup_bytes(weights: int, settings: Any) -> int:
@@ -241,6 +246,7 @@ def train(
             ],
             verbose=0,
         )
+        calibrate(autoencoder, batches_from)
     return autoencoder
 
 
