@@ -1,6 +1,5 @@
 """Training: an autoencoder built from settings, callbacks for `fit`, and the call that trains."""
 
-import contextlib
 import csv
 import dataclasses
 import itertools
@@ -132,8 +131,7 @@ def calibrate(
 ) -> None:
     """Where averaged weights took the place of the trained, suit to them what follows weights."""
     if autoencoder.optimizer.use_ema:
-        with contextlib.closing(batches_from(0)) as batches:
-            autoencoder.calibrate(list(itertools.islice(batches, N_CALIBRATION_BATCHES)))
+        autoencoder.calibrate(list(itertools.islice(batches_from(0), N_CALIBRATION_BATCHES)))
 
 
 def backup_bytes(weights: int, settings: Any) -> int:
