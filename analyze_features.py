@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.backend import use_backend
-from utils.catalogue import Catalogue
-from utils.search import search
+from utils.features.catalogue import Catalogue
+from utils.features.search import search
 from utils.settings import as_dict, read_settings, require, require_positive, run
 from utils.terminal import in_words, show_found
 
@@ -99,19 +99,19 @@ def main() -> None:
         print(show_found(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
-    from utils import (
+    from utils.activations.store import ActivationStore
+    from utils.autoencoder.saved import open_autoencoder
+    from utils.features.analysis import Analysis
+    from utils.features.report import make_report
+    from utils.features.studies import (
         completeness,
         directions,
-        explanation,
         neurons,
         outputs,
         specificity,
         splitting,
     )
-    from utils.activations import ActivationStore
-    from utils.analysis import Analysis
-    from utils.report import make_report
-    from utils.saved import open_autoencoder
+    from utils.features.studies import explanations as explanation
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)

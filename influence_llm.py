@@ -103,9 +103,9 @@ def main() -> None:
 
 def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Texts with and without features changed."""
-    from utils import generations
-    from utils.evidence import describe_strength, find_strength
-    from utils.export import require_exportable, save_vectors
+    from utils.influence import generations
+    from utils.influence.evidence import describe_strength, find_strength
+    from utils.influence.export import require_exportable, save_vectors
 
     # 1. Choose the features to change: by number, by word, or proposed.
     require_exportable(settings.save_vector, catalogue.summary["layer"])
@@ -143,9 +143,9 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 
 def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """Whether features steer what they are about, and better than other directions do."""
-    from utils import evidence, generations
-    from utils.study_plots import plot_evidence
-    from utils.texts import Texts
+    from utils.features.study_plots import plot_evidence
+    from utils.influence import evidence, generations
+    from utils.influence.texts import Texts
 
     # 1. Propose features by a rule, none by hand.
     folder = make_folder(settings.influence_dir, "--influence-dir")
@@ -179,12 +179,12 @@ def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 
 def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """The features that lead to the next token."""
-    from utils import attribution
-    from utils.activations import ActivationStore, spread
+    from utils.activations.store import ActivationStore, spread
+    from utils.autoencoder.saved import load_autoencoder, open_autoencoder
+    from utils.features.study_plots import plot_attribution
+    from utils.influence import attribution
     from utils.language_model import load_language_model
-    from utils.saved import load_autoencoder, open_autoencoder
-    from utils.steering import prompt_tokens
-    from utils.study_plots import plot_attribution
+    from utils.steering.clamps import prompt_tokens
 
     # 1. Load the model, in float32: what a feature does is small beside bfloat16's precision.
     folder = make_folder(settings.influence_dir, "--influence-dir")
@@ -232,8 +232,8 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 
 def chat(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """A chat in the terminal with features turned, until the user leaves."""
-    from utils.chat import Chat
-    from utils.generations import load_models
+    from utils.influence.chat import Chat
+    from utils.influence.generations import load_models
 
     models = load_models(catalogue, autoencoder_path)
     Chat(catalogue, *models, settings.max_new_tokens, settings.temperature, settings.seed).run()
@@ -241,8 +241,8 @@ def chat(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
 
 def playground(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     """A page to find features and turn them, until the user leaves."""
-    from utils.generations import load_models
-    from utils.playground import Playground, require_free, serve
+    from utils.influence.generations import load_models
+    from utils.influence.playground import Playground, require_free, serve
 
     require_free(settings.port)
     serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
@@ -275,8 +275,8 @@ def use_of(settings: Any) -> str:
 
 def check(settings: Any) -> None:
     """Refuse wrong settings before anything is read."""
-    from utils.evidence import TRIAL_MARGIN
-    from utils.steering import check_change
+    from utils.influence.evidence import TRIAL_MARGIN
+    from utils.steering.clamps import check_change
 
     require_positive(
         settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "n_ablated",
@@ -342,7 +342,7 @@ def read_analysis(settings: Any) -> tuple[Any, Path]:
     Raises:
         InputError: One is missing, or the analysis is of another autoencoder.
     """
-    from utils.catalogue import Catalogue
+    from utils.features.catalogue import Catalogue
 
     catalogue = Catalogue(settings.analysis_dir)
     return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)

@@ -12,10 +12,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils.activations import OUTPUTS, ActivationStore, bytes_per_token
+from utils.activations.corpus import Corpus
+from utils.activations.extraction import Extraction, Ranks
+from utils.activations.store import OUTPUTS, ActivationStore, bytes_per_token
 from utils.artifacts import open_stage, read_json, require_disk_space
-from utils.corpus import Corpus
-from utils.extraction import Extraction, Ranks
 from utils.language_model import load_language_model, read_config
 from utils.settings import InputError, as_dict, read_settings, require, require_positive, run
 

@@ -52,7 +52,7 @@ WEIGHT_AVERAGING: float | None = None  # decay of a moving average that is kept 
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
 SEED = 0  # of the starting weights and of the order of the data
 
-# --- scaling laws; a sweep instead of one training, see utils/scaling.py
+# --- scaling laws; a sweep instead of one training, see utils/autoencoder/scaling_laws.py
 SWEEP_LATENTS: tuple[int, ...] = ()  # sizes of the dictionary, rising; as 576 1152 2304 4608
 SWEEP_STEPS: tuple[int, ...] = ()  # numbers of steps, rising; as 64 128 256 512
 SWEEP_LEARNING_RATES: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors, at the best sizes
@@ -99,13 +99,14 @@ def main() -> None:
     # 1. Check the settings, and open the activations.
     check(settings)
     backend = use_backend(settings.backend, huge_pages=True)
-    from utils import scaling, sweep, training
-    from utils.activations import ActivationStore
-    from utils.batches import ShuffledBatches
-    from utils.devices import use_devices
-    from utils.fidelity import measure_fidelity
+    from utils.activations.batches import ShuffledBatches
+    from utils.activations.store import ActivationStore
+    from utils.autoencoder import scaling_laws as scaling
+    from utils.autoencoder import sweep, training
+    from utils.autoencoder.devices import use_devices
+    from utils.autoencoder.fidelity import measure_fidelity
+    from utils.autoencoder.saved import save_autoencoder
     from utils.plots import plot_scaling_laws, plot_training_curves
-    from utils.saved import save_autoencoder
 
     training.check_options(settings, sys.modules[__name__])
     sweep.check(settings, sys.modules[__name__])

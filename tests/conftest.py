@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from utils import embedded  # noqa: E402
-from utils.activations import ShardWriter, new_manifest  # noqa: E402
+from utils.activations.store import ShardWriter, new_manifest  # noqa: E402
 from utils.artifacts import write_json  # noqa: E402
 
 SUBSETS = {
@@ -128,7 +128,7 @@ def write_activations(
 ) -> None:
     """Write a finished folder of activations, a shard at a time, a context at a time.
 
-    ``arrays`` has an array for each of `utils.activations.ARRAYS`; the subsets are "a" and "b".
+    ``arrays`` has an array for each of `store.ARRAYS`; the subsets are "a" and "b".
     """
     n_contexts, context_length, d_model = arrays["activations"].shape
     manifest = new_manifest(

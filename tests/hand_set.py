@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
-from utils.autoencoder import SparseAutoencoder
-from utils.kinds import KINDS
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.kinds import KINDS
 
 # Of `hand_set`: x = [[2, 3], [-1, 4]], and the pre-activations are [[2, 2.5], [-1, 3.5]].
 ACTIVATIONS = np.array([[4.0, 6.0], [-2.0, 8.0]], np.float32)

@@ -51,8 +51,8 @@ def main(backend: str, folder: Path, *steps: str) -> None:
 def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
     """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
-    from utils import training
-    from utils.saved import save_autoencoder
+    from utils.autoencoder import training
+    from utils.autoencoder.saved import save_autoencoder
     from utils.settings import read_settings
 
     flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *TRAINED[kind]]
@@ -89,7 +89,7 @@ def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
     """Latents and reconstruction by every saved autoencoder, as FOLDER/BACKEND/of-SAVER-KIND."""
     from keras import ops
 
-    from utils.saved import load_autoencoder
+    from utils.autoencoder.saved import load_autoencoder
 
     for path in folder.glob("*/*/autoencoder.keras"):
         autoencoder = load_autoencoder(path)
@@ -131,7 +131,7 @@ def save_products(own: Path) -> None:
 
     Values of picks are (batch, m) here, zero where nothing is picked.
     """
-    from utils import sparse
+    from utils.autoencoder import sparse
 
     given = product_inputs()
     for name, kept, gathered in (
@@ -148,7 +148,7 @@ def save_products(own: Path) -> None:
 def products(given: dict[str, np.ndarray], kept: np.ndarray | None) -> dict[str, np.ndarray]:
     from keras import ops
 
-    from utils.sparse import Picks
+    from utils.autoencoder.sparse import Picks
 
     mask = np.ones((7, 3), bool) if kept is None else kept
     on_torch = ops.convert_to_tensor(given["values"]).__class__.__module__.startswith("torch")
@@ -230,7 +230,7 @@ def step_inputs() -> dict[str, np.ndarray]:
 
 
 def save_gradients(own: Path) -> None:
-    from utils.kinds import KINDS
+    from utils.autoencoder.kinds import KINDS
 
     given = step_inputs()
     for kind in STEP_KINDS:

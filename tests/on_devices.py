@@ -25,8 +25,8 @@ N_LATENTS, BACKUP_AT = 64, 13
 def main(name: str, folder: Path) -> None:
     """``name`` is "single", "data" or "model"."""
     use_backend("jax")
-    from utils.devices import use_devices
-    from utils.saved import save_autoencoder
+    from utils.autoencoder.devices import use_devices
+    from utils.autoencoder.saved import save_autoencoder
 
     batches = np.load(folder / "batches.npy")
     use_devices(None if name == "single" else name, batches.shape[1], (N_LATENTS,))
@@ -49,7 +49,7 @@ def main(name: str, folder: Path) -> None:
 def train(kind: str, batches: np.ndarray, own: Path):
     """Train as train_autoencoder.py does, from the folder's backup if there is one."""
     import train_autoencoder
-    from utils import training
+    from utils.autoencoder import training
     from utils.settings import read_settings
 
     flags = ["--n-latents", N_LATENTS, "--batch-size", batches.shape[1], "--learning-rate", 0.002]
@@ -78,7 +78,7 @@ def go_on(kind: str, folder: Path, batches: np.ndarray, suffix: str = "") -> Non
 
 def refusals() -> list[str]:
     """What is said of settings that these devices cannot have."""
-    from utils.devices import use_devices
+    from utils.autoencoder.devices import use_devices
     from utils.settings import InputError
 
     said = []

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
 
-from utils.catalogue import Catalogue
+from utils.features.catalogue import Catalogue
 
 FOLDERS = ("activations", "autoencoder", "analysis", "influence")
 

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from utils import plots, study_plots
+from utils import plots
+from utils.features import study_plots
 
 SUBSETS = ["Github", "ArXiv", "Wikipedia (en)"]
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 from utils import embedded
-from utils.corpus import separator_token
 from utils.settings import InputError, hub_token, require
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -59,6 +59,13 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+
+def separator_token(tokenizer: Any) -> int:
+    """BOS, which begins every context and every document; EOS where a tokenizer has no BOS."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    require(token is not None, "The tokenizer must have a BOS or EOS token to separate documents.")
+    return token
 
 
 def read_config(name: str, layer: int, dtype: str = "auto") -> PreTrainedConfig:

@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8_192)
     options = parser.parse_args()
     use_backend("torch")
-    from utils.features import FeaturePass
-    from utils.kinds import TopKAutoencoder
+    from utils.autoencoder.kinds import TopKAutoencoder
+    from utils.features.feature_pass import FeaturePass
 
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -30,10 +30,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from utils.activations import ActivationStore, ShardWriter, new_manifest
+from utils.activations.batches import ShuffledBatches
+from utils.activations.store import ActivationStore, ShardWriter, new_manifest
 from utils.artifacts import read_json, write_json
 from utils.backend import peak_memory, use_backend
-from utils.batches import ShuffledBatches
 
 SIZES = {  # seconds: of all groups, about; contexts: of the loader's store
     "d_model": 3_072, "n_latents": 65_536, "k": 64, "batch_sizes": [4_096, 8_192, 16_384],
@@ -198,7 +198,7 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
     import keras
 
     import train_autoencoder
-    from utils import training
+    from utils.autoencoder import training
     from utils.settings import read_settings
 
     flags = f"--kind topk --n-latents {options.sizes['n_latents']} --k {options.sizes['k']}"

@@ -30,9 +30,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from utils.activations import ActivationStore
+from utils.activations.batches import ShuffledBatches
+from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
-from utils.batches import ShuffledBatches
 
 USUAL_STEPS = 30_000
 DEAD_AFTER = 500_000
@@ -321,7 +321,7 @@ def reconstruct(peer, store: ActivationStore, rows: np.ndarray) -> tuple[np.ndar
 
 
 def measure(peer, store: ActivationStore, held_out: range) -> dict[str, float]:
-    """FVU, as in `utils.fidelity`, and L0 over the kept rows of some contexts."""
+    """FVU, as in `utils.autoencoder.fidelity`, and L0 over the kept rows of some contexts."""
     n_rows = n_active = error = squares = 0.0
     total = np.zeros(store.d_model)
     for rows in store.batches(held_out, EVALUATION_BATCH):

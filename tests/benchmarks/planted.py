@@ -60,7 +60,7 @@ def train_ours(folder: Path, kind: str) -> np.ndarray:
     flags |= {"n_passes": N_STEPS * BATCH / (0.95 * 40_000)}
     command = [sys.executable, "train_autoencoder.py", *as_flags(flags), *FLAGS[kind].split()]
     subprocess.run(command, check=True, capture_output=True)
-    from utils.saved import load_autoencoder
+    from utils.autoencoder.saved import load_autoencoder
 
     return load_autoencoder(folder / kind / "autoencoder.keras").directions()
 

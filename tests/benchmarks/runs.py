@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from utils.activations import ActivationStore
+from utils.activations.batches import ShuffledBatches
+from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, write_json
-from utils.batches import ShuffledBatches
 from utils.language_model import load_language_model, replaced_residual
 
 K = 32
@@ -117,7 +117,7 @@ class Benchmark:
         return load_language_model(store.model_name, store.layer, store.dtype)
 
     def loss_recovered(self, reconstruction: np.ndarray) -> float:
-        """As `utils.evaluation.loss_recovered`, for a saved raw reconstruction of the contexts."""
+        """As `evaluation.loss_recovered`, for a saved raw reconstruction of the contexts."""
         limits = self.folder / "cross-entropy.json"
         if not limits.exists():
             zeros = self.cross_entropy(np.zeros_like(reconstruction))
@@ -153,7 +153,7 @@ class Benchmark:
         use_backend("torch")
         from keras import ops
 
-        from utils.saved import load_autoencoder
+        from utils.autoencoder.saved import load_autoencoder
 
         autoencoder = load_autoencoder(path)
         contexts = [

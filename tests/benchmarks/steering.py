@@ -14,9 +14,9 @@ from utils.backend import use_backend
 
 use_backend("torch")
 
-from utils.catalogue import Catalogue  # noqa: E402
-from utils.generations import load_models  # noqa: E402
-from utils.steering import Clamp, generate_tokens, prompt_tokens, steered  # noqa: E402
+from utils.features.catalogue import Catalogue  # noqa: E402
+from utils.influence.generations import load_models  # noqa: E402
+from utils.steering.clamps import Clamp, generate_tokens, prompt_tokens, steered  # noqa: E402
 
 N_TOKENS = 60
 

@@ -1,0 +1,364 @@
+"""The corpus: every format, bad input, ranks, and the packing of tokens into contexts."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from utils.activations.corpus import (
+    Corpus,
+    Document,
+    Position,
+    pack_contexts,
+    read_hub,
+    separator_token,
+    tokenize,
+)
+from utils.settings import InputError
+
+TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]
+
+
+def json_line(text: object, **others: object) -> bytes:
+    return json.dumps({"text": text, **others}).encode() + b"\n"
+
+
+def texts_of(dataset: Path, **options: int) -> list[str]:
+    return [document.text for document in Corpus(str(dataset)).documents(**options)]
+
+
+def compress(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens with a BOS, as LLaMA's is, only small."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
+
+
+# Formats -------------------------------------------------------------------------------------
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"".join(json_line(text) for text in TEXTS))
+    documents = list(Corpus(str(path)).documents())
+    assert documents == [Document(n, text, "mine") for n, text in enumerate(TEXTS)]
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert texts_of(path) == TEXTS
+
+
+def test_jsonl_zst_with_the_piles_meta(tmp_path):
+    path = tmp_path / "00.jsonl.zst"
+    records = json_line("a", meta={"pile_set_name": "ArXiv"}) + json_line("b", meta=None)
+    path.write_bytes(compress(records))
+    subsets = [document.subset for document in Corpus(str(path)).documents()]
+    assert subsets == ["ArXiv", "00"]
+
+
+def test_zst_of_several_frames_longer_than_a_chunk(tmp_path):
+    texts = [np.random.default_rng(n).bytes(300_000).hex() for n in range(8)]
+    frames = [compress(json_line(text)) for text in texts]
+    skippable_frame = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path = tmp_path / "big.jsonl.zst"
+    path.write_bytes(skippable_frame + b"".join(frames))
+    assert texts_of(path) == texts
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "pile.parquet"
+    metas = [{"pile_set_name": "Github"}] * 2 + [None] * 2
+    table = pyarrow.table({"text": TEXTS, "meta": metas, "other": range(4)})
+    pyarrow.parquet.write_table(table, path)
+    documents = list(Corpus(str(path)).documents())
+    assert [document.text for document in documents] == TEXTS
+    assert [document.subset for document in documents] == ["Github"] * 2 + ["pile"] * 2
+
+
+def test_folder_is_read_in_sorted_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.jsonl").write_bytes(json_line("first"))
+    (tmp_path / "sub" / "c.jsonl.zst").write_bytes(compress(json_line("third")))
+    (tmp_path / "notes.md").write_text("not read")
+    assert texts_of(tmp_path) == ["first", "second", "third"]
+
+
+def test_hub_records_are_split_between_ranks(tmp_path):
+    # load_dataset reads a local folder with the code that streams the hub.
+    for shard in range(3):
+        table = pyarrow.table({"text": [f"{shard}-{n}" for n in range(5)]})
+        pyarrow.parquet.write_table(table, tmp_path / f"train-{shard}.parquet")
+    ranks = [[row["text"] for row in read_hub(str(tmp_path), rank, 2)] for rank in range(2)]
+    expected = [f"{shard}-{n}" for shard in range(3) for n in range(5)]
+    assert sorted(ranks[0] + ranks[1]) == expected
+    assert abs(len(ranks[0]) - len(ranks[1])) <= 1
+
+
+def test_embedded_is_the_prepared_pile(embedded_pile):
+    corpus = Corpus("embedded")
+    corpus.check()
+    assert corpus.files == sorted(Path("data/embedded/pile").glob("*.jsonl.zst"))
+    subsets = {document.subset for document in itertools.islice(corpus.documents(), 500)}
+    assert {"ArXiv", "Github", "Wikipedia (en)"} < subsets and len(subsets) == 7
+
+
+# Bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    bad = [
+        b"{not json\n",
+        b"caf\xe9\n",
+        b"[1, 2]\n",
+        b'"a string"\n',
+        b'{"text": "\\ud800"}\n',
+        b"[" * 100_000 + b"\n",
+        json_line(7),
+        json_line(None),
+        json_line(" \n "),
+        b'{"title": "no text"}\n',
+    ]
+    good = b"\xef\xbb\xbf" + json_line("good 0") + b"\n" + json_line("good 1")
+    path.write_bytes(b"".join(bad) + good)
+    corpus = Corpus(str(path))
+    counts = {
+        "not JSON": 2,
+        "not UTF-8": 1,
+        "without a text": 5,
+        "with an empty text": 1,
+        "not Unicode": 1,
+    }
+    for _ in range(2):  # the counts are those of one pass
+        documents = [(document.index, document.text) for document in corpus.documents()]
+        assert documents == [(0, "good 0"), (1, "good 1")]
+        assert corpus.skipped == counts
+
+
+def test_txt_of_another_encoding(tmp_path):
+    (tmp_path / "a.txt").write_text("fine")
+    path = tmp_path / "b.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError) as error:
+        Corpus(str(tmp_path)).check()
+    for part in (str(path), "byte 3", "iconv -f latin-1 -t utf-8"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none", "empty.jsonl", "blank.jsonl", "empty.jsonl.zst", "e.txt"])
+def test_empty_dataset(tmp_path, name):
+    if name != "none":
+        (tmp_path / name).write_text(" \n\n" if name == "blank.jsonl" else "")
+    with pytest.raises(InputError, match="must"):
+        Corpus(str(tmp_path)).check()
+
+
+def test_no_usable_document_says_why(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"x\ny\n" + json_line(""))
+    with pytest.raises(InputError, match="2 not JSON, 1 with an empty text"):
+        list(Corpus(str(path)).documents())
+
+
+def test_unknown_type(tmp_path):
+    path = tmp_path / "text.csv"
+    path.write_text("text\n")
+    with pytest.raises(InputError, match=r"\.jsonl, \.jsonl\.zst, \.parquet, \.txt"):
+        Corpus(str(path))
+
+
+@pytest.mark.parametrize("name", ["", "./pile", "/no/such", "a/b/c", "pile.jsonl", "a/b.parquet"])
+def test_missing_file(name):
+    with pytest.raises(InputError, match="no file or folder"):
+        Corpus(name)
+
+
+def test_hub_out_of_reach_is_one_message_without_the_token(monkeypatch):
+    # The libraries below read HF_HUB_OFFLINE when they are imported, so it is set in them.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(InputError) as error:
+        Corpus("someone/no-such-dataset").check()
+    for part in ("someone/no-such-dataset", "HF_TOKEN in .env", "--dataset embedded", "licence"):
+        assert part in str(error.value)
+    assert "hf_secret" not in str(error.value)
+    assert error.value.__suppress_context__
+
+
+def test_parquet_and_hub_without_a_text_column(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="must have a column text; it has content"):
+        list(read_hub(str(tmp_path), 0, 1))
+    (tmp_path / "a.jsonl").write_bytes(json_line("found first"))
+    with pytest.raises(InputError, match="must have a column text; it has content"):
+        Corpus(str(tmp_path)).check()
+
+
+def test_truncated_and_damaged_files(tmp_path):
+    lines = b"".join(json_line(f"number {n * 7919}") for n in range(50_000))
+    path = tmp_path / "cut.jsonl.zst"
+    path.write_bytes(compress(lines)[:-1000])
+    with pytest.raises(InputError, match=r"cut\.jsonl\.zst ends in the middle"):
+        texts_of(path)
+    path.write_bytes(b"this is no zstd file")
+    with pytest.raises(InputError, match=r"cut\.jsonl\.zst is damaged"):
+        texts_of(path)
+    path = tmp_path / "cut.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"cut\.parquet is damaged"):
+        texts_of(path)
+
+
+# Ranks ---------------------------------------------------------------------------------------
+
+
+def test_ranks_partition_the_usable_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(json_line(str(n)) + b"bad\n" for n in range(11)))
+    corpus = Corpus(str(path))
+    everything = list(corpus.documents())
+    by_rank = [list(corpus.documents(rank=rank, world_size=3)) for rank in range(3)]
+    assert sorted((d for own in by_rank for d in own), key=lambda d: d.index) == everything
+    assert [document.index for document in by_rank[1]] == [1, 4, 7, 10]
+    for rank in range(3):
+        rest = list(corpus.documents(skip=2, rank=rank, world_size=3))
+        assert rest == by_rank[rank][2:]
+    assert list(corpus.documents(skip=99)) == []
+    assert list(corpus.documents(rank=20, world_size=30)) == []
+
+
+# Packing -------------------------------------------------------------------------------------
+
+
+def make_documents(texts: list[str]) -> list[Document]:
+    return [Document(n, text, f"subset {n % 2}") for n, text in enumerate(texts)]
+
+
+def test_known_contexts(tokenizer):
+    bos = tokenizer.bos_token_id
+    first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in ("zqx", "jw"))
+    assert (len(first), len(second)) == (3, 2)
+    documents = [Document(4, "zqx", "A"), Document(9, "jw", "B")]
+    contexts = list(pack_contexts(documents, tokenizer, 3))
+    # The stream is BOS z q x BOS j w; the second context goes on inside a document.
+    assert contexts[0].tokens.tolist() == [bos, *first[:2]]
+    assert contexts[0].documents.tolist() == [4, 4, 4]
+    assert contexts[0].subsets == {4: "A"}
+    assert contexts[0].next_position == Position(0, 3)
+    assert contexts[1].tokens.tolist() == [bos, first[2], bos]
+    assert contexts[1].documents.tolist() == [4, 4, 9]
+    assert contexts[1].subsets == {4: "A", 9: "B"}
+    assert contexts[1].next_position == Position(1, 1)
+    assert contexts[2].tokens.tolist() == [bos, *second]
+    assert contexts[2].next_position == Position(2, 0)
+    assert len(contexts) == 3
+
+
+def test_a_document_at_the_start_of_a_context_gets_one_bos(tokenizer):
+    bos = tokenizer.bos_token_id
+    contexts = list(pack_contexts(make_documents(["zqx", "jwv"]), tokenizer, 4))
+    assert [context.tokens.tolist().count(bos) for context in contexts] == [1, 1]
+    assert [context.next_position for context in contexts] == [Position(1, 0), Position(2, 0)]
+
+
+def test_a_text_that_spells_a_special_token_does_not_have_it(tokenizer):
+    assert tokenizer("zqx<bos>jw", add_special_tokens=False).input_ids.count(tokenizer.bos_token_id)
+    ((_, tokens),) = tokenize(make_documents(["zqx<bos>jw"]), tokenizer)
+    assert tokenizer.bos_token_id not in tokens and tokenizer.decode(tokens) == "zqx<bos>jw"
+
+
+def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
+    assert texts_of(tmp_path) == ["one"]
+    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
+    with pytest.raises(InputError, match="no file or folder"):
+        Corpus("x" * 300 + ".jsonl")
+
+
+def test_contexts_hold_the_stream_and_nothing_else(tokenizer):
+    documents = make_documents(TEXTS * 40)
+    bos = tokenizer.bos_token_id
+    contexts = list(pack_contexts(documents, tokenizer, 16))
+    stream = [token for _, tokens in tokenize(documents, tokenizer) for token in tokens]
+    packed = []
+    for context in contexts:
+        assert context.tokens.dtype == context.documents.dtype == np.int32
+        assert context.tokens.shape == context.documents.shape == (16,)
+        assert context.tokens[0] == bos
+        assert set(context.subsets) == set(context.documents.tolist())
+        assert all(context.subsets[n] == f"subset {n % 2}" for n in context.subsets)
+        packed += [token for token in context.tokens.tolist() if token != bos]
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) < 16
+    owners = np.concatenate([context.documents for context in contexts])
+    assert (np.diff(owners) >= 0).all()
+
+
+@pytest.mark.parametrize("context_length", [2, 5, 16, 64])
+def test_resuming_anywhere_gives_the_uninterrupted_run(tokenizer, context_length):
+    documents = make_documents(TEXTS * 20)
+    contexts = list(pack_contexts(documents, tokenizer, context_length))
+    for number, context in enumerate(contexts):
+        position = context.next_position
+        resumed = pack_contexts(documents[position.document :], tokenizer, context_length, position)
+        # Two contexts stand for all: the next position of the first leads to the second.
+        pairs = zip(itertools.islice(resumed, 2), contexts[number + 1 : number + 3], strict=True)
+        for again, before in pairs:
+            assert again.tokens.tolist() == before.tokens.tolist()
+            assert again.documents.tolist() == before.documents.tolist()
+            assert again.subsets == before.subsets
+            assert again.next_position == before.next_position
+
+
+def test_resuming_a_rank_of_a_corpus(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(json_line(text) + b"bad\n" for text in TEXTS * 10))
+    corpus = Corpus(str(path))
+    rank = {"rank": 1, "world_size": 3}
+    whole = list(pack_contexts(corpus.documents(**rank), tokenizer, 8))
+    position = whole[5].next_position
+    rest = corpus.documents(skip=position.document, **rank)
+    resumed = list(pack_contexts(rest, tokenizer, 8, position))
+    assert [c.tokens.tolist() for c in resumed] == [c.tokens.tolist() for c in whole[6:]]
+    assert [c.documents.tolist() for c in resumed] == [c.documents.tolist() for c in whole[6:]]
+
+
+def test_separator_falls_back_on_eos(tokenizer):
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    assert separator_token(other) == tokenizer.eos_token_id
+    context = next(pack_contexts(make_documents(TEXTS), other, 8))
+    assert context.tokens[0] == tokenizer.eos_token_id
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="BOS or EOS"):
+        next(pack_contexts(make_documents(TEXTS), bare, 8))
+
+
+def test_contexts_shorter_than_two_tokens_are_refused(tokenizer):
+    with pytest.raises(InputError, match="CONTEXT_LENGTH must be at least 2; it is 1"):
+        next(pack_contexts(make_documents(TEXTS), tokenizer, 1))
+
+
+def test_too_little_text_gives_no_context(tokenizer):
+    assert list(pack_contexts(make_documents(["zqx"]), tokenizer, 100)) == []

@@ -1,0 +1,227 @@
+"""save_activations.py: the right activations of the right text, ranks, repair."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYER, ROOT, SUBSETS, command, environment, make_texts
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.activations.corpus import Corpus
+from utils.activations.store import ARRAYS, ActivationStore, _open_array
+
+
+@pytest.fixture(scope="module")
+def store(tiny_run) -> ActivationStore:
+    return ActivationStore(tiny_run.folder / "activations")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def array(store: ActivationStore, name: str) -> np.ndarray:
+    return np.stack([store[name][context] for context in range(store.n_contexts)])
+
+
+def test_activations_are_the_hidden_states_after_the_block(store, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokens = torch.from_numpy(array(store, "tokens")[:96]).long()
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+    assert len(states) == 5
+    saved = torch.from_numpy(array(store, "activations")[:96]).float()
+    # float16 has 11 bits; the batch that a context was in decides the last of float32's 24.
+    torch.testing.assert_close(saved, states[LAYER + 1], rtol=1e-3, atol=1e-3)
+    for other in (LAYER, LAYER + 2):
+        assert (saved - states[other]).abs().mean() > 0.1
+
+
+def test_every_context_begins_with_bos_and_none_is_kept(store, tokenizer):
+    tokens, kept = array(store, "tokens"), array(store, "kept")
+    bos = tokens == tokenizer.bos_token_id
+    assert bos[:, 0].all() and bos[:, 1:].any()
+    assert not kept[bos].any() and kept[~bos].all()
+    assert store.excluded == {"bos": int(bos.sum()), "outlier_norm": 0}
+    assert store.n_tokens == kept.sum()
+
+
+def test_every_token_can_be_traced_to_its_text(store, tokenizer):
+    texts = make_texts()
+    seen = set()
+    for context in range(store.n_contexts):
+        tokens, documents = store["tokens"][context], store["documents"][context]
+        names = store.locate(context)[0].subset_names
+        subsets = np.array(names)[store["subsets"][context]]
+        for document in np.unique(documents):
+            of_document = documents == document
+            text, subset = texts[document]
+            assert set(subsets[of_document]) == {subset}
+            assert tokenizer.decode(tokens[of_document], skip_special_tokens=True) in text
+            seen.add(subset)
+    assert seen == set(SUBSETS)
+
+
+def test_the_stream_is_the_corpus_in_order(store, tokenizer, tiny_text):
+    tokens, documents = array(store, "tokens"), array(store, "documents")
+    bos = tokens == tokenizer.bos_token_id
+    saved = tokens[~bos]
+    expected = []
+    for document in Corpus(str(tiny_text)).documents():
+        expected += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+    assert saved.tolist() == expected[: len(saved)]
+    assert (np.diff(documents.ravel()) >= 0).all()
+
+
+def test_outliers_are_left_out_and_counted(run_here, tiny_run, tmp_path, tokenizer):
+    flags = ["--n-tokens", 4_096, "--outlier-factor", 1.2, "--activations-dir", tmp_path]
+    printed = run_here("save_activations", *tiny_run.flags.save_activations, *flags).stdout
+    store = ActivationStore(tmp_path)
+    norms = np.linalg.norm(array(store, "activations").astype(np.float32), axis=-1)
+    bos = array(store, "tokens") == tokenizer.bos_token_id
+    outliers = ~bos & (norms > store.outlier_norm * 1.001)
+    clear = np.abs(norms / store.outlier_norm - 1) > 0.001
+    assert 0.01 < outliers.mean() < 0.5
+    assert (array(store, "kept") == ~(bos | outliers))[clear].all()
+    assert store.excluded["outlier_norm"] == pytest.approx(outliers.sum(), abs=int((~clear).sum()))
+    assert f"{store.excluded['outlier_norm']:,} of norm above" in printed
+
+
+# -------------------------------------------------------------------------------- several ranks
+
+
+def start_rank(flags: list, rank: int, *others: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("save_activations", *flags, *others), cwd=ROOT, text=True,
+        env=environment(RANK=str(rank), WORLD_SIZE="2"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_two_ranks_share_the_documents(tiny_run, tiny_text, tmp_path):
+    # More tokens than there are, so that both ranks go to the end of the text.
+    flags = [*tiny_run.flags.save_activations, "--n-tokens", 10**6, "--activations-dir", tmp_path]
+    ranks = [start_rank(flags, rank) for rank in range(2)]
+    ended = [(*process.communicate(), process.returncode) for process in ranks]
+    assert [code for *_, code in ended] == [0, 0], ended
+    printed = "".join(out for out, *_ in ended)
+    assert f"{tmp_path} holds" in printed
+    store = ActivationStore(tmp_path)
+    assert [shard.number % 2 for shard in store.shards].count(1) >= len(store.shards) // 2 - 1
+    by_rank = [
+        {d for s in store.shards if s.number % 2 == rank for d in np.unique(s["documents"])}
+        for rank in range(2)
+    ]
+    # An incomplete last context is dropped, so that at most the last document is missing.
+    n_documents = len(tiny_text.read_text().splitlines())
+    assert by_rank[0] == set(range(0, n_documents, 2)) or by_rank[0] == set(
+        range(0, n_documents - 2, 2)
+    )
+    assert by_rank[1] == set(range(1, n_documents, 2)) or by_rank[1] == set(
+        range(1, n_documents - 2, 2)
+    )
+
+
+def test_one_rank_alone_is_unfinished_but_no_failure(run_here, tiny_run, tmp_path, monkeypatch):
+    flags = [*tiny_run.flags.save_activations, "--n-tokens", 2_048, "--activations-dir", tmp_path]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in (("1", "Process 1 is done; 1 of 2 are"), ("0", f"{tmp_path} holds 2,048")):
+        monkeypatch.setenv("RANK", rank)
+        if rank == "0":
+            with pytest.raises(ValueError, match="1 of 2 processes are done"):
+                ActivationStore(tmp_path)
+        assert words in run_here("save_activations", *flags).stdout
+    assert ActivationStore(tmp_path).n_contexts == 64
+    # A rank whose shards are whole does not fail because another's are not.
+    number = max(shard.number for shard in ActivationStore(tmp_path).shards if shard.number % 2)
+    (tmp_path / f"tokens-{number:05d}.npy").unlink()
+    _open_array.cache_clear()  # in a process of its own it would not have been read
+    for rank, words in (("0", "Process 0 is done; another has a shard"), ("1", f"{tmp_path} ho")):
+        monkeypatch.setenv("RANK", rank)
+        assert words in run_here("save_activations", *flags).stdout
+    monkeypatch.setenv("RANK", "2")
+    assert (
+        "RANK in the environment must be from 0"
+        in run_here("save_activations", *flags, check=False).message
+    )
+    monkeypatch.setenv("RANK", "0")
+    refused = run_here("save_activations", *flags, "--overwrite", check=False)
+    assert "OVERWRITE must be off with several processes" in refused.message
+
+
+# --------------------------------------------------------------------------------------- repair
+
+
+@pytest.fixture
+def damaged(tiny_run, tmp_path) -> Path:
+    shutil.copytree(tiny_run.folder / "activations", tmp_path / "activations")
+    return tmp_path / "activations"
+
+
+def test_damaged_shards_are_made_anew(damaged, tiny_run, run_here):
+    whole = {path.name: path.read_bytes() for path in damaged.glob("*.npy")}
+    manifest = (damaged / "manifest.json").read_bytes()  # by which later stages know them again
+    untouched = os.stat(damaged / "activations-00000.npy").st_mtime_ns
+    flipped = damaged / "activations-00002.npy"
+    with flipped.open("r+b") as file:
+        file.seek(5_000)
+        byte = file.read(1)[0]
+        file.seek(5_000)
+        file.write(bytes([byte ^ 1]))
+    cut = damaged / "tokens-00005.npy"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    for name in ARRAYS:
+        (damaged / f"{name}-00047.npy").unlink()
+    flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+    printed = run_here("save_activations", *flags).stdout
+    assert re.findall(r"Shard (\d+) is damaged or missing", printed) == ["2", "5", "47"]
+    assert {path.name: path.read_bytes() for path in damaged.glob("*.npy")} == whole
+    assert os.stat(damaged / "activations-00000.npy").st_mtime_ns == untouched
+    assert (damaged / "manifest.json").read_bytes() == manifest
+
+
+def test_a_repair_from_other_text_is_refused(damaged, tiny_run, tiny_text, run_here):
+    (damaged / "tokens-00001.npy").unlink()
+    left = {path.name: path.read_bytes() for path in damaged.glob("*.npy")}
+    before = tiny_text.read_bytes()
+    try:
+        tiny_text.write_bytes(before.replace(b"rope", b"ship"))
+        flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+        message = run_here("save_activations", *flags, check=False).message
+    finally:
+        tiny_text.write_bytes(before)
+    assert "Shard 1 made anew differs from the one recorded" in message
+    assert {path.name: path.read_bytes() for path in damaged.glob("*.npy")} == left
+    assert not list(damaged.glob(".partial*"))
+    assert json.loads((damaged / "manifest.json").read_text())["finished"]
+
+
+def test_going_on_from_other_files_is_refused(damaged, tiny_run, run_here):
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    (name,) = manifest["files"]
+    manifest["files"][name] += 1
+    manifest["finished"] = False
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+    message = run_here("save_activations", *flags, check=False).message
+    assert "were begun with files" in message and "Delete it to start anew" in message
+    del manifest["files"]  # as early versions wrote it
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert "holds" in run_here("save_activations", *flags).stdout
+
+
+def test_a_run_that_another_rank_still_writes_is_not_deleted(damaged, tiny_run, run_here):
+    flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
+    with FileLock(damaged / ".lock-1"):
+        words = [*flags, "--layer", LAYER + 1, "--overwrite"]
+        message = run_here("save_activations", *words, check=False).message
+    assert "Another process is writing to" in message
+    assert len(ActivationStore(damaged).shards) > 1

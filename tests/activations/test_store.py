@@ -1,0 +1,288 @@
+"""The activations' format: written, read, checked, shuffled."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import excluded_of, write_activations
+
+from tests.benchmarks.gpu import write_store
+from utils.activations import store as activations
+from utils.activations.batches import ShuffledBatches
+from utils.activations.store import ARRAYS, CHECKED, ActivationStore, Shard, shard_path
+from utils.artifacts import write_json
+from utils.settings import InputError
+
+D_MODEL = 4
+CONTEXT = 40  # more than the piece that is shuffled, and no multiple of it
+
+
+def make_arrays(n_contexts: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Contexts whose position 0 is BOS and whose kept rows all differ, by their first entry."""
+    draw = np.random.default_rng(seed)
+    shape = (n_contexts, CONTEXT)
+    kept = draw.random(shape) < 0.8
+    kept[:, 0] = False
+    activations = draw.normal(size=(*shape, D_MODEL)).astype(np.float16)
+    activations[..., 0] = 1 + np.arange(kept.size).reshape(shape)
+    return {
+        "activations": activations,
+        "tokens": draw.integers(0, 300, shape, np.int32),
+        "kept": kept,
+        "documents": np.sort(draw.integers(0, 9, shape, np.int32)),
+        "subsets": draw.integers(0, 2, shape, np.int16),
+    }
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    return make_arrays(10)
+
+
+@pytest.fixture
+def store(arrays, tmp_path) -> ActivationStore:
+    """Ten contexts in shards of three, so that the last shard is not full."""
+    write_activations(tmp_path, arrays)
+    return ActivationStore(tmp_path)
+
+
+# ------------------------------------------------------------------------------ writing, reading
+
+
+def test_known_scale_and_mean(tmp_path):
+    # Kept rows (3, 4, 0, 0) and (-5, 0, 0, 0): E‖x‖² is 25, so that the scale is √(4 / 25).
+    activations = np.zeros((1, CONTEXT, D_MODEL), np.float16)
+    activations[0, :3] = [[1000, 0, 0, 0], [3, 4, 0, 0], [-5, 0, 0, 0]]
+    kept = np.zeros((1, CONTEXT), bool)
+    kept[0, 1:3] = True
+    others = {name: np.zeros((1, CONTEXT), np.int16) for name in ("tokens", "documents", "subsets")}
+    write_activations(tmp_path, {"activations": activations, "kept": kept, **others})
+    store = ActivationStore(tmp_path)
+    assert store.scale == pytest.approx(0.4)
+    assert store.mean.tolist() == [-1, 2, 0, 0]
+    assert store.n_tokens == 2
+
+
+def test_what_is_written_is_read(store, arrays, tmp_path):
+    assert [shard.contexts for shard in store.shards] == [3, 3, 3, 1]
+    assert store.n_contexts == 10 and store.context_length == CONTEXT
+    for name in ARRAYS:
+        for context in range(10):
+            assert np.array_equal(store[name][context], arrays[name][context]), (name, context)
+    assert store["activations"][0].dtype == np.float16
+    shard, row = store.locate(7)
+    assert (shard.number, row) == (2, 1) and shard.subset_names == ("a", "b")
+    assert not list(tmp_path.glob(".partial-*"))
+    store.verify(tmp_path)
+
+
+def test_counts_scale_and_mean_are_of_the_kept_rows(store, arrays):
+    rows = arrays["activations"][arrays["kept"]].astype(np.float64)
+    assert store.n_tokens == len(rows) == arrays["kept"].sum()
+    assert store.excluded == excluded_of(arrays)
+    assert store.n_tokens + sum(store.excluded.values()) == 10 * CONTEXT
+    assert np.square(rows * store.scale).sum(axis=1).mean() == pytest.approx(D_MODEL)
+    np.testing.assert_allclose(store.mean, rows.mean(axis=0), rtol=1e-5)
+    assert np.array_equal(store.kept_rows(range(10)), rows)
+    batches = list(store.batches(range(2, 9), 3 * CONTEXT))
+    expected = arrays["activations"][2:9][arrays["kept"][2:9]]
+    assert len(batches) == 3 and batches[0].dtype == np.float32
+    assert np.array_equal(np.concatenate(batches), expected)
+
+
+def test_first_and_split(store):
+    assert store.first(None) == range(10)
+    assert store.first(CONTEXT + 1) == range(2)
+    assert store.first(10**9) == range(10)
+    assert store.split(0.3) == (range(7), range(7, 10))
+    assert store.split(1e-9) == (range(9), range(9, 10))
+    with pytest.raises(InputError, match="too few to hold any out"):
+        store.split(0.99)
+
+
+def test_float16_overflow_is_refused_with_the_remedy(arrays, tmp_path):
+    activations = arrays["activations"].astype(np.float32)
+    activations[4, 2, 1] = 70_000
+    large = {**arrays, "activations": activations}
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="--storage-dtype float32"):
+        write_activations(tmp_path, large)
+    assert not (tmp_path / "activations-00001.npy").exists()
+    write_activations(tmp_path, large, storage_dtype="float32")
+    store = ActivationStore(tmp_path)
+    assert store["activations"][4][2, 1] == 70_000
+
+
+# ----------------------------------------------------------------------------------------- damage
+
+
+def spoil(path: Path, byte: int, value: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] = content[byte] ^ 1 if value is None else value
+    path.write_bytes(content)
+
+
+def repair(path: Path) -> str:
+    return f"run save_activations.py again with the settings in {path.parent / 'settings.json'}"
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_truncated_or_missing_file_is_named_with_its_repair(arrays, tmp_path, name):
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, name, 2)
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(InputError) as error:
+            ActivationStore(tmp_path)
+        assert str(path) in str(error.value) and repair(path) in str(error.value)
+        path.unlink(missing_ok=True)
+
+
+def test_a_file_of_another_length_is_named(arrays, tmp_path):
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, "kept", 0)
+    np.save(path, np.load(path)[:2])
+    with pytest.raises(InputError, match=r"kept-00000\.npy holds 2 contexts instead of 3"):
+        ActivationStore(tmp_path)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_flipped_bit_is_found(arrays, tmp_path, name):
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, name, 1)
+    spoil(path, -3)
+    with pytest.raises(InputError, match="does not match its checksum") as error:
+        ActivationStore(tmp_path).verify(tmp_path)
+    assert str(path) in str(error.value) and repair(path) in str(error.value)
+
+
+def test_shards_are_checked_once_while_they_are_as_they_were(store, tmp_path, monkeypatch):
+    read, log = [], tmp_path / CHECKED
+    verify = Shard.verify
+    monkeypatch.setattr(Shard, "verify", lambda shard: (read.append(shard.number), verify(shard)))
+    store.verify(tmp_path)
+    store.verify(tmp_path)
+    assert sorted(read) == [shard.number for shard in store.shards]
+    os.utime(shard_path(tmp_path, "tokens", 1))
+    store.verify(tmp_path)
+    assert read[len(store.shards) :] == [1]
+    log.write_text(log.read_text()[:-5])  # killed while it wrote
+    store.verify(tmp_path)
+    assert read[len(store.shards) + 1 :] == [1]
+    log.unlink()
+    read.clear()
+    store.verify(tmp_path, [store.n_contexts - 1, 0])
+    assert read == [0, store.shards[-1].number]
+
+
+def test_nan_is_named_by_shard_and_place(arrays, tmp_path):
+    arrays["kept"][4, 5] = True
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, "activations", 1)
+    values = np.load(path)
+    values[1, 5, 2] = np.nan
+    np.save(path, values)
+    store = ActivationStore(tmp_path)
+    with pytest.raises(InputError) as error:
+        store.kept_rows(range(10))
+    assert f"{path} holds NaN or infinity at context 1, position 5" in str(error.value)
+    with pytest.raises(InputError, match="context 1, position 5"):
+        list(itertools.islice(ShuffledBatches(store, range(10), 8, seed=0).from_step(0), 20))
+    assert len(store.kept_rows(range(4))) > 0
+
+
+def test_unfinished_and_absent_activations(store, tmp_path):
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    write_json(path, {**manifest, "finished": False})
+    with pytest.raises(InputError, match=r"unfinished \(0 of 1 .*\)\. Run save_activations\.py"):
+        ActivationStore(tmp_path)
+    with pytest.raises(InputError, match=r"No activations in .*Run save_activations\.py first"):
+        ActivationStore(tmp_path / "nowhere")
+
+
+# -------------------------------------------------------------------------------------- shuffling
+
+
+@pytest.fixture(params=[2**20, 600, 1], ids=["one pool", "some pools", "pools of a piece"])
+def batches(request, arrays, tmp_path) -> ShuffledBatches:
+    write_activations(tmp_path, arrays)
+    store = ActivationStore(tmp_path)
+    return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_bytes=request.param)
+
+
+def numbers(batches) -> list[int]:
+    """The rows of some batches, by their first entry, of which each kept row has its own."""
+    return np.concatenate([batch[:, 0] for batch in batches]).astype(int).tolist()
+
+
+def test_every_kept_row_comes_once_a_pass(batches, arrays):
+    rows = arrays["activations"][1:9][arrays["kept"][1:9]][:, 0].astype(int).tolist()
+    n = len(rows)
+    assert batches.n_rows == n and batches.n_steps(2) == 2 * n // 7
+    stream = numbers(itertools.islice(batches.from_step(0), 3 * n // 7 + 1))
+    passes = [stream[n * i : n * (i + 1)] for i in range(3)]
+    for one in passes:
+        assert sorted(one) == sorted(rows)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0] != sorted(rows)
+
+
+def test_from_any_step_on_it_is_the_uninterrupted_stream(batches):
+    whole = list(itertools.islice(batches.from_step(0), 90))
+    assert all(batch.shape == (7, D_MODEL) and batch.dtype == np.float16 for batch in whole)
+    assert batches.n_steps(2) < 85
+    for step in (1, 2, 33, 34, 35, 36, 50, 71, 88):
+        rest = list(itertools.islice(batches.from_step(step), 90 - step))
+        assert np.array_equal(rest, whole[step:]), step
+
+
+def test_the_order_depends_on_the_seed(store):
+    first, again, other = (
+        numbers(itertools.islice(ShuffledBatches(store, range(10), 7, seed).from_step(0), 5))
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_rows_of_the_whole_set_are_mixed(tmp_path):
+    write_activations(tmp_path, make_arrays(50))
+    batches = ShuffledBatches(ActivationStore(tmp_path), range(50), 50, seed=0, pool_bytes=4_000)
+    for batch in itertools.islice(batches.from_step(0), 10):
+        contexts = batch[:, 0].astype(int) // CONTEXT
+        assert len(set(contexts)) >= 5 and contexts.max() - contexts.min() > 15
+
+
+def test_too_large_a_batch_and_too_few_passes(store):
+    with pytest.raises(InputError, match="BATCH_SIZE must be at most the number of training token"):
+        ShuffledBatches(store, range(10), 10 * CONTEXT, seed=0)
+    with pytest.raises(InputError, match="N_PASSES must be enough for a batch of 7"):
+        ShuffledBatches(store, range(10), 7, seed=0).n_steps(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is mapped")
+def test_what_was_read_is_not_held(tmp_path, monkeypatch):
+    def mapped() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) / 1e3  # MB
+
+    rows = np.random.default_rng(0).normal(size=(2_000, 64, 512)).astype(np.float16)  # 131 MB
+    store = write_store(tmp_path, rows)
+    before = mapped()
+    for start in range(0, len(rows), 100):
+        found = store.kept_rows(range(start, start + 100))
+        assert np.array_equal(found, rows[start : start + 100].reshape(-1, 512))
+    assert mapped() - before < 40
+    # Neither in one reading of places all over.
+    monkeypatch.setattr(activations, "SPANS_MAPPED", 100)
+    seen = []
+
+    def spans():
+        for context in range(len(rows)):
+            seen.append(mapped())
+            yield context, 0, 32
+
+    assert np.array_equal(store.kept_spans(spans()), rows[:, :32].reshape(-1, 512))
+    assert max(seen) - before < 40

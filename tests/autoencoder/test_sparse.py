@@ -1,0 +1,100 @@
+"""Choosing the largest pre-activations: exact, whatever the ties, sizes and chunks."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils.autoencoder import sparse
+from utils.autoencoder.sparse import top_latents
+
+
+def drawn(n_latents: int, n_rows: int = 13, largest: int = 1_000):
+    """Whole numbers, so that every sum is exact: x (n_rows, 6), rows and biases."""
+    draw = np.random.default_rng(n_latents)
+    shapes = ((n_rows, 6), (n_latents, 6), (n_latents,))
+    return [
+        torch.tensor(draw.integers(-largest, largest + 1, shape), dtype=torch.float32)
+        for shape in shapes
+    ]
+
+
+def assert_the_largest(x, rows, biases, k: int) -> None:
+    values, indices = top_latents(x, rows, biases, k)
+    exact = x @ rows.T + biases
+    assert values.shape == indices.shape == (len(x), k)
+    assert indices.dtype == torch.int32 and values.dtype == torch.float32
+    assert torch.equal(exact.gather(1, indices.long()), values)
+    expected = exact.sort(dim=1, descending=True).values[:, :k]
+    assert torch.equal(values.sort(dim=1, descending=True).values, expected)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+@pytest.mark.parametrize(
+    ("n_latents", "k"),
+    [
+        (2_048, 4),  # groups of groups
+        (1_024, 32),  # the fewest that are grouped
+        (1_016, 32),  # one group too few
+        (1_021, 4),  # not divisible
+        (1_028, 4),  # divisible by 4, not by 8
+        (64, 60),
+        (64, 64),
+        (64, 1),
+        (1, 1),
+    ],
+)
+def test_top_latents_are_the_largest(monkeypatch, n_latents, k, chunk):
+    monkeypatch.setattr(sparse, "CHUNK_ROWS", chunk)
+    assert_the_largest(*drawn(n_latents), k)
+
+
+@pytest.mark.parametrize(("n_latents", "k"), [(2_048, 16), (1_021, 16), (64, 33)])
+def test_top_latents_among_ties(monkeypatch, n_latents, k):
+    monkeypatch.setattr(sparse, "CHUNK_ROWS", 4)
+    assert_the_largest(*drawn(n_latents, largest=1), k)
+    x, rows, biases = drawn(n_latents, largest=0)
+    assert not (x @ rows.T + biases).any()  # all of them alike
+    assert_the_largest(x, rows, biases, k)
+
+
+def test_the_largest_may_share_a_group():
+    x, rows, biases = torch.ones(1, 1), torch.arange(2_048.0)[:, None] % 256, torch.zeros(2_048)
+    # 255 is at 255, 511, ..., which are members of one group; it also comes 8 times.
+    values, indices = top_latents(x, rows, biases, 8)
+    assert values.tolist() == [[255.0] * 8]
+    assert sorted(indices[0].tolist()) == list(range(255, 2_048, 256))
+
+
+def test_bfloat16_differs_among_near_ties_only():
+    draw = np.random.default_rng(0)
+    x, rows = (torch.tensor(draw.normal(size=(n, 64)), dtype=torch.float32) for n in (40, 2_048))
+    biases = torch.zeros(2_048)
+    values, indices = top_latents(x, rows, biases, 32, "bfloat16")
+    assert values.dtype == torch.float32
+    exact = x @ rows.T
+    near = 2**-7 * exact.abs().max()
+    torch.testing.assert_close(values, exact.gather(1, indices.long()), rtol=0, atol=near.item())
+    chosen = torch.zeros_like(exact, dtype=torch.bool).scatter(1, indices.long(), True)
+    edge = exact.topk(32).values[:, -1:]
+    assert (chosen.sum(1) == 32).all()
+    assert chosen[exact > edge + near].all() and not chosen[exact < edge - near].any()
+    assert not torch.equal(chosen, exact >= edge)  # some did change places
+
+
+def test_nothing_is_differentiated_through_the_choice():
+    x, rows, biases = drawn(64)
+    values, _ = top_latents(x.requires_grad_(), rows.requires_grad_(), biases, 4)
+    assert not values.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_integers_stand_for_numbers_of_either_sign(dtype):
+    values = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:, 3] = torch.inf
+    values[:, 4] = -torch.inf
+    for k in (1, 25, 40):  # more than are positive
+        found, indices = sparse._topk(values, k)
+        assert torch.equal(found, values.gather(1, indices))
+        expected = values.sort(dim=1, descending=True).values[:, :k]
+        assert torch.equal(found.sort(dim=1, descending=True).values, expected)

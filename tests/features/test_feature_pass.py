@@ -1,0 +1,394 @@
+"""What an analysis finds: planted features, brute-force answers, fidelity, the catalogue."""
+
+import shutil
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LAYER, write_activations
+
+from utils.activations.store import ActivationStore
+from utils.artifacts import write_json
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.fidelity import Fidelity
+from utils.autoencoder.kinds import L1Autoencoder
+from utils.autoencoder.saved import load_autoencoder
+from utils.features import catalogue, tables
+from utils.features.feature_pass import (
+    AROUND,
+    N_BINS,
+    N_BUCKETS,
+    N_PER_BUCKET,
+    N_TOP,
+    WINDOW,
+    BestPerGroup,
+    FeaturePass,
+    Histograms,
+    text_around,
+)
+from utils.language_model import load_language_model
+from utils.steering.evaluation import loss_recovered, measure_losses
+
+CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6
+NORM = 2.0  # of the decoder rows: what is reported is twice the latent
+WORDS = " rose  tulip  spade  ship  anchor  rope".split("  ")
+PIECES = [f" {word.strip()}" for word in WORDS]
+
+
+# --------------------------------------------------------------------------------- planted features
+#
+# Feature i, 0 to 3, is active on token i alone, feature 0 in subset "a" only; feature 4 on every
+# token; feature 5 never. The encoder is the identity, so that activations are latents.
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    shape = (N_CONTEXTS, CONTEXT)
+    tokens = draw.integers(0, 6, shape, np.int32)
+    subsets = np.repeat(draw.integers(0, 2, (N_CONTEXTS, 1), np.int16), CONTEXT, axis=1)
+    kept = draw.random(shape) < 0.9
+    kept[:, 0] = False
+    # Values that float16 holds exactly, and no two of a feature's alike but by rare chance.
+    values = (1 + draw.integers(0, 2_000, (*shape, N_FEATURES)) / 1_024).astype(np.float16)
+    active = tokens[..., None] == np.arange(N_FEATURES)
+    active[..., 0] &= subsets == 0
+    active[..., 4], active[..., 5] = True, False
+    return {
+        "activations": np.where(active, values, np.float16(-1)),
+        "tokens": tokens,
+        "kept": kept,
+        "documents": np.repeat(np.arange(N_CONTEXTS, dtype=np.int32)[:, None], CONTEXT, axis=1),
+        "subsets": subsets,
+    }
+
+
+@pytest.fixture(scope="module")
+def store(planted, tmp_path_factory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("planted")
+    write_activations(folder, planted, per_shard=7)
+    return ActivationStore(folder)
+
+
+@pytest.fixture(scope="module")
+def found(store) -> FeaturePass:
+    autoencoder = L1Autoencoder(d_model=N_FEATURES, n_latents=N_FEATURES)
+    autoencoder.W_enc.assign(np.eye(N_FEATURES))
+    autoencoder.W_dec.assign(NORM * np.eye(N_FEATURES))
+    found = FeaturePass(autoencoder, store, seed=0)
+    found.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reported(planted) -> np.ndarray:
+    """The activation of every feature at every position, zero where it is not kept."""
+    return np.where(
+        planted["kept"][..., None], NORM * np.maximum(planted["activations"], 0), 0
+    ).astype(np.float32)
+
+
+def test_statistics_are_exact(found, planted, reported):
+    statistics = found.statistics()
+    active = reported > 0
+    n_kept = planted["kept"].sum()
+    uses = active.sum(axis=(0, 1))
+    assert uses[4] == n_kept and uses[5] == 0
+    np.testing.assert_allclose(statistics["frequency"], uses / n_kept)
+    np.testing.assert_allclose(statistics["max_activation"], reported.max(axis=(0, 1)))
+    means = reported.sum(axis=(0, 1), dtype=np.float64) / np.maximum(uses, 1)
+    np.testing.assert_allclose(statistics["mean_activation"], means, rtol=1e-6)
+    assert statistics["dead"].tolist() == [False] * 5 + [True]
+    of_b = (planted["subsets"] == 1)[..., None] * reported
+    share_of_b = of_b.sum(axis=(0, 1)) / np.maximum(reported.sum(axis=(0, 1)), 1)
+    assert statistics["top_subset"][0] == "a" and statistics["top_subset_share"][0] == 1
+    for feature in range(1, 5):
+        share = max(share_of_b[feature], 1 - share_of_b[feature])
+        assert statistics["top_subset"][feature] == "ab"[int(share_of_b[feature] > 0.5)]
+        assert statistics["top_subset_share"][feature] == pytest.approx(share, rel=1e-5)
+    assert found.fidelity.n_rows == n_kept
+    assert found.fidelity.l0 == pytest.approx(uses.sum() / n_kept)
+
+
+def test_histograms_count_every_active_token(found, reported):
+    statistics = found.statistics()
+    for feature in range(N_FEATURES):
+        active = reported[..., feature][reported[..., feature] > 0]
+        span = statistics["histogram_range"][feature]
+        expected, _ = np.histogram(active, N_BINS, (0, span))
+        assert np.array_equal(statistics["histogram"][feature], expected)
+        assert not len(active) or span / 2 < active.max() <= span
+
+
+def test_histograms_widen_as_larger_values_come():
+    draw = np.random.default_rng(0)
+    histograms, seen = Histograms(3), [[], [], []]
+    for scale in (1e-6, 0.3, 0.1, 40):  # the first below the smallest range
+        group = draw.integers(0, 2, 5_000)
+        values = (scale * (1 - draw.random(5_000))).astype(np.float32)
+        histograms.add(group, values)
+        for i in range(2):
+            seen[i] += values[group == i].tolist()
+    assert histograms.ranges.tolist() == [64, 64, 2**-16]
+    for i, values in enumerate(seen):
+        expected, _ = np.histogram(values, N_BINS, (0, histograms.ranges[i]))
+        assert histograms.counts[i].tolist() == expected.tolist()
+    histograms.add(np.array([2]), np.array([8.0]))  # a power of two is in the last bin
+    assert histograms.ranges[2] == 8 and histograms.counts[2].tolist() == [0] * 31 + [1]
+
+
+def test_top_examples_are_the_highest_peaks_of_contexts(found, reported):
+    examples = pd.DataFrame({k: list(v) for k, v in found.examples().items()})
+    for feature in range(N_FEATURES):
+        top = examples[(examples["feature"] == feature) & (examples["bucket"] == 0)]
+        peaks = reported[..., feature].max(axis=1)
+        order = np.argsort(-peaks, kind="stable")
+        expected = [context for context in order if peaks[context] > 0][:N_TOP]
+        assert top["rank"].tolist() == list(range(len(expected)))
+        np.testing.assert_array_equal(top["activation"], peaks[expected])
+        # Peaks of one height may come in any order.
+        assert sorted(peaks[top["context"]]) == sorted(peaks[expected])
+        for example in top.itertuples():
+            assert reported[example.context, example.position, feature] == example.activation
+
+
+def test_random_examples_lie_in_their_buckets(found, reported):
+    examples = pd.DataFrame({k: list(v) for k, v in found.examples().items()})
+    below_top = examples[examples["bucket"] > 0]
+    assert set(below_top["feature"]) == {0, 1, 2, 3, 4}
+    assert below_top.groupby(["feature", "bucket"]).size().max() == N_PER_BUCKET
+    for example in below_top.itertuples():
+        peaks = reported[example.context, :, example.feature]
+        assert peaks.max() == example.activation == peaks[example.position]
+        share = example.activation / reported[..., example.feature].max()
+        bucket = example.bucket
+        assert (N_BUCKETS - bucket) / N_BUCKETS <= share + 1e-6
+        assert share <= (N_BUCKETS + 1 - bucket) / N_BUCKETS + 1e-6
+
+
+def test_windows_are_the_activations_around_the_peak(found, planted, reported):
+    table = tables.example_table(found, found.store).to_pandas()
+    assert len(table) > 5 * N_TOP
+    for example in table.itertuples():
+        position = np.flatnonzero(
+            reported[example.context, :, example.feature] == np.float32(example.activation)
+        )[0]
+        start = position - example.peak
+        assert start == min(max(position - 32, 0), CONTEXT - WINDOW)
+        window = slice(start, start + WINDOW)
+        assert np.array_equal(example.tokens, planted["tokens"][example.context, window])
+        expected = reported[example.context, window, example.feature].astype(np.float16)
+        assert np.array_equal(example.activations, expected)
+        assert example.document == example.context
+        assert example.subset == "ab"[planted["subsets"][example.context, 0]]
+
+
+def test_a_pass_depends_on_its_seed_alone(found, store):
+    again = FeaturePass(found.autoencoder, store, seed=0)
+    again.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
+    first, second = found.examples(), again.examples()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_best_per_group_against_brute_force():
+    draw = np.random.default_rng(0)
+    best = BestPerGroup(n_groups=50, size=3)
+    offered = []
+    for n in (1_000, 0, 120_000, 7, 5_000):  # the third is more than is held unsorted
+        group, priority = draw.integers(0, 45, n), draw.random(n).astype(np.float32)
+        wanted = best.wants(group, priority)
+        entries = {"group": group, "priority": priority, "own": draw.integers(0, 10**9, n)}
+        offered.append(pd.DataFrame(entries))
+        best.add({name: values[wanted] for name, values in entries.items()})
+    assert not wanted.all()  # what cannot be among the best any more is not wanted
+    everything = pd.concat(offered).sort_values(["group", "priority"], ascending=[True, False])
+    expected = everything.groupby("group").head(3)
+    kept = best.best()
+    for name in ("group", "priority", "own"):
+        assert np.array_equal(kept[name], expected[name]), name
+    assert kept["rank"].tolist() == [0, 1, 2] * 45
+
+
+def test_of_entries_with_one_text_the_best_is_kept():
+    best = BestPerGroup(n_groups=2, size=2)
+    for priority in ([1.0, 5.0, 3.0, 2.0], [4.0, 0.5, 6.0, 1.0]):
+        text = np.array([7, 7, 8, 9], np.uint64)
+        entries = {"group": np.array([0, 0, 0, 1]), "priority": np.array(priority), "text": text}
+        best.add(entries)
+        kept = best.best()
+    assert kept["group"].tolist() == [0, 0, 1] and kept["rank"].tolist() == [0, 1, 0]
+    assert kept["text"].tolist() == [8, 7, 9] and kept["priority"].tolist() == [6, 5, 2]
+
+
+def test_the_text_around_a_position():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 50_000, (2, 100), np.int32)
+    tokens[1, 40 : 40 + 2 * AROUND + 1] = tokens[0, 20 : 20 + 2 * AROUND + 1]
+    found = text_around(tokens)
+    assert len(np.unique(found)) == 199 and found[1, 40 + AROUND] == found[0, 20 + AROUND]
+
+
+# --------------------------------------------------------------------------------------- fidelity
+
+
+def test_fidelity_known_answer():
+    rows = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0], [4.0, 4.0]], np.float32)
+    reconstruction = rows + np.array([[0, 0], [0, 0], [1, 0], [0, 1]], np.float32)
+    fidelity = Fidelity(2)
+    for part in (slice(0, 3), slice(3, 4)):  # sums over batches
+        fidelity.add(rows[part], reconstruction[part], np.array([0, 1, 2, 3])[part])
+    assert fidelity.fvu == pytest.approx(2 / 32)
+    assert fidelity.l0 == 1.5 and fidelity.l0_counts.tolist() == [1, 1, 1, 1]
+    cosines = [0, 1, 4 / np.sqrt(17), 36 / np.sqrt(32 * 41)]
+    assert fidelity.cosine == pytest.approx(np.mean(cosines))
+
+
+class Identity(SparseAutoencoder):
+    """Reconstructs ``share`` of its input."""
+
+    share = 1.0
+
+    def encode(self, activations):
+        return activations
+
+    def decode(self, latents):
+        return self.share * latents
+
+
+class Nothing(Identity):
+    share = 0.0
+
+
+def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
+    store = ActivationStore(tiny_run.folder / "activations")
+    language_model = load_language_model(str(tiny_model), LAYER, "float32")
+    measured = {
+        cls: measure_losses(
+            language_model, cls(d_model=32, n_latents=32), store, range(100, 200), 640
+        )
+        for cls in (Identity, Nothing)
+    }
+    subsets = measured[Nothing].loc[["Garden", "Harbour"]]
+    identity, nothing = (measured[cls].loc["all"] for cls in (Identity, Nothing))
+    assert identity["kl"] == pytest.approx(0, abs=1e-5) and nothing["kl"] > 0.01
+    assert identity["fvu"] == pytest.approx(0, abs=1e-6) and nothing["fvu"] >= 1
+    assert subsets["n_tokens"].sum() == nothing["n_tokens"]
+    weighted = np.average(subsets[["untouched", "zero_ablated", "kl"]], 0, subsets["n_tokens"])
+    assert weighted == pytest.approx(nothing[["untouched", "zero_ablated", "kl"]].to_numpy(float))
+    assert loss_recovered(identity) == pytest.approx(1, abs=1e-4)
+    assert identity["reconstruction"] == pytest.approx(identity["untouched"], abs=1e-5)
+    assert loss_recovered(nothing) == 0
+    assert nothing["reconstruction"] == nothing["zero_ablated"] != nothing["untouched"]
+
+    tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in range(100, 200, 5)])).long()
+    with torch.no_grad():
+        likelihoods = language_model.model(tokens).logits[:, :-1].log_softmax(dim=-1)
+    losses = -likelihoods.gather(-1, tokens[:, 1:, None])[..., 0]
+    losses = losses[tokens[:, 1:] != language_model.bos]
+    assert identity["n_tokens"] == len(losses)
+    assert identity["untouched"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_loss_recovered_known_answer():
+    losses = {"untouched": 2.0, "reconstruction": 2.5, "zero_ablated": 4.0}
+    assert loss_recovered(losses) == 0.75
+
+
+# -------------------------------------------------------------------------------------- catalogue
+
+
+@pytest.fixture(scope="module")
+def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
+    folder = tmp_path_factory.mktemp("catalogue")
+    examples = tables.example_table(found, store)
+    promoted = pd.DataFrame(
+        {
+            "promoted_tokens": [[" sail"]] * 5 + [[" rose"]],
+            "suppressed_tokens": [[" x"]] * 6,
+        }
+    )
+    features = tables.feature_table(found, examples, PIECES).join(promoted)
+    tables.save_tables(folder, examples, PIECES)
+    tables.save_features(folder / "features.parquet", features)
+    write_json(folder / "summary.json", {"n_latents": N_FEATURES})
+    return catalogue.Catalogue(folder)
+
+
+def test_search_finds_the_planted_word(saved):
+    for feature in range(4):
+        found = saved.search(PIECES[feature].strip().upper(), 3)
+        assert found["feature"].iloc[0] == feature
+    assert 4 not in saved.search("rose", 1)["feature"].tolist()
+    assert saved.search("zebra", 3).empty
+    assert saved.search("sail", 9)["feature"].tolist() == [0, 1, 2, 3, 4]  # promoted; 5 is dead
+    # Beside a feature that peaks at a word, one that promotes another among ten is none.
+    other = catalogue.Catalogue(saved.folder)
+    other.features["promoted_tokens"] = [[" sail", *"abcdefghi"]] * len(other.features)
+    assert other.search("sail rose", 9)["feature"].tolist() == [PIECES.index(" rose")]
+
+
+def test_labels_and_examples_of_a_catalogue(saved):
+    assert saved.features["label"].tolist()[:4] == ["rose", "tulip", "spade", "ship"]
+    assert saved.features.loc[5, "label"] == "" and saved.features.loc[5, "dead"]
+    examples = saved.examples_of([2])
+    assert set(examples["feature"]) == {2} and len(examples) > N_TOP
+    for example in examples.itertuples():
+        assert example.pieces[example.peak] == " spade"
+
+
+def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
+    # Every planted feature is active on a tenth of the tokens; without a better one, any alive.
+    assert sorted(saved.propose(9)["feature"]) == [0, 1, 2, 3, 4]
+    features = saved.features.copy()
+    monkeypatch.setattr(saved, "features", features)
+    features["frequency"] = [0.0001, 0.01, 0.5, 0.01, 0.5, 0.0]
+    assert sorted(saved.propose(5)["feature"]) == [1, 3]
+    features.loc[3, "max_activation"] *= 2
+    assert saved.propose(1)["feature"].tolist() == [3]
+    # Where it is known what a feature writes, that counts, and not what it seems to promote.
+    features["output_score"] = [0.9, 0.2, 0.9, 0.1, 0.9, np.nan]
+    assert saved.propose(2)["feature"].tolist() == [1, 3]
+    features["dead"], features["frequency"] = True, 0.0
+    assert saved.propose(5).empty and saved.search("rose", 5).empty
+
+
+def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
+    language_model = load_language_model(str(tiny_model), LAYER, "float32")
+    pieces = tables.vocabulary(language_model.tokenizer)
+    assert len(pieces) == len(language_model.tokenizer)
+    directions = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    unembedding = language_model.model.get_output_embeddings().weight.float().numpy()
+    tokens = [pieces.index(" anchor"), pieces.index(" rain")]
+    directions[0], directions[1] = 3 * unembedding[tokens[0]], -3 * unembedding[tokens[1]]
+    promoted = tables.promoted_tokens(language_model, directions, pieces, batch=10)
+    assert len(promoted) == 64
+    assert promoted["promoted_tokens"][0][0] == " anchor"
+    assert promoted["suppressed_tokens"][1][0] == " rain"
+
+
+def test_the_map_leaves_out_dead_features(tiny_run):
+    directions = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+    alive = np.arange(10) < 3
+    assert np.isnan(tables.map_directions(directions, alive, seed=0)).all()
+    assert np.isnan(tables.map_directions(directions, ~alive, seed=0, wanted=False)).all()
+
+
+def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
+    """All latents dead: nothing to show, but no fault either."""
+    for name in ("activations", "autoencoder"):
+        shutil.copytree(tiny_run.folder / name, tmp_path / name)
+    path = tmp_path / "autoencoder" / "autoencoder.keras"
+    silent = load_autoencoder(path)
+    silent.b_enc.assign(keras.ops.full((128,), -1e6))
+    silent.save(path)
+    printed = run_here(
+        "analyze_features", *tiny_run.flags.analyze_features,
+        "--autoencoder-dir", tmp_path / "autoencoder", "--analysis-dir", tmp_path / "analysis",
+    ).stdout  # fmt: skip
+    assert "0 of 128 features alive" in printed
+
+
+def test_a_label_names_each_word_once():
+    assert tables.make_label([" king", "King", " Queen", "\n\n", " ", "x"]) == "king, Queen, ↵"

@@ -1,0 +1,109 @@
+"""Shuffled batches of activations, for training."""
+
+import concurrent.futures
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils.activations.store import ActivationStore
+from utils.settings import require
+
+PIECE = 32  # positions read together; neighbours in text, so fewer are better mixed and slower
+POOL_BYTES = 512 * 2**20  # rows shuffled together are held in memory up to this size
+
+
+class ShuffledBatches:
+    """Kept activations in a random order that depends on the seed and the step alone.
+
+    In each pass, pieces of contexts are permuted over the whole set; the rows of as many pieces as
+    fit into ``pool_bytes`` are then shuffled together, while a thread reads the next ones. Memory
+    does not grow with the data, and the batches from any step on can be made without the earlier
+    ones.
+
+    Args:
+        store: The activations.
+        contexts: The contexts to draw from.
+        batch_size: Rows a batch.
+        seed: Decides the order.
+        pool_bytes: Size of the rows shuffled together.
+
+    Raises:
+        InputError: ``batch_size`` is larger than the data.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        contexts: range,
+        batch_size: int,
+        seed: int,
+        pool_bytes: int = POOL_BYTES,
+    ):
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self._starts = np.arange(0, store.context_length, PIECE)
+        kept = [
+            np.add.reduceat(shard["kept"], self._starts, axis=1, dtype=np.int64)
+            for shard in store.shards
+        ]
+        self._kept = np.concatenate(kept)[contexts.start : contexts.stop].ravel()
+        self._first_piece = contexts.start * len(self._starts)
+        self.n_rows = int(self._kept.sum())
+        require(
+            batch_size <= self.n_rows,
+            f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
+            f"it is {batch_size:,}.",
+        )
+        itemsize = store.shards[0]["activations"].itemsize
+        self._pool_pieces = max(1, pool_bytes // (PIECE * store.d_model * itemsize))
+
+    def n_steps(self, n_passes: float) -> int:
+        """Whole batches in ``n_passes`` passes over the rows."""
+        steps = int(n_passes * self.n_rows) // self.batch_size
+        require(
+            steps > 0,
+            f"N_PASSES must be enough for a batch of {self.batch_size:,} of the {self.n_rows:,} "
+            f"training tokens; it is {n_passes}.",
+        )
+        return steps
+
+    def from_step(self, step: int) -> Iterator[np.ndarray]:
+        """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
+        carried = np.empty((0, self.store.d_model), self.store.shards[0]["activations"].dtype)
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            places = self._pools_from(step * self.batch_size)
+            upcoming = reader.submit(self._read_pool, *next(places))
+            while True:
+                pool = upcoming.result()
+                upcoming = reader.submit(self._read_pool, *next(places))
+                at = self.batch_size - len(carried)
+                if len(pool) < at:
+                    carried = np.concatenate([carried, pool])
+                    continue
+                yield np.concatenate([carried, pool[:at]])
+                while at + self.batch_size <= len(pool):
+                    yield pool[at : at + self.batch_size]
+                    at += self.batch_size
+                carried = pool[at:]
+
+    def _pools_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
+        """Yield (pass, number, pieces, rows to skip) of each pool, ``skip`` rows into the run."""
+        n_pass, skip = divmod(skip, self.n_rows)
+        while True:
+            order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._kept))
+            for number, start in enumerate(range(0, len(order), self._pool_pieces)):
+                pieces = order[start : start + self._pool_pieces]
+                rows = int(self._kept[pieces].sum())
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                yield n_pass, number, pieces, skip
+                skip = 0
+            n_pass += 1
+
+    def _read_pool(self, n_pass: int, number: int, pieces: np.ndarray, skip: int) -> np.ndarray:
+        """The rows of a pool in their final order, read in the order of the disk."""
+        pieces = np.sort(pieces) + self._first_piece
+        places = zip(*np.divmod(pieces, len(self._starts)), strict=True)
+        rows = self.store.kept_spans((c, self._starts[p], PIECE) for c, p in places)
+        order = np.random.default_rng([self.seed, n_pass, number]).permutation(len(rows))
+        return rows[order[skip:]]

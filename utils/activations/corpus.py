@@ -1,0 +1,305 @@
+"""The corpus: where text comes from, and how it becomes contexts of tokens.
+
+A corpus is the embedded text, a local file or folder (``.jsonl``, ``.jsonl.zst``, ``.parquet``,
+``.txt``), or a dataset of the Hugging Face Hub, streamed. Its records look like the Pile's,
+``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` has to be there.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from utils import embedded
+from utils.language_model import separator_token
+from utils.settings import InputError, hub_token, require
+
+TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, its place among the usable documents of the corpus, and its subset of the Pile."""
+
+    index: int
+    text: str
+    subset: str
+
+
+class Position(NamedTuple):
+    """A place in a rank's stream of tokens."""
+
+    document: int  # counted among the rank's own documents
+    token: int  # tokens of that document already used, its BOS included
+
+
+BEGINNING = Position(0, 0)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A row of tokens for the language model. A BOS belongs to the document it precedes."""
+
+    tokens: np.ndarray  # int32, shape (context_length,); the first is BOS
+    documents: np.ndarray  # int32, shape (context_length,): `Document.index` of each token
+    subsets: dict[int, str]  # the subset of each of these documents
+    next_position: Position  # where the stream goes on after this context
+
+
+class Corpus:
+    """The documents of ``"embedded"``, a local file or folder, or a hub dataset, in a fixed order.
+
+    A bad record is skipped, and counted by reason in ``skipped`` (of the latest pass; of local
+    files, all ranks' records). What cannot be read at all is an `InputError`.
+    """
+
+    def __init__(self, dataset: str):
+        self.name = dataset
+        self.skipped: Counter[str] = Counter()
+        path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
+        is_there = bool(dataset) and os.path.exists(path)  # False for what can be no path at all
+        self.files = list_files(path) if is_there else []  # none: of the hub
+        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not dataset.endswith(SUFFIXES)
+        if not self.files and not is_name:
+            raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
+
+    def check(self) -> None:
+        """Open every ``.parquet`` and ``.txt``, read one document: errors before the long work."""
+        for path in self.files:
+            if path.suffix in (".parquet", ".txt"):
+                next(READERS[path.suffix](path), None)
+        next(self.documents())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each local file, by name: by this the corpus is known again."""
+        return {path.name: path.stat().st_size for path in self.files}
+
+    def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the documents of one rank, without its first ``skip``."""
+        own = self._usable(self._records(rank, world_size))
+        if self.files:  # dealt out only when known to be good, so that all ranks number them alike
+            own = itertools.islice(own, rank, None, world_size)
+        for number, (text, subset) in enumerate(own):
+            if number >= skip:
+                yield Document(number * world_size + rank, text, subset)
+
+    def _records(self, rank: int, world_size: int) -> Iterator[tuple[Any, str]]:
+        """(record, default subset): all those of local files, the rank's own of a hub dataset."""
+        if not self.files:
+            yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
+        for path in self.files:
+            stem = path.name.removesuffix(".zst").rsplit(".", 1)[0]
+            yield from ((record, stem) for record in READERS[path.suffix](path))
+
+    def _usable(self, records: Iterator[tuple[Any, str]]) -> Iterator[tuple[str, str]]:
+        """(text, subset) of each record that has a text; an error if none has."""
+        self.skipped.clear()
+        empty = True
+        for record, default_subset in records:
+            reason = unusable(record)
+            if reason:
+                self.skipped[reason] += 1
+                continue
+            empty = False
+            meta = record.get("meta")
+            subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
+            yield record["text"], subset or default_subset
+        if empty:
+            found = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            raise InputError(
+                f"{self.name} must hold documents with a text; it holds {found or 'no record'}."
+            )
+
+
+def list_files(path: Path) -> list[Path]:
+    """A file, or the supported files below a folder in sorted order."""
+    if path.is_file():
+        files = [path] if path.name.endswith(SUFFIXES) else []
+    else:
+        files = sorted(
+            file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
+        )
+    require(bool(files), f"{path} must be or hold a file of a known type: {', '.join(SUFFIXES)}.")
+    return files
+
+
+def unusable(record: Any) -> str | None:
+    """Why a record cannot be used, or None."""
+    if isinstance(record, Exception):
+        return "not UTF-8" if isinstance(record, UnicodeDecodeError) else "not JSON"
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return "without a text"
+    if not text.strip():
+        return "with an empty text"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair; tokenizers refuse it
+        return "not Unicode"
+    return None
+
+
+def parse_line(line: bytes) -> Any:
+    """The value of a JSON line, or the error that says why it has none."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """A value or an error for each line of a ``.jsonl`` or ``.jsonl.zst`` file."""
+    rest = b""
+    for chunk in read_chunks(path):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (parse_line(line) for line in lines if line.strip())
+    if rest.strip():
+        yield parse_line(rest)
+
+
+def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """The content of a file in chunks, decompressed if it is a ``.zst`` of one or more frames.
+
+    zstandard's own stream reader takes a truncated file for a short one; this does not.
+    """
+    frame = None
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(size):
+                if path.suffix != ".zst":
+                    yield chunk
+                    continue
+                while chunk:
+                    if frame is None or frame.eof:
+                        frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                    yield frame.decompress(chunk)
+                    chunk = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    if frame is not None and not frame.eof:
+        raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    """The rows of a parquet file: its columns ``text`` and, where there is one, ``meta``."""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            require("text" in names, f"{path} must have a column text; it has {', '.join(names)}.")
+            columns = [name for name in ("text", "meta") if name in names]
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+
+
+def read_txt(path: Path) -> Iterator[dict]:
+    """A text file is one document."""
+    try:
+        yield {"text": path.read_bytes().decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
+        raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
+    """Stream one rank's records of a hub dataset's train split."""
+    # Imported here: loading the library takes seconds that local text does not need.
+    import datasets
+    import datasets.distributed
+
+    token = hub_token()
+    try:
+        stream = datasets.load_dataset(name, split="train", streaming=True, token=token)
+        rows = datasets.distributed.split_dataset_by_node(stream, rank, world_size)
+        for number, row in enumerate(rows):
+            if number == 0:
+                require("text" in row, f"{name} must have a column text; it has {', '.join(row)}.")
+            yield row
+    except InputError:
+        raise
+    except Exception as error:  # many kinds: not found, gated, offline, connection, no such split
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        if token:
+            reason = reason.replace(token, "<token>")
+        # "from None", because the errors behind this one may show request headers.
+        raise InputError(
+            f"{name} is no local file or folder, and could not be read from the hub ({reason}).\n"
+            f"Check the name and the network. For a gated dataset accept its licence on its hub "
+            f"page and set HF_TOKEN in .env. Without a hub: --dataset embedded."
+        ) from None
+
+
+READERS = {".jsonl": read_jsonl, ".zst": read_jsonl, ".parquet": read_parquet, ".txt": read_txt}
+SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+
+
+def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with the tokens of its text."""
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
+        encoded = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,  # a text that spells BOS has no BOS
+            return_attention_mask=False,
+            verbose=False,  # no warning about texts longer than the model's context
+        )
+        yield from zip(batch, encoded["input_ids"], strict=True)
+
+
+def pack_contexts(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    context_length: int,
+    start: Position = BEGINNING,
+) -> Iterator[Context]:
+    """Cut the stream of all documents' tokens into contexts that begin with BOS.
+
+    The stream is, for each document, BOS and its tokens. A context that begins inside a document
+    gets a BOS of its own, so it holds ``context_length - 1`` tokens of the stream; one that begins
+    with a document has that document's. An incomplete last context is dropped.
+
+    Args:
+        documents: A rank's documents from number ``start.document`` on.
+        tokenizer: A Hugging Face tokenizer.
+        context_length: Tokens a context, at least 2.
+        start: The ``next_position`` of an earlier run's last context continues that run exactly.
+    """
+    require(context_length >= 2, f"CONTEXT_LENGTH must be at least 2; it is {context_length}.")
+    separator = separator_token(tokenizer)
+    number, offset = start
+    context = np.empty((2, context_length), dtype=np.int32)  # tokens, documents
+    filled, subsets = 0, {}
+    for document, text_tokens in tokenize(documents, tokenizer):
+        tokens = np.array([separator, *text_tokens], dtype=np.int32)
+        while offset < len(tokens):
+            if filled == 0 and offset > 0:
+                context[:, 0] = separator, document.index
+                filled = 1
+            taken = tokens[offset : offset + context_length - filled]
+            end = filled + len(taken)
+            context[0, filled:end] = taken
+            context[1, filled:end] = document.index
+            subsets[document.index] = document.subset
+            filled, offset = end, offset + len(taken)
+            if filled == context_length:
+                ended = offset == len(tokens)
+                position = Position(number + 1, 0) if ended else Position(number, offset)
+                yield Context(*context.copy(), subsets, position)
+                filled, subsets = 0, {}
+        number, offset = number + 1, 0

@@ -1,0 +1,283 @@
+"""Extraction: contexts through the language model into shards, from where an earlier run ended."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
+from utils.activations.store import (
+    Shard,
+    ShardWriter,
+    bytes_per_token,
+    new_manifest,
+)
+from utils.artifacts import read_json, write_json
+from utils.language_model import LanguageModel, residual_at
+from utils.settings import InputError, require
+
+MOST_SUBSETS = 2**15  # that int16 can number
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that share a run."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As set by torchrun or accelerate launch; a single process otherwise.
+
+        Raises:
+            InputError: The two make no sense.
+        """
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        require(
+            rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size),
+            f"RANK in the environment must be from 0 to WORLD_SIZE - 1; it is {rank!r}, and "
+            f"WORLD_SIZE {world_size!r}. Unset both for one process.",
+        )
+        return cls(int(rank), int(world_size))
+
+    @property
+    def manifest_name(self) -> str:
+        return "manifest.json" if self.world_size == 1 else f"manifest-{self.rank:05d}.json"
+
+    @property
+    def lock_name(self) -> str:
+        """Ranks share a folder, so each holds a lock of its own."""
+        return f".lock-{self.rank}"
+
+
+class Extraction:
+    """One rank's part of a run.
+
+    Args:
+        folder: Where the shards go.
+        settings: The script's settings.
+        ranks: Which part of the corpus is this process's.
+
+    Shard numbers of a rank are ``rank + i · world_size``. The manifest is written after each
+    shard; a shard that is missing or fails its checksum is made anew from its recorded place in
+    the corpus, so that running a finished extraction again repairs it.
+    """
+
+    def __init__(self, folder: Path, settings: Any, ranks: Ranks):
+        self.folder, self.settings, self.ranks = folder, settings, ranks
+        self.manifest_path = folder / ranks.manifest_name
+        self.manifest = read_json(self.manifest_path) if self.manifest_path.exists() else None
+        self.damaged: list[int] = []
+        per_batch = settings.contexts_per_batch * settings.context_length
+        batches = max(1, settings.tokens_per_shard // per_batch)
+        self.contexts_per_shard = batches * settings.contexts_per_batch
+        wanted = -(-settings.n_tokens // settings.context_length)
+        self.n_contexts = -(-wanted // ranks.world_size)
+
+    # ---- what is there
+
+    def is_finished(self) -> bool:
+        """Whether all shards are there and whole; damaged ones are noted, to be made anew."""
+        if self.manifest is None:
+            return False
+        entries = tqdm(self.manifest["shards"], "checking shards", unit="shard", leave=False)
+        damaged = [entry["shard"] for entry in entries if not self._is_whole(entry)]
+        for shard in damaged:
+            print(f"Shard {shard} is damaged or missing: making it anew.")
+        self.damaged = damaged
+        return self.manifest["finished"] and not damaged
+
+    def _is_whole(self, entry: dict) -> bool:
+        shard = Shard(self.folder, entry["shard"], entry["contexts"], entry["crc32"], ())
+        try:
+            shard.verify()
+        except InputError:
+            return False
+        return True
+
+    def bytes_to_write(self, d_model: int) -> int:
+        """Bytes this run still adds to the disk."""
+        shards = self.manifest["shards"] if self.manifest else ()
+        done = sum(entry["contexts"] for entry in shards if entry["shard"] not in self.damaged)
+        tokens = (self.n_contexts - done) * self.settings.context_length
+        return tokens * bytes_per_token(d_model, self.settings.storage_dtype)
+
+    # ---- running
+
+    def begin(self, language_model: LanguageModel, corpus: Corpus) -> None:
+        """Take up an earlier run's manifest, or set the outlier norm on the first batch."""
+        self.language_model, self.corpus = language_model, corpus
+        self._adopt_manifest()
+        if self.manifest["outlier_norm"] is None:
+            self._calibrate()
+
+    def run(self) -> None:
+        """Make all shards that are not there yet."""
+        done = sum(entry["contexts"] for entry in self.manifest["shards"])
+        with tqdm(
+            total=self.n_contexts * self.settings.context_length,
+            initial=done * self.settings.context_length,
+            desc="extracting",
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=self.ranks.rank > 0,
+        ) as self.progress:
+            for shard in self.damaged:
+                self._repair(shard)
+            self._extend(done)
+        self.manifest["finished"] = True
+        write_json(self.manifest_path, self.manifest)
+
+    def _adopt_manifest(self) -> None:
+        facts = {
+            "model_name": self.settings.model_name,
+            "revision": self.language_model.revision,
+            "layer": self.settings.layer,
+            "dtype": str(self.language_model.dtype).removeprefix("torch."),
+            "d_model": self.language_model.d_model,
+            "context_length": self.settings.context_length,
+            "dataset": self.settings.dataset,
+            "files": self.corpus.sizes(),
+            "world_size": self.ranks.world_size,
+        }
+        if self.manifest is None:
+            self.manifest = new_manifest(**facts)
+        for name, value in facts.items():
+            begun_with = self.manifest.get(name, value)  # early versions recorded no files
+            require(
+                begun_with == value,
+                f"The activations in {self.folder} were begun with {name} {begun_with!r}, which "
+                f"is {value!r} now. Delete it to start anew.",
+            )
+
+    def _calibrate(self) -> None:
+        """Set the norm above which a position is an outlier; print the rate of this machine."""
+        batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
+        require(
+            bool(batch),
+            f"{self.corpus.name} must hold at least a context of text for each process; it has "
+            f"fewer tokens than CONTEXT_LENGTH, {self.settings.context_length:,}.",
+        )
+        tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
+        residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
+        start = time.perf_counter()
+        residual = residual_at(self.language_model, tokens, self.settings.layer)
+        norms = residual.float().norm(dim=-1).cpu()
+        rate = tokens.numel() / (time.perf_counter() - start)
+        self.manifest["outlier_norm"] = self.settings.outlier_factor * float(norms.median())
+        hours = self.n_contexts * self.settings.context_length / rate / 3600
+        print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
+
+    def _contexts(self, start: Position) -> Iterator[Context]:
+        documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)
+        return pack_contexts(
+            documents, self.language_model.tokenizer, self.settings.context_length, start
+        )
+
+    def _repair(self, number: int) -> None:
+        (entry,) = (e for e in self.manifest["shards"] if e["shard"] == number)
+        contexts = self._contexts(Position(*entry["start"]))
+        writer, _ = self._fill(number, entry["contexts"], contexts)
+        require(writer is not None, f"{self.corpus.name} ends before shard {number} now.")
+        writer.finish(entry["crc32"])
+
+    def _extend(self, done: int) -> None:
+        position = Position(*self.manifest.get("position", BEGINNING))
+        contexts = self._contexts(position)
+        while done < self.n_contexts:
+            number = self.ranks.rank + len(self.manifest["shards"]) * self.ranks.world_size
+            wanted = min(self.contexts_per_shard, self.n_contexts - done)
+            writer, after = self._fill(number, wanted, contexts)
+            if writer is None:
+                self.manifest["skipped"] = dict(self.corpus.skipped)
+                print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
+                return
+            entry = writer.finish()
+            entry["start"] = list(position)
+            self._record(entry, writer)
+            position = after
+            self.manifest["position"] = list(after)
+            self.manifest["skipped"] = dict(self.corpus.skipped)  # of all records up to here
+            write_json(self.manifest_path, self.manifest)
+            done += entry["contexts"]
+
+    def _record(self, entry: dict, writer: ShardWriter) -> None:
+        manifest = self.manifest
+        manifest["shards"].append(entry)
+        manifest["sum"] = (np.asarray(manifest["sum"]) + writer.sum).tolist()
+        manifest["sum_squared_norm"] += writer.sum_squared_norm
+        for reason, count in writer.excluded.items():
+            manifest["excluded"][reason] += count
+
+    def _fill(
+        self, number: int, n_contexts: int, contexts: Iterator[Context]
+    ) -> tuple[ShardWriter | None, Position | None]:
+        """Run contexts through the model into a shard; also returns where the corpus goes on.
+
+        Reading and tokenising the next batch, and writing the last, run beside the model.
+        """
+        taken = itertools.islice(contexts, n_contexts)
+        writer = last = None
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as reading,
+            concurrent.futures.ThreadPoolExecutor(1) as writing,
+        ):
+            upcoming = reading.submit(self._next_batch, taken)
+            written = None
+            while batch := upcoming.result():
+                upcoming = reading.submit(self._next_batch, taken)
+                if writer is None:
+                    shape = (n_contexts, self.settings.context_length, self.manifest["d_model"])
+                    writer = ShardWriter(self.folder, number, shape, self.settings.storage_dtype)
+                arrays, excluded = self._run_batch(batch)
+                if written is not None:
+                    written.result()
+                written = writing.submit(writer.append, excluded, **arrays)
+                self.progress.update(arrays["tokens"].size)
+                last = batch[-1]
+            if written is not None:
+                written.result()
+        return writer, last and last.next_position
+
+    def _next_batch(self, contexts: Iterator[Context]) -> list[Context]:
+        return list(itertools.islice(contexts, self.settings.contexts_per_batch))
+
+    def _run_batch(self, batch: list[Context]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        tokens = np.stack([context.tokens for context in batch])
+        residual = residual_at(self.language_model, torch.from_numpy(tokens), self.settings.layer)
+        norms = residual.float().norm(dim=-1)
+        outliers = (norms > self.manifest["outlier_norm"]).cpu().numpy()
+        bos = tokens == self.language_model.bos
+        stored = residual.to(getattr(torch, self.settings.storage_dtype))
+        arrays = {
+            "activations": stored.cpu().numpy(),
+            "tokens": tokens,
+            "kept": ~(bos | outliers),
+            "documents": np.stack([context.documents for context in batch]),
+            "subsets": np.stack([self._subset_numbers(context) for context in batch]),
+        }
+        excluded = {"bos": int(bos.sum()), "outlier_norm": int((outliers & ~bos).sum())}
+        return arrays, excluded
+
+    def _subset_numbers(self, context: Context) -> np.ndarray:
+        """The subset of each token, as an index into the manifest's growing list of names."""
+        names = self.manifest["subsets"]
+        names.extend(name for name in context.subsets.values() if name not in names)
+        require(
+            len(names) <= MOST_SUBSETS,
+            f"A corpus must have at most {MOST_SUBSETS:,} subsets; {self.corpus.name} has more. "
+            "Every file is one, where records do not name theirs: join some files.",
+        )
+        documents, inverse = np.unique(context.documents, return_inverse=True)
+        numbers = [names.index(context.subsets[document]) for document in documents]
+        return np.array(numbers, np.int16)[inverse]

@@ -1,0 +1,258 @@
+"""What every kind of sparse autoencoder shares, as a Keras model in backend-neutral `keras.ops`.
+
+Shapes, here and in the modules above: ``batch`` rows, ``d_model`` width of the residual stream,
+``n_latents`` size of the dictionary, ``k`` latents active for a row. `activations` are raw
+(batch, d_model); x = scale · (activations − center) is what the equations speak of. Row i of
+``W_enc`` and of ``W_dec``, both (n_latents, d_model), belongs to latent i, so that gathering a
+latent is contiguous.
+"""
+
+import inspect
+
+import keras
+import numpy as np
+from keras import ops
+
+from utils.autoencoder.devices import on_each_device
+from utils.autoencoder.optimizer import UnitRows
+from utils.autoencoder.sparse import pre_activations, take_rows, values_at
+
+
+class SparseAutoencoder(keras.Model):
+    """Weights, scaling, decoding, the count of dead latents, training.
+
+        x = scale · (activations − center)
+        x̂ = b_dec + Σ_i f_i W_dec,i
+
+    A kind says what the latents f are (``encode``), how they are differentiated (``forward_pass``)
+    and what they are trained for (``loss_terms``).
+
+    Args:
+        d_model: Width of the residual stream.
+        n_latents: Size of the dictionary.
+        dead_after: A latent is dead that was not active for this many training tokens.
+        unit_decoder: Hold the decoder rows at norm 1, and remove the part of their gradient that
+            would change it (Bricken et al. 2023, "Towards Monosemanticity", Autoencoder Training).
+
+    Reference: "Scaling Monosemanticity", Sparse Autoencoders; "Update on how we train SAEs"
+    (Circuits Updates, April 2024).
+    """
+
+    default_decoder_norm = 0.1
+    default_unit_decoder = False
+    default_sparsity_warmup = 0.05
+
+    @staticmethod
+    def default_learning_rate(n_latents: int, n_steps: int) -> float:
+        """The paper's 5e-5 for 200,000 steps; more for fewer, so that 275 steps take 1.6e-2."""
+        return 5e-5 * (200_000 / n_steps) ** 0.875
+
+    def __init__(
+        self,
+        d_model: int,
+        n_latents: int,
+        dead_after: int = 10_000_000,
+        unit_decoder: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.d_model, self.n_latents = d_model, n_latents
+        self.dead_after, self.unit_decoder = dead_after, unit_decoder
+        rows = (n_latents, d_model)
+        unit = UnitRows() if unit_decoder else None
+        self.W_enc = self.add_weight(rows, "zeros", name="W_enc")
+        self.b_enc = self.add_weight((n_latents,), "zeros", name="b_enc")
+        self.W_dec = self.add_weight(rows, "zeros", name="W_dec", constraint=unit)
+        self.b_dec = self.add_weight((d_model,), "zeros", name="b_dec")
+        self.scale = self.add_weight((), "ones", trainable=False, name="scale")
+        self.center = self.add_weight((d_model,), "zeros", trainable=False, name="center")
+        self.step = self.add_weight((), "zeros", dtype="int32", trainable=False, name="step")
+        self.idle_tokens = self.add_weight(
+            (n_latents,), "zeros", dtype="int32", trainable=False, name="idle_tokens"
+        )
+        self._trackers = {
+            name: keras.metrics.Mean(name=name) for name in ("loss", "fvu", "l0", "dead_fraction")
+        }
+        self.built = True
+
+    def initialize(
+        self, scale: float, center: np.ndarray, mean: np.ndarray, decoder_norm: float, seed: int
+    ) -> None:
+        """Set the starting weights, the same on every backend.
+
+        Decoder rows get random directions of one norm and encoder rows start as their copies, as in
+        the April 2024 update. b_dec starts at the mean of x and b_enc at −W_enc · b_dec, so that
+        no latent begins with an advantage, which saves the steps to lose it.
+
+        Args:
+            scale: Scalar that x is multiplied by.
+            center: What is subtracted from raw activations before, shape (d_model,).
+            mean: Mean of the raw activations, shape (d_model,).
+            decoder_norm: Norm of the decoder rows; 0.05 to 1.
+            seed: Seed of the directions.
+        """
+        rng = np.random.default_rng(seed)
+        rows = rng.standard_normal((self.n_latents, self.d_model), dtype=np.float32)
+        rows *= decoder_norm / np.linalg.norm(rows, axis=1, keepdims=True)
+        self.scale.assign(scale)
+        self.center.assign(center)
+        self.W_enc.assign(rows)
+        self.W_dec.assign(rows)
+        self.b_dec.assign(scale * (mean - center))
+        self.b_enc.assign(-rows @ (scale * (mean - center)))
+
+    # ---- inference
+
+    def normalise(self, activations):
+        """x = scale · (activations − center), float32, shape (batch, d_model)."""
+        return (ops.convert_to_tensor(activations, "float32") - self.center) * self.scale
+
+    def denormalise(self, x):
+        """Raw activations of x, shape (batch, d_model)."""
+        return x / self.scale + self.center
+
+    def pre_activations(self, x, features=None):
+        """W_enc x + b_enc, shape (batch, n_latents), or (batch, len(features)) of some alone."""
+        return pre_activations(x, of_some(self.W_enc, features), of_some(self.b_enc, features))
+
+    def encode(self, activations, features=None):
+        """Latents f of raw activations, dense, shape (batch, n_latents).
+
+        Given ``features``, numbers of latents, the values of these alone, (batch, len(features)),
+        without computing the others where the kind does not need them.
+        """
+        raise NotImplementedError
+
+    def decode(self, latents):
+        """Raw reconstruction of dense latents, shape (batch, d_model)."""
+        return self.denormalise(ops.matmul(latents, self.W_dec) + self.b_dec)
+
+    def decoder_norms(self):
+        """‖W_dec,i‖, shape (n_latents,): a feature's activation is f_i times this."""
+        return ops.norm(self.W_dec, axis=1)
+
+    def directions(self) -> np.ndarray:
+        """The decoder rows as a NumPy array, shape (n_latents, d_model)."""
+        return ops.convert_to_numpy(self.W_dec)
+
+    def encode_active(self, activations):
+        """The active latents of raw activations, as NumPy arrays.
+
+        Returns:
+            row, latent number and value of each active latent, three arrays of one length in order
+            of row; and the raw reconstruction, shape (batch, d_model).
+        """
+        latents = self.encode(activations)
+        reconstruction = ops.convert_to_numpy(self.decode(latents))
+        places = tuple(ops.nonzero(latents))  # before they are brought home: few are active
+        row, feature = (ops.convert_to_numpy(place) for place in places)
+        return row, feature, ops.convert_to_numpy(values_at(latents, places)), reconstruction
+
+    def call(self, activations, training=False):
+        """Raw reconstruction, shape (batch, d_model); while training, what `loss_terms` needs."""
+        if training:
+            return self.forward_pass(self.normalise(activations))
+        return self.decode(self.encode(activations))
+
+    # ---- training
+
+    def calibrate(self, batches) -> None:
+        """Suit to the weights, if these were set otherwise than by training, what follows them.
+
+        Args:
+            batches: Some of those trained on, raw, (batch, d_model).
+        """
+
+    def forward_pass(self, x) -> dict:
+        """One differentiable pass over normalised x (batch, d_model), only made while training.
+
+        Returns:
+            ``reconstruction`` (batch, d_model), normalised; ``l0``, the mean number of active
+            latents; ``active`` (n_latents,), whether a latent was active in the batch; and what
+            else the kind's `loss_terms` uses.
+        """
+        raise NotImplementedError
+
+    def loss_terms(self, x, passed: dict):
+        """The loss of a batch, from x and what `forward_pass` returned."""
+        return squared_error(x, passed["reconstruction"])
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Loss and metrics of a batch; called by Keras in `fit` and `evaluate`.
+
+        While evaluating, the loss is the squared error of the reconstruction, made as it will be
+        after training, and FVU is the only other metric.
+        """
+        x = self.normalise(x)
+        reconstruction = y_pred["reconstruction"] if training else self.normalise(y_pred)
+        loss = self.loss_terms(x, y_pred) if training else squared_error(x, reconstruction)
+        variance = squared_error(x, ops.mean(x, axis=0))
+        values = {"loss": loss, "fvu": squared_error(x, reconstruction) / variance}
+        if training:
+            self.step.assign_add(1)
+            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)  # int32 ends at 2**31
+            self.idle_tokens.assign(ops.where(y_pred["active"], 0, idle))
+            values["l0"] = y_pred["l0"]
+            values["dead_fraction"] = ops.mean(ops.cast(self.dead(), "float32"))
+        for name, value in values.items():
+            self._trackers[name].update_state(value)
+        return loss
+
+    def dead(self):
+        """Which latents were not active for ``dead_after`` training tokens, bool (n_latents,)."""
+        return self.idle_tokens >= self.dead_after
+
+    def auxk_loss(self, x, error):
+        """‖e − ê‖² for the error e (batch, d_model): dead latents learn what the others miss.
+
+        ê is made from dead latents only, without b_dec, for e has no mean left to add. Of the dead,
+        the 4 · k_aux that were idle longest are candidates, and the k_aux = d_model / 2 largest of
+        a row are used: that bounds the cost however many are dead.
+
+        Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
+        """
+        return ops.cond(
+            ops.any(self.dead()), lambda: self._auxk_loss(x, error), lambda: ops.zeros(())
+        )
+
+    def _auxk_loss(self, x, error):
+        auxk = min(self.d_model // 2, self.n_latents)
+        candidates = min(4 * auxk, self.n_latents)
+        # As a tensor, for JAX takes no Keras variable within a traced condition.
+        idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
+        found = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
+        found = ops.where(idle >= self.dead_after, ops.relu(found), 0.0)
+        largest = on_each_device(
+            lambda values: ops.top_k(values, auxk)[0], ("batch",), ops.stop_gradient(found)
+        )
+        weakest = ops.min(largest, axis=-1, keepdims=True)
+        latents = ops.where(found >= weakest, found, 0.0)
+        return squared_error(error, ops.matmul(latents, take_rows(self.W_dec, rows)))
+
+    @property
+    def metrics(self):
+        return list(self._trackers.values())
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the constructor's arguments, the kind's own first."""
+        return [
+            name
+            for base in cls.__mro__[: cls.__mro__.index(SparseAutoencoder) + 1]
+            for name in inspect.signature(base.__init__).parameters
+            if name not in ("self", "kwargs")
+        ]
+
+    def get_config(self):
+        return {**super().get_config(), **{name: getattr(self, name) for name in self.options()}}
+
+
+def of_some(weights, features):
+    """The rows of some latents, by number; all rows for None."""
+    return weights if features is None else ops.take(weights, features, axis=0)
+
+
+def squared_error(x, reconstruction):
+    """Mean over the batch of ‖x − x̂‖², summed over d_model."""
+    error = ops.reshape(x - reconstruction, (-1,))
+    return ops.vdot(error, error) / ops.cast(ops.shape(x)[0], "float32")  # stores no squares

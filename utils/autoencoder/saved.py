@@ -1,0 +1,60 @@
+"""Autoencoders as files: saved, loaded on any backend, opened with their metrics."""
+
+import zipfile
+from pathlib import Path
+
+import keras
+
+import utils.autoencoder.kinds  # noqa: F401  tells Keras the kinds
+from utils.activations.store import ActivationStore
+from utils.artifacts import fingerprint, missing_stage, read_json, replacing
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.settings import InputError, require
+
+
+def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
+    """Write the weights and configuration as one ``.keras`` file, atomically.
+
+    A copy is saved, for Keras writes the optimiser of a compiled model too, twice its size.
+    """
+    copy = type(autoencoder).from_config(autoencoder.get_config())
+    copy.set_weights(autoencoder.get_weights())
+    with replacing(path) as partial:
+        copy.save(partial)
+
+
+def load_autoencoder(path: Path) -> SparseAutoencoder:
+    """Load a saved autoencoder, ready to encode and decode, on whatever backend is in use."""
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}). Delete {path.parent} and train it again."
+        ) from error
+
+
+def open_autoencoder(folder: str | Path, store: ActivationStore) -> tuple[SparseAutoencoder, dict]:
+    """The autoencoder of a finished training, and its metrics with its settings and fingerprint.
+
+    Raises:
+        InputError: There is none, it is unfinished, or it was trained on other activations.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
+    metrics = read_json(folder / "metrics.json")
+    for name in ("model_name", "layer", "d_model"):
+        found, wanted = metrics[name], getattr(store, name)
+        require(
+            found == wanted,
+            f"The autoencoder in {folder} was trained with {name} {found!r}, and the activations "
+            f"in {store.folder} have {wanted!r}. Name folders that belong together.",
+        )
+    settings = read_json(folder / "settings.json")
+    require(
+        settings["activations"] == store.fingerprint,
+        f"The autoencoder in {folder} was trained on other activations than those now in "
+        f"{store.folder}. Train it again with --overwrite, or name the folder it was trained on.",
+    )
+    path = folder / "autoencoder.keras"
+    return load_autoencoder(path), {**settings, **metrics, "fingerprint": fingerprint(path)}

@@ -1,0 +1,405 @@
+"""Arithmetic with the few latents a row uses: choosing them, and products with their rows alone.
+
+Shapes: queries (batch, d_model), rows (n_latents, d_model), indices (batch, m). `Picks` holds which
+latents each row of a batch picked; values belong to picks, one each. Its two products are each
+other's gradient:
+
+    dot   out[p] = queries[b] · rows[i]        for each pick p of latent i by row b
+    sum   out[b] = Σ values[p] rows[i]         over the picks of row b
+
+so that three primitives (dot, sum, and sum over the picks of a latent, which is the gradient of the
+rows) make both products and all their gradients. On PyTorch they are embedding-bag kernels that
+never store a gathered (batch, m, d_model); elsewhere they gather at most ``GATHERED`` numbers at a
+time. No tensor of shape (batch, n_latents) is kept for the gradient.
+"""
+
+import keras
+from keras import ops
+
+from utils.autoencoder.devices import add_up, first_own, join_columns, on_each_device, own_places
+
+CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
+CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
+GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
+GROUP = 8  # latents whose maximum stands for them while the largest are sought
+
+
+def pre_activations(x, rows, biases, dtype="float32"):
+    """x · rowsᵀ + biases, shape (batch, n_latents), computed in ``dtype``."""
+    product = ops.matmul(ops.cast(x, dtype), ops.transpose(ops.cast(rows, dtype)))
+    return product + ops.cast(biases, dtype)
+
+
+if keras.backend.backend() == "torch":
+    import torch
+
+    def fastest_dtype() -> str:
+        """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
+        if torch.cuda.is_available():
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # without these instructions bfloat16 is emulated, several times slower
+            fast = torch.cpu._is_avx512_bf16_supported()
+        return "bfloat16" if fast else "float32"
+
+    @torch.no_grad()
+    def top_latents(x, rows, biases, k, dtype="float32"):
+        """The k largest pre-activations of each row of x, in any order, and whose they are.
+
+        Rows are taken in chunks, so that no (batch, n_latents) exists. Nothing is differentiated.
+
+        Returns:
+            Values float32 and latent numbers int32, both (batch, k).
+        """
+        dtype = getattr(torch, dtype)
+        x, biases = x.to(dtype), ops.convert_to_tensor(biases).to(dtype)
+        columns = ops.convert_to_tensor(rows).to(dtype).T
+        n_rows = CHUNK_ROWS if x.device.type == "cpu" else max(1, CHUNK_VALUES // len(biases))
+        found = [_largest(torch.addmm(biases, c, columns), k) for c in x.split(n_rows)]
+        values, indices = zip(*found, strict=True)
+        return torch.cat(values).float(), torch.cat(indices).int()
+
+    def _largest(values, k):
+        """`torch.topk` along rows, exactly, but looking first at the maxima of groups.
+
+        No more than k groups can hold the k largest: those with the k largest maxima.
+        """
+        n = values.shape[1]
+        if n % GROUP or n < 4 * GROUP * k:
+            return _topk(values, k)
+        grouped = values.view(len(values), GROUP, n // GROUP)
+        groups = _largest(grouped.amax(1), k)[1]
+        candidates = grouped.gather(2, groups[:, None].expand(-1, GROUP, -1))
+        largest, at = _topk(candidates.flatten(1), k)
+        return largest, groups.gather(1, at % k) + at // k * (n // GROUP)
+
+    def _topk(values, k):
+        """`torch.topk` along rows, in any order; on a CPU by integers, which compare faster."""
+        if values.device.type != "cpu":
+            return values.topk(k, sorted=False)
+        keys = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
+        limits = torch.iinfo(keys.dtype)
+        # Of negative numbers the larger bits are the smaller number.
+        ordered = keys ^ ((keys >> (limits.bits - 1)) & limits.max)
+        indices = ordered.topk(k, sorted=False).indices
+        return values.gather(1, indices), indices
+
+    class Picks:
+        """Latents picked by the rows of a batch; values of picks have shape (number of picks,).
+
+        Args:
+            indices: Latent numbers, int32, shape (batch, m).
+            n_latents: Size of the dictionary.
+            kept: Which of them are picked, bool (batch, m); all of them if None.
+        """
+
+        def __init__(self, indices, n_latents, kept=None):
+            batch, m = indices.shape
+            self.n_latents, self.batch, self.kept = n_latents, batch, kept
+            options = {"dtype": torch.int32, "device": indices.device}
+            if kept is None:
+                self.latent = indices.reshape(-1)
+                self.starts = torch.arange(0, batch * m + 1, m, **options)
+            else:
+                self.latent = indices[kept]
+                self.starts = torch.zeros(batch + 1, **options)
+                torch.cumsum(kept.sum(1), 0, out=self.starts[1:])
+            self.row = torch.repeat_interleave(
+                torch.arange(batch, **options),
+                self.starts.diff(),
+                output_size=len(self.latent),
+            )
+            self._by_latent = None
+
+        def take(self, biases):
+            """The bias of each pick."""
+            return _Take.apply(ops.convert_to_tensor(biases), self)
+
+        def of(self, values):
+            """Of values (batch, m), those of the picks."""
+            return values.reshape(-1) if self.kept is None else values[self.kept]
+
+        def dot(self, queries, rows, known=None):
+            """The product of each pick's query and row; not computed again where it is known."""
+            return _Dot.apply(queries, ops.convert_to_tensor(rows), self, known)
+
+        def sum(self, values, rows):
+            """The weighted sum of the rows that each query picked, shape (batch, d_model)."""
+            return _Sum.apply(values, ops.convert_to_tensor(rows), self)
+
+        def is_active(self, values):
+            """Whether some pick of a latent has a positive value, bool (n_latents,)."""
+            active = torch.zeros(self.n_latents, dtype=torch.bool, device=values.device)
+            active[self.latent[values > 0]] = True
+            return active
+
+        def dense(self, values):
+            """The values in a (batch, n_latents) of zeros."""
+            dense = values.new_zeros(self.batch, self.n_latents)
+            dense[self.row, self.latent] = values
+            return dense
+
+        def positive(self, values):
+            """Row, latent and value of the picks with a positive value, as NumPy arrays."""
+            positive = values > 0
+            found = self.row[positive], self.latent[positive], values[positive]
+            return tuple(ops.convert_to_numpy(array) for array in found)
+
+        def by_latent(self):
+            """Picks in order of latent, their rows, and where each latent's begin; made once."""
+            if self._by_latent is None:
+                latent, order = self.latent.sort()
+                edges = torch.arange(self.n_latents + 1, dtype=torch.int32, device=latent.device)
+                starts = torch.searchsorted(latent, edges, out_int32=True)
+                self._by_latent = order, self.row[order], starts
+            return self._by_latent
+
+    def _dot(queries, rows, picks):
+        # The gradient of an embedding bag's weights is just this product, without the gather.
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            queries, rows, picks.latent, picks.starts[:-1], picks.row, mode=0
+        )
+
+    def dot_rows(left, right):
+        """The product of each row of one matrix with the same row of another, shape (rows,)."""
+        row = torch.arange(len(left), dtype=torch.int32, device=left.device)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right, row, row, row, mode=0
+        )
+
+    def _sum(values, rows, picks):
+        return torch.nn.functional.embedding_bag(
+            picks.latent, rows, picks.starts, mode="sum",
+            per_sample_weights=values, include_last_offset=True,
+        )  # fmt: skip
+
+    def _sum_by_latent(values, queries, picks):
+        order, row, starts = picks.by_latent()
+        return torch.nn.functional.embedding_bag(
+            row, queries, starts, mode="sum",
+            per_sample_weights=values[order], include_last_offset=True,
+        )  # fmt: skip
+
+    class _Take(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, biases, picks):
+            ctx.picks, ctx.n = picks, len(biases)
+            return biases[picks.latent]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.new_zeros(ctx.n).index_add_(0, ctx.picks.latent, grad), None
+
+    class _Dot(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, queries, rows, picks, known):
+            ctx.save_for_backward(queries, rows)
+            ctx.picks = picks
+            return _dot(queries, rows, picks) if known is None else known.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            queries, rows = ctx.saved_tensors
+            needs_queries, needs_rows, *_ = ctx.needs_input_grad
+            return (
+                _sum(grad, rows, ctx.picks) if needs_queries else None,
+                _sum_by_latent(grad, queries, ctx.picks) if needs_rows else None,
+                None,
+                None,
+            )
+
+    class _Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, rows, picks):
+            ctx.save_for_backward(values, rows)
+            ctx.picks = picks
+            return _sum(values, rows, picks)
+
+        @staticmethod
+        def backward(ctx, grad):
+            values, rows = ctx.saved_tensors
+            needs_values, needs_rows, _ = ctx.needs_input_grad
+            grad = grad.contiguous()
+            return (
+                _dot(grad, rows, ctx.picks) if needs_values else None,
+                _sum_by_latent(values, grad, ctx.picks) if needs_rows else None,
+                None,
+            )
+
+else:
+
+    def fastest_dtype() -> str:
+        """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
+        # XLA and TensorFlow are slower in bfloat16 on CPUs, even those that compute in it.
+        on_cpu = keras.distribution.list_devices()[0].startswith("cpu")
+        return "float32" if on_cpu else "bfloat16"
+
+    def top_latents(x, rows, biases, k, dtype="float32"):
+        """The k largest pre-activations of each row of x, in any order, and whose they are.
+
+        Nothing is differentiated.
+
+        Returns:
+            Values float32 and latent numbers int32, both (batch, k).
+        """
+        x, rows, biases = (ops.stop_gradient(ops.convert_to_tensor(v)) for v in (x, rows, biases))
+
+        def find(x, rows, biases):
+            # Cast back, for XLA on a CPU seeks the largest of bfloat16 a hundred times slower.
+            found = ops.cast(pre_activations(x, rows, biases, dtype), "float32")
+            n_own = rows.shape[0]
+            values, indices = ops.top_k(found, min(k, n_own), sorted=False)
+            indices = join_columns(ops.cast(indices, "int32") + first_own(n_own))
+            values = join_columns(values)
+            if values.shape[1] == k:
+                return values, indices
+            values, places = ops.top_k(values, k, sorted=False)
+            return values, ops.take_along_axis(indices, places, axis=1)
+
+        return on_each_device(find, ("batch", "latents", "latents"), x, rows, biases)
+
+    class Picks:
+        """Latents picked by the rows of a batch; values of picks have shape (batch, m).
+
+        Args:
+            indices: Latent numbers, int32, shape (batch, m).
+            n_latents: Size of the dictionary.
+            kept: Which of them are picked, bool (batch, m); all of them if None. The values of the
+                others are zero.
+        """
+
+        def __init__(self, indices, n_latents, kept=None):
+            self.latent, self.n_latents = indices, n_latents
+            self.kept = None if kept is None else ops.cast(kept, "float32")
+
+        def take(self, biases):
+            """The bias of each pick."""
+            return self._masked(take_rows(biases, self.latent))
+
+        def of(self, values):
+            """Of values (batch, m), those of the picks."""
+            return self._masked(values)
+
+        def dot(self, queries, rows, known=None):
+            """The product of each pick's query and row; not computed again where it is known."""
+
+            @ops.custom_gradient
+            def product(queries, rows):
+                def gradient(*grads, upstream=None):
+                    grad = grads[0] if upstream is None else upstream
+                    return _sum(grad, rows, self), _sum_by_latent(grad, queries, self)
+
+                return _dot(queries, rows, self) if known is None else known, gradient
+
+            return self._masked(product(queries, _tensor(rows)))
+
+        def sum(self, values, rows):
+            """The weighted sum of the rows that each query picked, shape (batch, d_model)."""
+
+            @ops.custom_gradient
+            def product(values, rows):
+                def gradient(*grads, upstream=None):
+                    grad = grads[0] if upstream is None else upstream
+                    return _dot(grad, rows, self), _sum_by_latent(values, grad, self)
+
+                return _sum(values, rows, self), gradient
+
+            return product(self._masked(values), _tensor(rows))
+
+        def is_active(self, values):
+            """Whether some pick of a latent has a positive value, bool (n_latents,)."""
+            positive = ops.cast(ops.reshape(values, (-1,)) > 0, "int32")
+            latent = ops.reshape(self.latent, (-1,))
+            return ops.segment_sum(positive, latent, num_segments=self.n_latents) > 0
+
+        def dense(self, values):
+            """The values in a (batch, n_latents) of zeros."""
+            batch = ops.shape(self.latent)[0]
+            row = ops.broadcast_to(
+                ops.arange(batch, dtype="int32")[:, None], ops.shape(self.latent)
+            )
+            places = ops.reshape(ops.stack([row, self.latent], axis=-1), (-1, 2))
+            return ops.scatter(places, ops.reshape(values, (-1,)), (batch, self.n_latents))
+
+        def positive(self, values):
+            """Row, latent and value of the picks with a positive value, as NumPy arrays."""
+            values, latent = ops.convert_to_numpy(values), ops.convert_to_numpy(self.latent)
+            row, place = (values > 0).nonzero()
+            return row, latent[row, place], values[row, place]
+
+        def _masked(self, values):
+            return values if self.kept is None else values * self.kept
+
+    def _parts(latent, d_model):
+        """Slices of the picks of a row, such that what is gathered for one has a bounded size."""
+        batch, m = latent.shape
+        width = m if batch is None else max(1, min(m, GATHERED // (batch * d_model)))
+        return [slice(start, start + width) for start in range(0, m, width)]
+
+    def _dot(queries, rows, picks):
+        def dot(queries, rows, latent):
+            places, own = own_places(latent, rows.shape[0])
+            parts = [
+                ops.einsum("bd,bjd->bj", queries, ops.take(rows, places[:, part], axis=0))
+                for part in _parts(latent, rows.shape[1])
+            ]
+            return add_up(ops.concatenate(parts, axis=1) * own)
+
+        return on_each_device(dot, ("batch", "latents", "batch"), queries, rows, picks.latent)
+
+    def _sum(values, rows, picks):
+        def weighted_sum(values, rows, latent):
+            places, own = own_places(latent, rows.shape[0])
+            values = values * own
+            parts = [
+                ops.einsum("bj,bjd->bd", values[:, p], ops.take(rows, places[:, p], axis=0))
+                for p in _parts(latent, rows.shape[1])
+            ]
+            return add_up(sum(parts))
+
+        return on_each_device(
+            weighted_sum, ("batch", "latents", "batch"), values, rows, picks.latent
+        )
+
+    def _sum_by_latent(values, queries, picks):
+        d_model = queries.shape[1]
+        return sum(
+            ops.segment_sum(
+                ops.reshape(values[:, part, None] * queries[:, None], (-1, d_model)),
+                ops.reshape(picks.latent[:, part], (-1,)),
+                num_segments=picks.n_latents,
+            )
+            for part in _parts(picks.latent, d_model)
+        )
+
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow
+
+    _tensor = tensorflow.convert_to_tensor  # reads a variable, as `keras.ops` does not
+
+    @tensorflow.custom_gradient
+    def _with_dense_gradient(rows):
+        return tensorflow.identity(rows), tensorflow.convert_to_tensor
+
+    def take_rows(rows, indices):
+        """Rows by number. A row's gradient is the sum over the places where it was taken.
+
+        TensorFlow leaves it as one slice for each place, and Keras' optimizers square the slices
+        one by one: gradient norms and Adam's second moments come out wrong.
+        """
+        return ops.take(_with_dense_gradient(_tensor(rows)), indices, axis=0)
+
+    def values_at(array, places):
+        """Entries of an array at places (one index array for each axis, as of `ops.nonzero`)."""
+        return tensorflow.gather_nd(array, tensorflow.stack(places, axis=-1))
+
+else:
+    _tensor = ops.convert_to_tensor
+
+    def take_rows(rows, indices):
+        """Rows by number."""
+        return ops.take(rows, indices, axis=0)
+
+    def values_at(array, places):
+        """Entries of an array at places (one index array for each axis, as of `ops.nonzero`)."""
+        return array[tuple(places)]

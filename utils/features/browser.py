@@ -1,0 +1,252 @@
+"""The feature browser: a static page that needs no network and no server.
+
+index.html         the page; what it looks like and does is in utils/browser_page/
+style.css, *.js    copied from there
+data/index.js      what the list, the filters and the map need of all features
+data/search.js     texts that are searched beside labels, loaded once the page stands
+data/NNNNN.js      details of `PER_FILE` features each, loaded when one is opened
+pictures/          of the studies
+
+Pages from the file system may not fetch, but may load scripts: each file of data is a call of
+`receive` with a name and JSON. The page puts text in as text, never as HTML.
+"""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from utils.artifacts import replacing
+from utils.features.catalogue import Catalogue
+
+PAGE = Path(__file__).parent / "browser_page"
+PER_FILE = 32  # features whose details are in one file: some 250 kB
+FILES_TOGETHER = 16  # whose examples are in memory at once
+# Columns of features.parquet that are no scores; what else holds numbers is one.
+STATISTICS = ("frequency", "max_activation", "mean_activation", "top_subset_share")
+PLACES = ("umap_x", "umap_y")
+NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
+
+
+def write_browser(
+    folder: Path,
+    catalogue: Catalogue,
+    summary: dict[str, Any],
+    pictures: dict[str, Path],
+    shown: dict[str, list[int]],
+) -> None:
+    """Write the browser of a catalogue; its ``index.html`` last: where it is, all is whole.
+
+    Args:
+        folder: Where to; made if it is not there.
+        summary: Of the catalogue, with names for people; see `facts`.
+        pictures: Files by caption.
+        shown: Feature numbers under ``"selected"`` and ``"random"``.
+    """
+    for name in ("data", "pictures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in pictures.values():
+        shutil.copyfile(path, folder / "pictures" / path.name)
+    features = catalogue.features
+    index = {
+        "about": {name: summary[name] for name in ("model_name", "layer", "kind", "dataset")},
+        "n_tokens": summary["n_tokens"],
+        "per_file": PER_FILE,
+        "facts": facts(summary),
+        "pictures": [_picture(caption, path) for caption, path in pictures.items()],
+        "shown": shown,
+        **_columns(features),
+    }
+    _write(folder, "index", index)
+    _write(folder, "search", _searched(features))
+    _write_details(folder, catalogue)
+    for path in sorted(PAGE.iterdir(), key=lambda path: path.name == "index.html"):
+        with replacing(folder / path.name) as partial:
+            shutil.copyfile(path, partial)
+
+
+def _write(folder: Path, name: str, content: Any) -> None:
+    """A script that hands ``content`` to the page.
+
+    All but ASCII is escaped, and "<" too: no text can end a script, or depend on an encoding.
+    """
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    path = folder / "data" / f"{name}.js"
+    path.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
+
+
+def _columns(features: pd.DataFrame) -> dict[str, Any]:
+    """What the page holds of every feature, a list a column."""
+    subsets = features["top_subset"][features["top_subset_share"] >= 0.5].value_counts().index
+    subsets = [*subsets, *sorted(set(features["top_subset"].dropna()) - set(subsets))]
+    numbers = features.select_dtypes("number")
+    scores = [name for name in numbers if name not in NO_SCORES and numbers[name].notna().any()]
+    return {
+        "subsets": subsets,
+        "subset": pd.Categorical(features["top_subset"], subsets).codes.tolist(),
+        "label": features["label"].fillna("").tolist(),
+        "scores": scores,
+        **{name: _rounded(features[name]) for name in (*STATISTICS, *PLACES, *scores)},
+    }
+
+
+def _rounded(values: Any, digits: int = 4) -> list[float | None]:
+    """Numbers to some significant digits; None where there is none."""
+    values = np.asarray(values, float)
+    finite = np.isfinite(values).tolist()
+    return [
+        float(f"{value:.{digits}g}") if is_finite else None
+        for value, is_finite in zip(values.tolist(), finite, strict=True)
+    ]
+
+
+def _searched(features: pd.DataFrame) -> list[str]:
+    """The texts by which a feature is found, beside its label and number, a line each."""
+    texts = (
+        features["explanation"].fillna("") if "explanation" in features else [""] * len(features)
+    )
+    columns = (texts, features["peak_tokens"], features["promoted_tokens"])
+    return [
+        "\n".join([text, *_as_list(peaks), *_as_list(promoted)])
+        for text, peaks, promoted in zip(*columns, strict=True)
+    ]
+
+
+def _write_details(folder: Path, catalogue: Catalogue) -> None:
+    features = catalogue.features
+    together = PER_FILE * FILES_TOGETHER
+    with tqdm(total=len(features), desc="browser", unit="feature", unit_scale=True) as progress:
+        for start in range(0, len(features), together):
+            some = features.iloc[start : start + together]
+            examples = catalogue.examples_of(some["feature"].tolist())
+            groups = dict(list(examples.sort_values(["bucket", "rank"]).groupby("feature")))
+            details = [_details(row, groups.get(row.feature)) for row in some.itertuples()]
+            for first in range(0, len(details), PER_FILE):
+                number = (start + first) // PER_FILE
+                _write(folder, f"{number:05d}", details[first : first + PER_FILE])
+            progress.update(len(some))
+
+
+def _details(row: Any, examples: pd.DataFrame | None) -> dict[str, Any]:
+    """What the page shows of one feature beside its columns."""
+    found = [] if examples is None else examples.itertuples()
+    return {
+        "promoted": _as_list(row.promoted_tokens),
+        "suppressed": _as_list(row.suppressed_tokens),
+        "neighbours": _as_list(row.neighbours),
+        "cosines": _rounded(_as_list(row.neighbour_cosines), 3),
+        "histogram": _as_list(row.histogram),
+        "range": row.histogram_range,
+        "explanation": getattr(row, "explanation", None) or "",
+        "examples": [
+            {
+                "bucket": example.bucket,
+                "peak": float(f"{example.activation:.4g}"),
+                "source": f"{example.subset} · document {example.document}",
+                "runs": _runs(example),
+            }
+            for example in found
+        ],
+    }
+
+
+def _runs(example: Any) -> list[str | list]:
+    """An example's text: strings where the feature is silent, [token, activation] where it is not.
+
+    The token at the peak has a third entry.
+    """
+    runs: list[str | list] = []
+    end = 0
+    active = np.flatnonzero(example.activations > 0).tolist()
+    for position in sorted({*active, example.peak}):
+        runs += ["".join(example.pieces[end:position])] if position > end else []
+        run = [example.pieces[position], float(f"{example.activations[position]:.3g}")]
+        runs.append([*run, 1] if position == example.peak else run)
+        end = position + 1
+    rest = "".join(example.pieces[end:])
+    return [*runs, rest] if rest else runs
+
+
+def _picture(caption: str, file: Path) -> dict[str, Any]:
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])  # so that text does not jump
+    return {"file": file.name, "caption": caption, "width": width, "height": height}
+
+
+def _as_list(values: object) -> list:
+    """A cell of a list column; dead features may have None or NaN there."""
+    return np.asarray(values).tolist() if isinstance(values, list | np.ndarray) else []
+
+
+def _held_out(summary: dict) -> str:
+    """The variance explained on tokens held out of training, where it was measured."""
+    if "held_out_fvu" not in summary:
+        return ""
+    return f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
+
+
+def facts(summary: dict) -> list[tuple[str, str, str]]:
+    """Rows of the summary table: a name, its value, what it means in plain words."""
+    cross_entropy = summary["cross_entropy"]
+    excluded = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in summary["excluded"].items()]
+    return [
+        (
+            "Tokens analysed",
+            f"{summary['n_tokens']:,}",
+            f"Tokens of {summary['dataset']} on which the features were counted.",
+        ),
+        (
+            "Live features",
+            f"{summary['n_alive']:,} of {summary['n_latents']:,}",
+            "Features active at least once on these tokens, and the size of the dictionary.",
+        ),
+        (
+            "Dead latents",
+            f"{summary['dead_fraction']:.1%}",
+            "The rest: directions that were learnt but never used here.",
+        ),
+        (
+            "L0",
+            f"{summary['l0']:,.1f}",
+            "Features active on a token, on average. Few are easier to understand than many.",
+        ),
+        (
+            "Variance explained",
+            f"{1 - summary['fvu']:.1%}" + _held_out(summary),
+            "How much of what distinguishes activations the features rebuild; FVU is what is left.",
+        ),
+        (
+            "Cosine similarity",
+            f"{summary['cosine']:.3f}",
+            "Between an activation and its reconstruction; 1 is the same direction.",
+        ),
+        (
+            "Cross-entropy, untouched",
+            f"{cross_entropy['untouched']:.3f} nats",
+            "How badly the model itself predicts the next token; lower is better.",
+        ),
+        (
+            "Cross-entropy, reconstructed",
+            f"{cross_entropy['reconstruction']:.3f} nats",
+            f"The same when the features alone stand in for layer {summary['layer']}.",
+        ),
+        (
+            "Cross-entropy, zero-ablated",
+            f"{cross_entropy['zero_ablated']:.3f} nats",
+            f"The same when zeros stand in for layer {summary['layer']}.",
+        ),
+        (
+            "Loss recovered",
+            f"{summary['loss_recovered']:.1%}",
+            "Where the reconstruction lies between zeros (0%) and the untouched model (100%).",
+        ),
+        (
+            "Excluded positions",
+            "; ".join(excluded) or "none",
+            "Positions left out of training and analysis, by reason, of all that were saved.",
+        ),
+    ]

@@ -1,0 +1,8 @@
+"""What features do to texts, for influence_llm.py. Read in this order:
+
+generations          texts with and without features changed, and their log
+texts, evidence      texts by steering and by other methods; does steering bring in a concept?
+attribution          which features lead to the next token
+export               steering vectors for other programs
+chat, playground     features turned by hand
+"""

@@ -1,0 +1,165 @@
+"""A chat in the terminal, with features turned and turned off between any two messages."""
+
+import contextlib
+import math
+import shutil
+from contextlib import AbstractContextManager
+
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.features.catalogue import Catalogue
+from utils.language_model import LanguageModel
+from utils.settings import InputError, require
+from utils.steering.clamps import Clamp, prompt_tokens, steered
+from utils.steering.streaming import stream
+from utils.terminal import one_line, show_feature
+
+with contextlib.suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401  input() edits its line, and remembers
+
+HELP = """\
+/find WORDS              features that go by some words
+/clamp FEATURE STRENGTH  hold a feature at so many times its maximum: 0 ablates it
+/off, /on                answer untouched, answer with the features again
+/features                what is clamped
+/reset                   begin a new conversation, with no feature
+/quit                    leave (or Ctrl-D); Ctrl-C stops an answer"""
+N_FOUND = 5
+
+
+class Chat:
+    """A conversation, and the clamps that it is answered with.
+
+    Args:
+        catalogue: The features.
+        language_model: The model, with a chat template.
+        autoencoder: On the torch backend of Keras.
+        max_new_tokens: Of an answer, at most.
+        temperature: As for `stream`.
+        seed: As for `stream`.
+
+    Raises:
+        InputError: The model has no chat template.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        language_model: LanguageModel,
+        autoencoder: SparseAutoencoder,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ):
+        self.catalogue = catalogue
+        self.language_model, self.autoencoder = language_model, autoencoder
+        self.how = max_new_tokens, temperature, seed
+        prompt_tokens(language_model, "", chat=True)
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages, self.clamps, self.is_on = [], {}, True
+
+    def run(self) -> None:
+        """Read lines until the user leaves."""
+        print(
+            f"Chat with {self.language_model.name}, answers of at most {self.how[0]} tokens "
+            "(--max-new-tokens). /help shows the commands."
+        )
+        while True:
+            try:
+                line = input("\n> ").strip()
+            except EOFError:
+                return print()
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D leaves)")
+                continue
+            if line == "/quit":
+                return None
+            try:
+                self.obey(line) if line.startswith("/") else self.answer(line)
+            except InputError as error:
+                print(error)
+            except KeyboardInterrupt:  # before the answer's first token, or after its last
+                print("(stopped)")
+
+    def obey(self, line: str) -> None:
+        """Do what a command says, and print what there is now."""
+        command, *words = line.split()
+        if command == "/find":
+            self.find(" ".join(words))
+        elif command == "/clamp":
+            self.clamp(words)
+        elif command in ("/on", "/off"):
+            self.is_on = command == "/on"
+        elif command == "/reset":
+            self.reset()
+        elif command != "/features":
+            return print(HELP)
+        if command != "/find":
+            print(self.state())
+
+    def find(self, words: str) -> None:
+        found = self.catalogue.search(words, N_FOUND)["feature"]
+        for feature in found:
+            print(show_feature(self.catalogue, feature, shutil.get_terminal_size().columns, 1))
+        if not len(found):
+            print(f"No feature goes by {words!r}.")
+
+    def clamp(self, words: list[str]) -> None:
+        """Clamp a feature, in place of an earlier clamp of it."""
+        alive = self.catalogue.features[~self.catalogue.features["dead"]]
+        rule = "/clamp takes a living feature and a finite strength, as in /clamp 12 1.5"
+        try:
+            feature, strength = int(words[0]), float(words[1])
+        except (ValueError, IndexError):
+            raise InputError(rule + ".") from None
+        require(len(words) == 2 and feature in alive.index, f"{rule}; {feature} is none.")
+        require(math.isfinite(strength), f"{rule}; {strength} is not.")
+        maximum = float(alive.loc[feature, "max_activation"])
+        self.clamps[feature] = Clamp(feature, strength, maximum)
+        self.is_on = True
+
+    def state(self) -> str:
+        """The clamps, and whether they are on, as one line."""
+        names = self.catalogue.features["label"]
+        clamps = [
+            f"{feature} ({one_line(names[feature])}) at {clamp.strength:g} × its maximum"
+            for feature, clamp in self.clamps.items()
+        ]
+        return f"Steering {'on' if self.is_on else 'off'}: {'; '.join(clamps) or 'no feature'}."
+
+    def steering(self) -> AbstractContextManager:
+        """What changes the model for the next token."""
+        if not (self.is_on and self.clamps):
+            return contextlib.nullcontext()
+        summary = self.catalogue.summary
+        return steered(
+            self.language_model, summary["layer"], self.autoencoder,
+            list(self.clamps.values()), summary["outlier_norm"],
+        )  # fmt: skip
+
+    def answer(self, line: str) -> None:
+        """Print the answer to a message while it is written; Ctrl-C ends it there.
+
+        The conversation keeps what was said so far, so that it goes on from there.
+        """
+        if not line:
+            return
+        messages = [*self.messages, {"role": "user", "content": line}]
+        tokens = prompt_tokens(self.language_model, messages, chat=True)
+        said = ""
+        try:
+            for (text,) in stream(self.language_model, tokens, self.steering, *self.how):
+                print(printable(text[len(said) :]), end="", flush=True)
+                said = text
+        except InputError as error:  # the conversation is too long, or a strength too large
+            raise InputError(f"{error} /reset begins a new conversation.") from None
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print()
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+
+
+def printable(text: str) -> str:
+    """Text without the control characters by which it could command the terminal."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")

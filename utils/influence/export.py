@@ -1,0 +1,145 @@
+"""Take it away: a steering vector as a file for other programs.
+
+A file can only hold a constant, which is added at every position:
+
+    v = Σ_i c_i · max_i · W_dec,i / ‖W_dec,i‖ / scale    raw residual stream, shape (d_model,)
+
+for features i at c_i times their maxima. A clamp also takes out what is there, Σ_i f_i W_dec,i /
+scale, so the two agree where the features are not active; where they are, v comes on top. And v is
+added to BOS and other outliers too, which `steered` leaves alone.
+
+.safetensors   ``steering_vector`` (d_model,) in float32, its settings in the metadata
+.gguf          a control vector of llama.cpp: run it with ``--control-vector FILE``
+
+llama.cpp adds tensor ``direction.N`` to the output of its block N, counted from 0 (`build_cvec`
+after the block's last addition), which is our layer N; it has no direction for block 0.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from utils.artifacts import replacing
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.saved import load_autoencoder
+from utils.language_model import read_config
+from utils.settings import require
+from utils.steering.clamps import Clamp, change_by
+
+FORMATS = (".safetensors", ".gguf")
+
+
+def require_exportable(paths: Sequence[str], layer: int) -> None:
+    """Refuse files that a vector of ``layer`` cannot be saved as.
+
+    Raises:
+        InputError: An unknown ending, no folder to write to, a folder in the file's place, or layer
+            0 for llama.cpp.
+    """
+    for path in map(Path, paths):
+        require(
+            path.suffix in FORMATS,
+            f"SAVE_VECTOR must end in {' or '.join(FORMATS)}; it is {path}.",
+        )
+        require(
+            path.parent.is_dir() and os.access(path.parent, os.W_OK),
+            f"SAVE_VECTOR must be in a folder that exists and can be written to; {path} is not.",
+        )
+        require(not path.is_dir(), f"SAVE_VECTOR must be a file; {path} is a folder.")
+        require(
+            path.suffix != ".gguf" or layer > 0,
+            "llama.cpp has no control vector for layer 0. Save a .safetensors instead.",
+        )
+
+
+def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> torch.Tensor:
+    """What the clamps would add if their features were not active, raw, float32, (d_model,).
+
+    Raises:
+        InputError: A strength is so large that the vector is not finite.
+    """
+    added = [dataclasses.replace(clamp, how="add") for clamp in clamps]
+    vector = change_by(autoencoder, added)(torch.zeros(autoencoder.d_model))
+    require(
+        bool(vector.isfinite().all()),
+        f"STRENGTH must keep a saved vector finite; at {[clamp.strength for clamp in clamps]} it "
+        "is not. −10 to 10 is the useful range.",
+    )
+    return vector
+
+
+def save_vectors(
+    paths: Sequence[str], clamps: Sequence[Clamp], summary: dict[str, Any], autoencoder_path: Path
+) -> None:
+    """Save the vector of some clamps to every path.
+
+    Args:
+        paths: Fit for it, by `require_exportable`; their endings choose the formats.
+        clamps: Of different features.
+        summary: The catalogue's, for the model's name and the layer.
+        autoencoder_path: The autoencoder that the features are of.
+
+    Raises:
+        InputError: As for `steering_vector`.
+    """
+    name, layer = summary["model_name"], summary["layer"]
+    architecture = read_config(name, layer).get_text_config().model_type
+    vector = steering_vector(load_autoencoder(autoencoder_path), clamps)
+    for path in paths:
+        save_vector(path, vector, clamps, name, architecture, layer)
+        print(f"Saved {path}: norm {vector.norm():.4g}, for the output of block {layer}.")
+
+
+def save_vector(
+    path: str | Path,
+    vector: torch.Tensor,
+    clamps: Sequence[Clamp],
+    model_name: str,
+    architecture: str,
+    layer: int,
+) -> None:
+    """Save a steering vector; the path's ending chooses the format.
+
+    Args:
+        vector: Of `steering_vector`.
+        clamps: What it was made from.
+        model_name: The model, for people.
+        architecture: The model's, as llama.cpp names it: "llama".
+        layer: The block to whose output it is added, counted from 0.
+    """
+    settings = {
+        "model_name": model_name,
+        "layer": str(layer),
+        "features": json.dumps([clamp.feature for clamp in clamps]),
+        "strengths": json.dumps([clamp.strength for clamp in clamps]),
+        "maxima": json.dumps([clamp.maximum for clamp in clamps]),
+        "unit": "raw residual stream, added to the output of the block at every position",
+    }
+    with replacing(Path(path)) as partial:
+        if Path(path).suffix == ".safetensors":
+            save_file({"steering_vector": vector.contiguous()}, partial, metadata=settings)
+        else:
+            _write_control_vector(partial, vector.numpy(), settings, architecture, layer)
+
+
+def _write_control_vector(
+    path: Path, vector: np.ndarray, settings: dict[str, str], architecture: str, layer: int
+) -> None:
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", architecture)
+    writer.add_uint32("controlvector.layer_count", 1)  # of the directions in the file
+    for name, value in settings.items():
+        writer.add_string(f"controlvector.{name}", value)  # for people: llama.cpp passes them over
+    writer.add_tensor(f"direction.{layer}", vector.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
