@@ -27,9 +27,7 @@ from utils.backend import use_backend  # noqa: E402
 use_backend("torch")
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from tiny_llama import save_tiny_llama  # noqa: E402
 
 from utils import embedded  # noqa: E402
 from utils.activations.store import ShardWriter, new_manifest  # noqa: E402
@@ -88,33 +86,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 def save_tiny_model(folder: Path, seed: int = 0, d_model: int = 32) -> Path:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((text for text, _ in make_texts()), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=d_model,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.3,  # the usual 0.02 leaves so small a model all but constant
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_llama(folder, (text for text, _ in make_texts()), seed, d_model)
 
 
 def excluded_of(arrays: dict[str, np.ndarray]) -> dict[str, int]:

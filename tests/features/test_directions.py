@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_activations
-from test_steering import D_MODEL, WORDS, tiny_language_model
+from tiny_llama import D_MODEL, WORDS, tiny_language_model
 
 from utils.activations.store import ActivationStore
 from utils.autoencoder.kinds import L1Autoencoder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_activations
 from reader import Reader
-from test_steering import tiny_language_model
+from tiny_llama import tiny_language_model
 
 from utils.activations.store import ActivationStore
 from utils.features.feature_pass import WINDOW, FeaturePass

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_steering import tiny_language_model
+from tiny_llama import tiny_language_model
 
 from utils.features.studies.neurons import Correlations, draw_features, neurons_of, summarise
 from utils.language_model import residual_at

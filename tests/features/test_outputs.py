@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_steering import D_MODEL, tiny_language_model
+from tiny_llama import D_MODEL, tiny_language_model
 
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features.studies import outputs

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_steering import LAYER, PROMPT, tiny_language_model
+from tiny_llama import LAYER, PROMPT, tiny_language_model
 
 from utils.autoencoder.kinds import KINDS
 from utils.influence.attribution import ablate, attribute, correlations, of_features, token_pair

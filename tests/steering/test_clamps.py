@@ -8,13 +8,10 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import CONTEXT, D_MODEL, LAYER, PROMPT, tiny_language_model
 
 from utils.autoencoder.kinds import KINDS
-from utils.language_model import LanguageModel, replaced_residual, residual_at
+from utils.language_model import replaced_residual, residual_at
 from utils.settings import InputError
 from utils.steering.clamps import (
     Clamp,
@@ -27,36 +24,7 @@ from utils.steering.clamps import (
 )
 from utils.steering.evaluation import as_torch, split_reconstruction
 
-LAYER = 1
-D_MODEL = 32
 N_LATENTS = 64
-CONTEXT = 64
-WORDS = 300
-PROMPT = "w10 w20 w30 w40 w50"
-
-
-def tiny_language_model(dtype=torch.float32) -> LanguageModel:
-    vocabulary = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, WORDS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="w2"
-    )
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=D_MODEL,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,  # the usual 0.02 leaves so small a model all but constant
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    return LanguageModel("tiny", None, model, wrapped)
 
 
 @pytest.fixture(scope="module")
