@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.backend import use_backend
+from utils.features import studies
 from utils.features.catalogue import Catalogue
-from utils.features.search import search
+from utils.features.search import in_words, search, show_matches
 from utils.settings import as_dict, read_settings, require, require_positive, run
-from utils.terminal import in_words, show_found
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -28,19 +28,10 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES = (
-    "specificity",
-    "completeness",
-    "neurons",
-    "explanations",
-    "outputs",
-    "splitting",
-    "directions",
-)  # to make beside; see utils/ by these names
+STUDIES: tuple[str, ...] = studies.NAMES  # to make; what each is: utils/features/studies/
 N_STUDIED = 1_000  # features drawn for specificity and neurons
 N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over, and to compare them
 N_EXPLAINED = 200  # features whose explanations are scored; all have one
-SENTENCE_MODEL: str | None = None  # compares contexts: embedded, a hub name, a folder; None: TF-IDF
 OTHER_AUTOENCODERS: tuple[str, ...] = ()  # other sizes' folders, for completeness and splitting
 MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
 N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
@@ -96,22 +87,13 @@ def main() -> None:
     # 1. Check the settings, and open what the earlier scripts wrote.
     check(settings)
     if settings.search_prompt or (settings.search, settings.search_like) != (None, None):
-        print(show_found(*search(settings), shutil.get_terminal_size().columns))
+        print(show_matches(*search(settings), shutil.get_terminal_size().columns))
         return
     use_backend("torch")  # beside the language model: one framework, one copy of the weights
     from utils.activations.store import ActivationStore
     from utils.autoencoder.saved import open_autoencoder
     from utils.features.analysis import Analysis
     from utils.features.report import make_report
-    from utils.features.studies import (
-        completeness,
-        directions,
-        neurons,
-        outputs,
-        specificity,
-        splitting,
-    )
-    from utils.features.studies import explanations as explanation
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
@@ -137,42 +119,15 @@ def main() -> None:
         )
         analysis.verify()
 
-        # 2. One pass over the activations: statistics and examples; then each feature's place.
-        analysis.go_through()
-        analysis.make("places", Analysis.place_features)
+        # 2. One pass over the activations: statistics and examples of every feature.
+        analysis.run_pass()
 
-        # 3. What the model loses when it computes with the reconstruction.
-        analysis.make("cross_entropy", Analysis.measure_loss)
+        # 3. The studies, in the paper's order: utils/features/studies/, a file each.
+        for name in (*studies.ALWAYS, *studies.NAMES):
+            if name in studies.ALWAYS or name in settings.studies:
+                analysis.run_study(name)
 
-        # 4. Specificity: is what a feature is about there where it is active?
-        if "specificity" in settings.studies:
-            analysis.make("specificity", specificity.study)
-
-        # 5. Completeness: which words have a feature, and how frequent are they?
-        if "completeness" in settings.studies:
-            analysis.make("completeness", completeness.study)
-
-        # 6. Features against neurons: is a feature not merely a neuron?
-        if "neurons" in settings.studies:
-            analysis.make("neurons", neurons.study)
-
-        # 7. Explanations: does a phrase tell what a feature fires on, better than a neuron's does?
-        if "explanations" in settings.studies:
-            analysis.make("explanations", explanation.study)
-
-        # 8. Outputs: does a feature write what it reads, and so is good to steer with?
-        if "outputs" in settings.studies:
-            analysis.make("outputs", outputs.study)
-
-        # 9. Splitting: what does a feature of a small dictionary become in larger ones?
-        if "splitting" in settings.studies:
-            analysis.make("splitting", splitting.study)
-
-        # 10. Special directions: does the model mind a feature's change more than another?
-        if "directions" in settings.studies:
-            analysis.make("directions", directions.study)
-
-        # 11. Save the tables, draw the plots, and put everything into one page.
+        # 4. Save the tables, draw the pictures, and put everything into one page.
         summary = analysis.save()
         make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
@@ -186,7 +141,8 @@ def check(settings) -> None:
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     for study in settings.studies:
-        require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
+        known = ", ".join(studies.NAMES)
+        require(study in studies.NAMES, f"STUDIES must be of {known}; one is {study!r}.")
     require(
         not settings.other_autoencoders or {"completeness", "splitting"} & set(settings.studies),
         "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "

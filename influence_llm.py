@@ -21,18 +21,13 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from utils.artifacts import make_folder, write_json
 from utils.backend import use_backend
-from utils.settings import read_settings, require, require_positive, run
-from utils.terminal import (
-    choose_features,
-    show_attribution,
-    show_correlations,
-    show_evidence,
-    show_record,
-)
+from utils.features.catalogue import Catalogue
+from utils.features.search import choose_features
+from utils.settings import Settings, read_settings, require, require_positive, run
 
 STUDY = "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
 PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
@@ -101,24 +96,26 @@ def main() -> None:
     uses[use](settings, catalogue, autoencoder_path)
 
 
-def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """Texts with and without features changed."""
     from utils.influence import generations
     from utils.influence.evidence import describe_strength, find_strength
     from utils.influence.export import require_exportable, save_vectors
+    from utils.influence.texts import Writer
 
     # 1. Choose the features to change: by number, by word, or proposed.
     require_exportable(settings.save_vector, catalogue.summary["layer"])
     width = shutil.get_terminal_size().columns
     features = choose_features(catalogue, settings.feature, settings.n_proposals, width)
     log = generations.open_log(settings.influence_dir)
-    recorded, models = generations.read_records(log), None
+    recorded, model = generations.read_records(log), None
 
     # 2. Find how strongly, if asked: up to where the text falls apart.
     strengths = (0.0,) if settings.intervention == "ablate" else settings.strength
     if strengths == "auto":
-        models = generations.load_models(catalogue, autoencoder_path)
-        strength, n_fluent = find_strength(models, catalogue, features, settings)
+        model = generations.load_model(catalogue, autoencoder_path)
+        writer = Writer(model, catalogue, settings)
+        strength, n_fluent = find_strength(writer, features, settings)
         print(describe_strength(strength, n_fluent, settings.intervention))
         strengths = (strength,)
 
@@ -128,63 +125,60 @@ def steer(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
         clamps = generations.clamps_of(requests[0])
         save_vectors(settings.save_vector, clamps, catalogue.summary, autoencoder_path)
     missing = [request for request in requests if generations.key(request) not in recorded]
-    models = models or (generations.load_models(catalogue, autoencoder_path) if missing else None)
+    if missing and not model:
+        model = generations.load_model(catalogue, autoencoder_path)
 
     # 4. Generate, untouched and steered, what is not recorded yet.
-    records = generations.generate_records(requests, recorded, models, log)
+    records = generations.generate_records(requests, recorded, model, log)
 
     # 5. Print the texts side by side.
     print(f"Prompt: {settings.prompt}")
     for record in records:
-        print("\n" + show_record(record, width))
-    if not models:
+        print("\n" + generations.show_record(record, width))
+    if not model:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
 
 
-def evidence(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+def evidence(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """Whether features steer what they are about, and better than other directions do."""
-    from utils.features.study_plots import plot_evidence
-    from utils.influence import evidence, generations
+    from utils.influence import evidence
+    from utils.influence.generations import load_model
     from utils.influence.texts import Texts
 
     # 1. Propose features by a rule, none by hand.
     folder = make_folder(settings.influence_dir, "--influence-dir")
     candidates = catalogue.propose(settings.n_tried)["feature"].tolist()
-    models = generations.load_models(catalogue, autoencoder_path)
+    model = load_model(catalogue, autoencoder_path)
 
     # 2. Of those that steer on trial, write texts by every method at every strength, and let the
     #    untouched model read them.
     log = folder / "evidence.jsonl"
     log.open("ab").close()
-    table, n_tried = evidence.collect(
-        Texts(models, catalogue, settings, log),
-        candidates,
-        settings.n_features,
-        settings.max_perplexity,
-    )
+    texts = Texts(model, catalogue, settings, log)
+    limits = settings.n_features, settings.max_perplexity
+    table, n_tried = evidence.collect(texts, candidates, *limits)
 
     # 3. Find each feature's useful strength on some prompts, and judge it on the others.
     best = evidence.at_useful_strength(table, settings.max_perplexity)
     best.insert(1, "label", catalogue.features["label"][best["feature"]].to_numpy())
     curves = evidence.curves(table, settings.seed)
-    found = evidence.summarise(best, n_tried, settings.max_perplexity, settings.seed)
+    summary = evidence.summarise(best, n_tried, settings.max_perplexity, settings.seed)
 
-    # 4. Write tables and a picture, and print what was found.
+    # 4. Write tables and a picture, and print the result.
     best.to_csv(folder / "evidence_features.csv", index=False)
     curves.to_csv(folder / "evidence_curves.csv", index=False)
-    write_json(folder / "evidence.json", found)
-    plot_evidence(curves, settings.max_perplexity, folder / "evidence.png")
-    print(show_evidence(found, settings.max_perplexity))
+    write_json(folder / "evidence.json", summary)
+    evidence.plot_evidence(curves, settings.max_perplexity, folder / "evidence.png")
+    print(evidence.show_evidence(summary, settings.max_perplexity))
 
 
-def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """The features that lead to the next token."""
     from utils.activations.store import ActivationStore, spread
-    from utils.autoencoder.saved import load_autoencoder, open_autoencoder
-    from utils.features.study_plots import plot_attribution
+    from utils.autoencoder.saved import open_autoencoder
     from utils.influence import attribution
-    from utils.language_model import load_language_model
-    from utils.steering.clamps import prompt_tokens
+    from utils.steering.feature_model import FeatureModel
+    from utils.steering.generation import prompt_tokens
 
     # 1. Load the model, in float32: what a feature does is small beside bfloat16's precision.
     folder = make_folder(settings.influence_dir, "--influence-dir")
@@ -192,63 +186,63 @@ def attribute(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     if settings.n_prompts:
         store = ActivationStore(settings.activations_dir)
         _, trained = open_autoencoder(settings.autoencoder_dir, store)
-    summary = catalogue.summary
-    language_model = load_language_model(summary["model_name"], summary["layer"], "float32")
-    autoencoder = load_autoencoder(autoencoder_path)
-    model = language_model, summary["layer"], autoencoder
+    model = FeatureModel.load(catalogue.summary, autoencoder_path, "float32")
+    language_model = model.language_model
 
     # 2. One pass forward and one back: what each active feature adds to the difference of logits.
     tokens = prompt_tokens(language_model, settings.prompt, settings.chat_template)
     pair = attribution.token_pair(language_model, settings.pair)
-    found = attribution.attribute(*model, tokens, pair, summary["outlier_norm"])
-    features = attribution.of_features(found)
+    result = attribution.attribute(model, tokens, pair)
+    features = attribution.of_features(result)
 
     # 3. Ablate the largest, to see whether it is so.
     top = features.head(settings.n_ablated)
-    ablation = attribution.ablate(*model, found, top["feature"], summary["outlier_norm"])
     labels = catalogue.features["label"]
-    top = top.assign(ablation=ablation, label=labels[top["feature"]].to_numpy())
+    top = top.assign(
+        ablation=attribution.ablate(model, result, top["feature"]),
+        label=labels[top["feature"]].to_numpy(),
+    )
 
-    # 4. Print, draw and write what was found.
-    words = [language_model.tokenizer.decode([token]) for token in (*found.pair, *tokens[0])]
-    print(show_attribution(words[:2], found.difference, top, settings.prompt))
+    # 4. Print, draw and write the result.
+    words = [language_model.tokenizer.decode([token]) for token in (*result.pair, *tokens[0])]
+    print(attribution.show_attribution(words[:2], result.difference, top, settings.prompt))
     top.to_csv(folder / "attribution.csv", index=False)
     asked = {"prompt": settings.prompt, "chat_template": settings.chat_template}
-    found_of = {"pair": words[:2], "difference": found.difference}
-    write_json(folder / "attribution.json", asked | found_of)
-    plot_attribution(found, words, labels, folder / "attribution.png")
+    answer = {"pair": words[:2], "difference": result.difference}
+    write_json(folder / "attribution.json", asked | answer)
+    attribution.plot_attribution(result, words, labels, folder / "attribution.png")
 
     # 5. Over held-out prompts: does attribution, or mere activation, tell what ablation does?
     if settings.n_prompts:
         _, held_out = store.split(trained["held_out"])
-        sizes = settings.prompt_tokens, settings.features_per_prompt
         contexts = spread(held_out, settings.n_prompts)
-        table = attribution.correlate(
-            language_model, autoencoder, store, contexts, *sizes, settings.seed
+        sample = attribution.Sample(
+            settings.prompt_tokens, settings.features_per_prompt, settings.seed
         )
+        table = attribution.correlate(model, store, contexts, sample)
         table.to_csv(folder / "attribution_correlation.csv", index=False)
-        print(show_correlations(attribution.correlations(table, settings.seed)))
+        print(attribution.show_correlations(attribution.correlations(table, settings.seed)))
 
 
-def chat(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+def chat(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """A chat in the terminal with features turned, until the user leaves."""
     from utils.influence.chat import Chat
-    from utils.influence.generations import load_models
+    from utils.influence.generations import load_model
 
-    models = load_models(catalogue, autoencoder_path)
-    Chat(catalogue, *models, settings.max_new_tokens, settings.temperature, settings.seed).run()
+    model = load_model(catalogue, autoencoder_path)
+    Chat(catalogue, model, settings.max_new_tokens, settings.temperature, settings.seed).run()
 
 
-def playground(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
+def playground(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """A page to find features and turn them, until the user leaves."""
-    from utils.influence.generations import load_models
+    from utils.influence.generations import load_model
     from utils.influence.playground import Playground, require_free, serve
 
     require_free(settings.port)
-    serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
+    serve(Playground(catalogue, load_model(catalogue, autoencoder_path)), settings)
 
 
-def use_of(settings: Any) -> str:
+def use_of(settings: Settings) -> str:
     """Which of the uses is asked for: a study, the playground or the chat.
 
     Raises:
@@ -273,7 +267,7 @@ def use_of(settings: Any) -> str:
     return use
 
 
-def check(settings: Any) -> None:
+def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is read."""
     from utils.influence.evidence import TRIAL_MARGIN
     from utils.steering.clamps import check_change
@@ -336,14 +330,12 @@ def check(settings: Any) -> None:
     require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
 
 
-def read_analysis(settings: Any) -> tuple[Any, Path]:
+def read_analysis(settings: Settings) -> tuple[Catalogue, Path]:
     """The catalogue of features, and the path of the autoencoder that it is of.
 
     Raises:
         InputError: One is missing, or the analysis is of another autoencoder.
     """
-    from utils.features.catalogue import Catalogue
-
     catalogue = Catalogue(settings.analysis_dir)
     return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)
 

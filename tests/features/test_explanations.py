@@ -9,12 +9,12 @@ import torch
 from conftest import write_activations
 from reader import Reader
 from tiny_llama import tiny_language_model
+from utils.features.likeness import compare_contexts, open_embedder
+from utils.features.phrases import explain, phrase, words_around
 
 from utils.activations.store import ActivationStore
 from utils.features.feature_pass import WINDOW, FeaturePass
 from utils.features.judge import Answers
-from utils.features.likeness import compare_contexts, open_embedder
-from utils.features.phrases import explain, phrase, words_around
 from utils.features.studies.explanations import (
     SCORED,
     Quiet,
@@ -31,7 +31,7 @@ from utils.features.studies.neurons import (
     neuron_values,
     neurons_of,
 )
-from utils.features.studies.specificity import Concept, chosen_from, held_out
+from utils.features.studies.specificity import Concept, held_out, used_for_label
 from utils.language_model import residual_at
 
 PIECES = [" the", " rose", " tide", " garden", " harbour", " of", " is", " roses", "."]
@@ -53,7 +53,7 @@ def make_examples() -> pd.DataFrame:
     names = "feature bucket rank context peak subset tokens activations".split()
     table = pd.DataFrame(rows, columns=names)
     texts = np.array([*PIECES, ""], object)
-    return table.assign(pieces=[list(texts[tokens]) for tokens in table["tokens"]])
+    return table.assign(token_texts=[list(texts[tokens]) for tokens in table["tokens"]])
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def examples() -> pd.DataFrame:
 @pytest.fixture
 def quiet() -> Quiet:
     """Of 24 texts the first is one that feature 0 is active in."""
-    texts = pd.DataFrame({"pieces": [[" the", " of", " is", "."]] * 24, "peak": 1})
+    texts = pd.DataFrame({"token_texts": [[" the", " of", " is", "."]] * 24, "peak": 1})
     active = np.zeros((24, 2), bool)
     active[0, 0] = True
     return Quiet(texts.assign(subset=["Garden", "Harbour"] * 12), active)
@@ -107,14 +107,14 @@ def test_phrases(words, listed, subset, around, scattered, text):
 def test_held_out_examples_share_no_context_with_the_source(examples):
     examples.loc[examples["rank"] == 21, "context"] = 0  # of feature 0's highest
     examples.loc[examples["rank"] == 23, "context"] = 22  # as another of feature 0's
-    held = held_out(examples)
+    held = unused_examples(examples)
     assert len(held) == (10 + 7) + (10 + 9)
     assert not held[held["feature"] == 0]["context"].isin([0, 2, 4]).any()
-    assert not held.duplicated(["feature", "context"]).any() and not chosen_from(held).any()
+    assert not held.duplicated(["feature", "context"]).any() and not used_for_label(held).any()
 
 
 def test_trials(examples, quiet):
-    trials = make_trials(held_out(examples), quiet, seed=0)
+    trials = make_trials(unused_examples(examples), quiet, seed=0)
     counts = trials.groupby(["feature", "kind", "truth"]).size()
     assert (counts == 19).all() and len(counts) == 8
     marked = trials[trials["kind"] == "fuzzing"]
@@ -124,7 +124,7 @@ def test_trials(examples, quiet):
     wrong = places[~marked["truth"]].map(lambda at: at[0])
     assert wrong.isin([0, 1, 3, 4, 5, 6]).all() and wrong.nunique() > 3  # no padding
     silent = trials[(trials["kind"] == "detection") & ~trials["truth"]]
-    assert silent["pieces"].map(len).eq(4).all()
+    assert silent["token_texts"].map(len).eq(4).all()
     assert not trials["truth"].is_monotonic_increasing
 
 
@@ -150,7 +150,7 @@ def test_scores_are_balanced_accuracies_of_answers_of_yes_and_no():
 
 def make_analysis(judge=None) -> SimpleNamespace:
     settings = SimpleNamespace(seed=0, sentence_model=None)
-    return SimpleNamespace(settings=settings, judge=judge, pieces=PIECES, subset_shares=SHARES)
+    return SimpleNamespace(settings=settings, judge=judge, token_texts=PIECES, subset_shares=SHARES)
 
 
 def test_planted_features_are_explained_by_words(examples, quiet):
@@ -235,15 +235,15 @@ def test_quiet_texts_and_neurons_in_the_place_of_latents(tmp_path):
     quiet = draw_quiet(neurons, rows, range(12), [f"w{i}" for i in range(300)], seed=0)
     assert quiet.active.tolist() == (masked > 0).any(axis=1).tolist()  # a window holds a context
     assert quiet.table["subset"].tolist() == ["a"] * 6 + ["b"] * 6
-    assert quiet.table["pieces"][3] == [f"w{token}" for token in tokens[3]]
+    assert quiet.table["token_texts"][3] == [f"w{token}" for token in tokens[3]]
     assert quiet.table["peak"].between(1, 7).all()
 
 
 def test_contexts_alike_in_words(examples, quiet):
-    source = examples[chosen_from(examples)]
+    source = examples[used_for_label(examples)]
     other = {0: 1, 1: 0}
     found = compare_contexts(
-        open_embedder(None), source, held_out(examples), quiet.table, quiet.active, other
+        open_embedder(None), source, unused_examples(examples), quiet.table, quiet.active, other
     )
     assert (found["likeness"] == 1).all()
 

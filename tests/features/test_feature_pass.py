@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LAYER, write_activations
+from utils.steering.evaluation import loss_recovered, measure_losses
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
@@ -29,7 +30,6 @@ from utils.features.feature_pass import (
     text_around,
 )
 from utils.language_model import load_language_model
-from utils.steering.evaluation import loss_recovered, measure_losses
 
 CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6
 NORM = 2.0  # of the decoder rows: what is reported is twice the latent
@@ -335,7 +335,7 @@ def test_labels_and_examples_of_a_catalogue(saved):
     examples = saved.examples_of([2])
     assert set(examples["feature"]) == {2} and len(examples) > N_TOP
     for example in examples.itertuples():
-        assert example.pieces[example.peak] == " spade"
+        assert example.token_texts[example.peak] == " spade"
 
 
 def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
@@ -356,13 +356,13 @@ def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
 
 def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
-    pieces = tables.vocabulary(language_model.tokenizer)
-    assert len(pieces) == len(language_model.tokenizer)
+    token_texts = tables.vocabulary(language_model.tokenizer)
+    assert len(token_texts) == len(language_model.tokenizer)
     directions = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     unembedding = language_model.model.get_output_embeddings().weight.float().numpy()
-    tokens = [pieces.index(" anchor"), pieces.index(" rain")]
+    tokens = [token_texts.index(" anchor"), token_texts.index(" rain")]
     directions[0], directions[1] = 3 * unembedding[tokens[0]], -3 * unembedding[tokens[1]]
-    promoted = tables.promoted_tokens(language_model, directions, pieces, batch=10)
+    promoted = tables.promoted_tokens(language_model, directions, token_texts, batch=10)
     assert len(promoted) == 64
     assert promoted["promoted_tokens"][0][0] == " anchor"
     assert promoted["suppressed_tokens"][1][0] == " rain"

@@ -45,10 +45,10 @@ KEY = "sk-secret-of-the-test"
 
 
 def test_examples_are_shown_with_their_marks():
-    pieces, values = [" the", " war", "ship", "\n", " sank"], np.array([0, 4.0, 2.0, 0, 1.3])
+    token_texts, values = [" the", " war", "ship", "\n", " sank"], np.array([0, 4.0, 2.0, 0, 1.3])
     assert marked_tokens(values).tolist() == [False, True, True, False, True]
-    assert show(pieces, marked_tokens(values)) == " the<< warship>>⏎<< sank>>"
-    assert show(pieces, np.zeros(5, bool)) == " the warship⏎ sank"
+    assert show(token_texts, marked_tokens(values)) == " the<< warship>>⏎<< sank>>"
+    assert show(token_texts, np.zeros(5, bool)) == " the warship⏎ sank"
 
 
 def test_questions_hold_five_texts_each_and_any_sign():
@@ -196,7 +196,7 @@ def test_labels_and_grades_of_features(server, tmp_path):
     server.answer = answer
     answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
     examples = pd.DataFrame(
-        {"feature": [4, 4], "pieces": [["a"], ["b"]], "activations": [[1], [2]]}
+        {"feature": [4, 4], "token_texts": [["a"], ["b"]], "activations": [[1], [2]]}
     )
     assert ask_labels(examples, answers) == {4: "ships"}
     features = pd.Series([4, 7, 9, 4, 7])

@@ -68,7 +68,7 @@ def examples() -> pd.DataFrame:
             rows.append((feature, 0, rank, 10 - rank / 10, strong))
         rows += [(feature, 5, rank, 1.0, weak) for rank in range(3)]
     table = pd.DataFrame(rows, columns=["feature", "bucket", "rank", "activation", "token"])
-    table["pieces"] = [["x", token, "."] for token in table.pop("token")]
+    table["token_texts"] = [["x", token, "."] for token in table.pop("token")]
     return table.assign(peak=1, subset=["Garden", "Harbour"] * 23, context=range(46))
 
 

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from tiny_llama import LAYER, PROMPT, tiny_language_model
+from utils.steering.evaluation import as_torch
 
 from utils.autoencoder.kinds import KINDS
 from utils.influence.attribution import ablate, attribute, correlations, of_features, token_pair
-from utils.language_model import replaced_residual, residual_at
+from utils.language_model import replaced_output, residual_at
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, encode, prompt_tokens, steered
-from utils.steering.evaluation import as_torch
 
 D_MODEL, N_LATENTS = 32, 64
 
@@ -46,7 +46,7 @@ def difference(language_model, tokens, pair, change=None) -> float:
     def add(residual):
         return residual if change is None else residual + change
 
-    with replaced_residual(language_model.blocks[LAYER], add), torch.no_grad():
+    with replaced_output(language_model.blocks[LAYER], add), torch.no_grad():
         logits = language_model.model(tokens, use_cache=False).logits[0, -1]
     return float(logits[pair[0]] - logits[pair[1]])
 

@@ -41,11 +41,7 @@ class ShuffledBatches:
     ):
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self._starts = np.arange(0, store.context_length, PIECE)
-        kept = [
-            np.add.reduceat(shard["kept"], self._starts, axis=1, dtype=np.int64)
-            for shard in store.shards
-        ]
-        self._kept = np.concatenate(kept)[contexts.start : contexts.stop].ravel()
+        self._kept = store.kept_counts(contexts, self._starts).ravel()
         self._first_piece = contexts.start * len(self._starts)
         self.n_rows = int(self._kept.sum())
         require(
@@ -53,8 +49,8 @@ class ShuffledBatches:
             f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
             f"it is {batch_size:,}.",
         )
-        itemsize = store.shards[0]["activations"].itemsize
-        self._pool_pieces = max(1, pool_bytes // (PIECE * store.d_model * itemsize))
+        piece_bytes = PIECE * store.d_model * store.storage_dtype.itemsize
+        self._pool_pieces = max(1, pool_bytes // piece_bytes)
 
     def n_steps(self, n_passes: float) -> int:
         """Whole batches in ``n_passes`` passes over the rows."""
@@ -68,7 +64,7 @@ class ShuffledBatches:
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
-        carried = np.empty((0, self.store.d_model), self.store.shards[0]["activations"].dtype)
+        carried = np.empty((0, self.store.d_model), self.store.storage_dtype)
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             places = self._pools_from(step * self.batch_size)
             upcoming = reader.submit(self._read_pool, *next(places))

@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from transformers import PreTrainedTokenizerBase
 
 from utils import embedded
+from utils.settings import Json
 from utils.language_model import separator_token
 from utils.settings import InputError, hub_token, require
 
+Record = Json | Exception  # a record of a dataset, or why it has none
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
 
 
@@ -93,7 +96,7 @@ class Corpus:
             if number >= skip:
                 yield Document(number * world_size + rank, text, subset)
 
-    def _records(self, rank: int, world_size: int) -> Iterator[tuple[Any, str]]:
+    def _records(self, rank: int, world_size: int) -> Iterator[tuple[Record, str]]:
         """(record, default subset): all those of local files, the rank's own of a hub dataset."""
         if not self.files:
             yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
@@ -101,7 +104,7 @@ class Corpus:
             stem = path.name.removesuffix(".zst").rsplit(".", 1)[0]
             yield from ((record, stem) for record in READERS[path.suffix](path))
 
-    def _usable(self, records: Iterator[tuple[Any, str]]) -> Iterator[tuple[str, str]]:
+    def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
         """(text, subset) of each record that has a text; an error if none has."""
         self.skipped.clear()
         empty = True
@@ -133,7 +136,7 @@ def list_files(path: Path) -> list[Path]:
     return files
 
 
-def unusable(record: Any) -> str | None:
+def unusable(record: Record) -> str | None:
     """Why a record cannot be used, or None."""
     if isinstance(record, Exception):
         return "not UTF-8" if isinstance(record, UnicodeDecodeError) else "not JSON"
@@ -149,7 +152,7 @@ def unusable(record: Any) -> str | None:
     return None
 
 
-def parse_line(line: bytes) -> Any:
+def parse_line(line: bytes) -> Record:
     """The value of a JSON line, or the error that says why it has none."""
     try:
         return json.loads(line.decode("utf-8-sig"))
@@ -157,7 +160,7 @@ def parse_line(line: bytes) -> Any:
         return error
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
+def read_jsonl(path: Path) -> Iterator[Record]:
     """A value or an error for each line of a ``.jsonl`` or ``.jsonl.zst`` file."""
     rest = b""
     for chunk in read_chunks(path):
@@ -248,7 +251,9 @@ READERS = {".jsonl": read_jsonl, ".zst": read_jsonl, ".parquet": read_parquet, "
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Document, list[int]]]:
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, list[int]]]:
     """Each document with the tokens of its text."""
     documents = iter(documents)
     while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
@@ -264,7 +269,7 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Do
 
 def pack_contexts(
     documents: Iterable[Document],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     start: Position = BEGINNING,
 ) -> Iterator[Context]:

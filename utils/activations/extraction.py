@@ -7,20 +7,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
-from utils.activations.store import (
-    Shard,
-    ShardWriter,
-    bytes_per_token,
-    new_manifest,
-)
-from utils.artifacts import read_json, write_json
+from utils.activations.manifest import Manifest, ShardEntry
+from utils.activations.shards import Shard, ShardWriter, bytes_per_token
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
 
@@ -59,12 +54,26 @@ class Ranks:
         return f".lock-{self.rank}"
 
 
+class ExtractionSettings(Protocol):
+    """What an extraction reads of the settings of save_activations.py."""
+
+    model_name: str
+    layer: int
+    dataset: str
+    n_tokens: int
+    context_length: int
+    outlier_factor: float
+    storage_dtype: str
+    tokens_per_shard: int
+    contexts_per_batch: int
+
+
 class Extraction:
     """One rank's part of a run.
 
     Args:
         folder: Where the shards go.
-        settings: The script's settings.
+        settings: Of save_activations.py.
         ranks: Which part of the corpus is this process's.
 
     Shard numbers of a rank are ``rank + i · world_size``. The manifest is written after each
@@ -72,10 +81,10 @@ class Extraction:
     the corpus, so that running a finished extraction again repairs it.
     """
 
-    def __init__(self, folder: Path, settings: Any, ranks: Ranks):
+    def __init__(self, folder: Path, settings: ExtractionSettings, ranks: Ranks):
         self.folder, self.settings, self.ranks = folder, settings, ranks
         self.manifest_path = folder / ranks.manifest_name
-        self.manifest = read_json(self.manifest_path) if self.manifest_path.exists() else None
+        self.manifest = Manifest.read(self.manifest_path) if self.manifest_path.exists() else None
         self.damaged: list[int] = []
         per_batch = settings.contexts_per_batch * settings.context_length
         batches = max(1, settings.tokens_per_shard // per_batch)
@@ -89,25 +98,24 @@ class Extraction:
         """Whether all shards are there and whole; damaged ones are noted, to be made anew."""
         if self.manifest is None:
             return False
-        entries = tqdm(self.manifest["shards"], "checking shards", unit="shard", leave=False)
-        damaged = [entry["shard"] for entry in entries if not self._is_whole(entry)]
+        entries = tqdm(self.manifest.shards, "checking shards", unit="shard", leave=False)
+        damaged = [entry.shard for entry in entries if not self._is_whole(entry)]
         for shard in damaged:
             print(f"Shard {shard} is damaged or missing: making it anew.")
         self.damaged = damaged
-        return self.manifest["finished"] and not damaged
+        return self.manifest.finished and not damaged
 
-    def _is_whole(self, entry: dict) -> bool:
-        shard = Shard(self.folder, entry["shard"], entry["contexts"], entry["crc32"], ())
+    def _is_whole(self, entry: ShardEntry) -> bool:
         try:
-            shard.verify()
+            Shard.of(self.folder, entry).verify()
         except InputError:
             return False
         return True
 
     def bytes_to_write(self, d_model: int) -> int:
         """Bytes this run still adds to the disk."""
-        shards = self.manifest["shards"] if self.manifest else ()
-        done = sum(entry["contexts"] for entry in shards if entry["shard"] not in self.damaged)
+        shards = self.manifest.shards if self.manifest else ()
+        done = sum(entry.contexts for entry in shards if entry.shard not in self.damaged)
         tokens = (self.n_contexts - done) * self.settings.context_length
         return tokens * bytes_per_token(d_model, self.settings.storage_dtype)
 
@@ -117,12 +125,12 @@ class Extraction:
         """Take up an earlier run's manifest, or set the outlier norm on the first batch."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
-        if self.manifest["outlier_norm"] is None:
+        if self.manifest.outlier_norm is None:
             self._calibrate()
 
     def run(self) -> None:
         """Make all shards that are not there yet."""
-        done = sum(entry["contexts"] for entry in self.manifest["shards"])
+        done = sum(entry.contexts for entry in self.manifest.shards)
         with tqdm(
             total=self.n_contexts * self.settings.context_length,
             initial=done * self.settings.context_length,
@@ -135,8 +143,8 @@ class Extraction:
             for shard in self.damaged:
                 self._repair(shard)
             self._extend(done)
-        self.manifest["finished"] = True
-        write_json(self.manifest_path, self.manifest)
+        self.manifest.finished = True
+        self.manifest.write(self.manifest_path)
 
     def _adopt_manifest(self) -> None:
         facts = {
@@ -151,11 +159,12 @@ class Extraction:
             "world_size": self.ranks.world_size,
         }
         if self.manifest is None:
-            self.manifest = new_manifest(**facts)
+            self.manifest = Manifest(**facts)
         for name, value in facts.items():
-            begun_with = self.manifest.get(name, value)  # early versions recorded no files
+            begun_with = getattr(self.manifest, name)
+            is_unknown = name == "files" and begun_with is None  # early versions recorded none
             require(
-                begun_with == value,
+                is_unknown or begun_with == value,
                 f"The activations in {self.folder} were begun with {name} {begun_with!r}, which "
                 f"is {value!r} now. Delete it to start anew.",
             )
@@ -174,7 +183,7 @@ class Extraction:
         residual = residual_at(self.language_model, tokens, self.settings.layer)
         norms = residual.float().norm(dim=-1).cpu()
         rate = tokens.numel() / (time.perf_counter() - start)
-        self.manifest["outlier_norm"] = self.settings.outlier_factor * float(norms.median())
+        self.manifest.outlier_norm = self.settings.outlier_factor * float(norms.median())
         hours = self.n_contexts * self.settings.context_length / rate / 3600
         print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
 
@@ -185,39 +194,31 @@ class Extraction:
         )
 
     def _repair(self, number: int) -> None:
-        (entry,) = (e for e in self.manifest["shards"] if e["shard"] == number)
-        contexts = self._contexts(Position(*entry["start"]))
-        writer, _ = self._fill(number, entry["contexts"], contexts)
+        (entry,) = (entry for entry in self.manifest.shards if entry.shard == number)
+        contexts = self._contexts(Position(*entry.start))
+        writer, _ = self._fill(number, entry.contexts, contexts)
         require(writer is not None, f"{self.corpus.name} ends before shard {number} now.")
-        writer.finish(entry["crc32"])
+        writer.finish(entry.crc32)
 
     def _extend(self, done: int) -> None:
-        position = Position(*self.manifest.get("position", BEGINNING))
+        position = Position(*(self.manifest.position or BEGINNING))
         contexts = self._contexts(position)
         while done < self.n_contexts:
-            number = self.ranks.rank + len(self.manifest["shards"]) * self.ranks.world_size
+            number = self.ranks.rank + len(self.manifest.shards) * self.ranks.world_size
             wanted = min(self.contexts_per_shard, self.n_contexts - done)
             writer, after = self._fill(number, wanted, contexts)
             if writer is None:
-                self.manifest["skipped"] = dict(self.corpus.skipped)
+                self.manifest.skipped = dict(self.corpus.skipped)
                 print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
                 return
             entry = writer.finish()
-            entry["start"] = list(position)
-            self._record(entry, writer)
+            entry.start = list(position)
+            self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
             position = after
-            self.manifest["position"] = list(after)
-            self.manifest["skipped"] = dict(self.corpus.skipped)  # of all records up to here
-            write_json(self.manifest_path, self.manifest)
-            done += entry["contexts"]
-
-    def _record(self, entry: dict, writer: ShardWriter) -> None:
-        manifest = self.manifest
-        manifest["shards"].append(entry)
-        manifest["sum"] = (np.asarray(manifest["sum"]) + writer.sum).tolist()
-        manifest["sum_squared_norm"] += writer.sum_squared_norm
-        for reason, count in writer.excluded.items():
-            manifest["excluded"][reason] += count
+            self.manifest.position = list(after)
+            self.manifest.skipped = dict(self.corpus.skipped)  # of all records up to here
+            self.manifest.write(self.manifest_path)
+            done += entry.contexts
 
     def _fill(
         self, number: int, n_contexts: int, contexts: Iterator[Context]
@@ -237,7 +238,7 @@ class Extraction:
             while batch := upcoming.result():
                 upcoming = reading.submit(self._next_batch, taken)
                 if writer is None:
-                    shape = (n_contexts, self.settings.context_length, self.manifest["d_model"])
+                    shape = (n_contexts, self.settings.context_length, self.manifest.d_model)
                     writer = ShardWriter(self.folder, number, shape, self.settings.storage_dtype)
                 arrays, excluded = self._run_batch(batch)
                 if written is not None:
@@ -256,7 +257,7 @@ class Extraction:
         tokens = np.stack([context.tokens for context in batch])
         residual = residual_at(self.language_model, torch.from_numpy(tokens), self.settings.layer)
         norms = residual.float().norm(dim=-1)
-        outliers = (norms > self.manifest["outlier_norm"]).cpu().numpy()
+        outliers = (norms > self.manifest.outlier_norm).cpu().numpy()
         bos = tokens == self.language_model.bos
         stored = residual.to(getattr(torch, self.settings.storage_dtype))
         arrays = {
@@ -271,7 +272,7 @@ class Extraction:
 
     def _subset_numbers(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's growing list of names."""
-        names = self.manifest["subsets"]
+        names = self.manifest.subsets
         names.extend(name for name in context.subsets.values() if name not in names)
         require(
             len(names) <= MOST_SUBSETS,

@@ -62,3 +62,9 @@ def measure_fidelity(autoencoder: SparseAutoencoder, batches: Iterable[np.ndarra
         row, _, _, reconstruction = autoencoder.encode_active(rows)
         fidelity.add(rows, reconstruction, np.bincount(row, minlength=len(rows)))
     return fidelity
+
+
+def loss_recovered(cross_entropy: dict[str, float]) -> float:
+    """Share of the loss from zero-ablation that the reconstruction wins back; 1 is the identity."""
+    lost = cross_entropy["zero_ablated"] - cross_entropy["untouched"]
+    return (cross_entropy["zero_ablated"] - cross_entropy["reconstruction"]) / lost

@@ -5,9 +5,8 @@ Every finished step is kept in the folder, so that an analysis that was killed g
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,13 +15,30 @@ import torch
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, replacing, write_json
+from utils.settings import Json
 from utils.autoencoder.autoencoder import SparseAutoencoder
-from utils.features import tables
+from utils.autoencoder.fidelity import loss_recovered
+from utils.features import catalogue, studies
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, open_judge
-from utils.features.neighbours import neighbour_table
-from utils.language_model import LanguageModel, load_language_model
-from utils.steering.evaluation import loss_recovered, measure_losses
+from utils.language_model import LanguageModel, load_language_model, token_texts
+from utils.steering.feature_model import FeatureEncoder, FeatureModel
+
+
+class AnalysisSettings(Protocol):
+    """What an analysis and its studies read of the settings of analyze_features.py."""
+
+    n_tokens: int | None
+    n_loss_tokens: int
+    n_studied: int
+    n_neuron_tokens: int
+    n_explained: int
+    map_features: bool
+    batch_size: int
+    seed: int
+    judge: str | None
+    judge_url: str | None
+    judge_price: tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +46,13 @@ class Findings:
     """What a study found.
 
     Attributes:
-        summary: Its entry of ``summary.json``, plain JSON types; nothing where nothing was found.
+        summary: Its entry of ``summary.json``; None or empty where nothing was found.
         words: The same for people, a sentence a line; empty where nothing was found.
         tables: To write as CSV files, by name.
         columns: To join to the table of features, by name, an entry a feature each.
     """
 
-    summary: Any
+    summary: Json
     words: str = ""
     tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
     columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -56,19 +72,19 @@ class Analysis:
     Attributes:
         contexts: Contexts of the store that are gone through.
         held_out: Those held out of training.
-        features: The table of features, once `go_through` is done, a row a feature.
+        features: The table of features, once `run_pass` is done, a row a feature.
         examples: The table of examples, then too.
-        pieces: The text of each token, then too.
+        token_texts: The text of each token, then too.
         subset_shares: Share of the tokens gone through that each corpus subset has, then too.
     """
 
     def __init__(
         self,
         folder: Path,
-        settings: Any,
+        settings: AnalysisSettings,
         store: ActivationStore,
         autoencoder: SparseAutoencoder,
-        trained: dict[str, Any],
+        trained: dict[str, Json],
         others: list[SparseAutoencoder],
     ):
         self.folder, self.settings, self.store = folder, settings, store
@@ -77,6 +93,17 @@ class Analysis:
         self.words: list[str] = []
         self.contexts = store.first(settings.n_tokens)
         self.held_out = store.split(trained["held_out"])[1]
+
+    @functools.cached_property
+    def encoder(self) -> FeatureEncoder:
+        """The autoencoder in reported units, without a language model."""
+        return FeatureEncoder(self.autoencoder)
+
+    @functools.cached_property
+    def model(self) -> FeatureModel:
+        """The language model with the autoencoder in it."""
+        store = self.store
+        return FeatureModel(self.language_model, store.layer, self.autoencoder, store.outlier_norm)
 
     @functools.cached_property
     def language_model(self) -> LanguageModel:
@@ -96,70 +123,45 @@ class Analysis:
         self.store.verify(self.folder, [*self.store.first(n_tokens), *self.held_out])
 
     @torch.no_grad()
-    def go_through(self) -> None:
+    def run_pass(self) -> None:
         """One pass over the activations, and the tables of features and examples of it."""
         done = self.folder / "pass.json"
         if not done.exists():
-            found = FeaturePass(self.autoencoder, self.store, self.settings.seed)
-            found.run(self.contexts, self.settings.batch_size)
-            pieces = tables.vocabulary(self.language_model.tokenizer)
-            examples = tables.example_table(found, self.store)
-            tables.save_tables(self.folder, examples, pieces)
-            features = tables.feature_table(found, examples, pieces)
-            tables.save_features(self.folder / "pass.parquet", features)
-            write_json(done, tables.summarise(found, self.store, self.trained))
+            feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
+            feature_pass.run(self.contexts, self.settings.batch_size)
+            texts = token_texts(self.language_model.tokenizer)
+            examples = catalogue.example_table(feature_pass.examples(), self.store)
+            catalogue.save_tables(self.folder, examples, texts)
+            features = catalogue.feature_table(feature_pass.statistics(), examples, texts)
+            catalogue.save_features(self.folder / "pass.parquet", features)
+            write_json(done, summarise(feature_pass, self.store, self.trained))
         self.summary = read_json(done)
         self.subset_shares = self.summary["subset_shares"]
         self.features = pd.read_parquet(self.folder / "pass.parquet")
-        self.examples = pyarrow.parquet.read_table(self.folder / "examples.parquet")
-        self.pieces = read_json(self.folder / "vocabulary.json")
-
-    def place_features(self) -> Findings:
-        """What each feature's direction promotes, is near to, and where it lies on a map."""
-        directions, alive = self.autoencoder.directions(), ~self.features["dead"].to_numpy()
-        columns = dict(tables.promoted_tokens(self.language_model, directions, self.pieces))
-        columns |= dict(neighbour_table(directions, alive))
-        settings = self.settings
-        places = tables.map_directions(directions, alive, settings.seed, settings.map_features)
-        columns["umap_x"], columns["umap_y"] = places.T
-        return Findings(None, columns=columns)
-
-    def measure_loss(self) -> Findings:
-        """What the model loses when it computes with the reconstruction, on held-out tokens."""
-        n_tokens = self.settings.n_loss_tokens
-        model = self.language_model, self.autoencoder, self.store
-        table = measure_losses(*model, self.held_out, n_tokens)
-        names = ["untouched", "reconstruction", "zero_ablated", "kl", "n_tokens"]
-        table["loss_recovered"] = loss_recovered(table)
-        found = {name: table.at["all", name].item() for name in names}  # a count stays whole
-        words = (
-            f"Cross-entropy {found['untouched']:.3f} untouched, {found['reconstruction']:.3f} with "
-            f"the reconstruction, {found['zero_ablated']:.3f} zero-ablated: "
-            f"{loss_recovered(found):.1%} of the loss recovered."
-        )
-        return Findings(found, words, {"fidelity": table.reset_index()})
+        self.examples = pyarrow.parquet.read_table(self.folder / catalogue.EXAMPLES_FILE)
+        self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE)
 
     @torch.no_grad()
-    def make(self, name: str, study: Callable[["Analysis"], Findings]) -> None:
+    def run_study(self, name: str) -> None:
         """Make a study and keep what it found, unless an earlier run did."""
         kept = self.folder / f"study-{name}.json"
         columns = kept.with_suffix(".parquet")
         if not kept.exists():
-            found = study(self)
-            for table, rows in found.tables.items():
+            findings = studies.load(name).study(self)
+            for table, rows in findings.tables.items():
                 with replacing(self.folder / f"{table}.csv") as partial:
                     rows.to_csv(partial, index=False)
             with replacing(columns) as partial:
-                pd.DataFrame(found.columns, index=self.features.index).to_parquet(partial)
-            write_json(kept, {"summary": found.summary, "words": found.words})
-        found = read_json(kept)
-        if found["summary"] is not None:
-            self.summary[name] = found["summary"]
-        self.words += [found["words"]] if found["words"] else []
+                pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
+            write_json(kept, {"summary": findings.summary, "words": findings.words})
+        findings = read_json(kept)
+        if findings["summary"] is not None:
+            self.summary[name] = findings["summary"]
+        self.words += [findings["words"]] if findings["words"] else []
         for column, values in pd.read_parquet(columns).items():
             self.features[column] = values
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> dict[str, Json]:
         """Join what the studies found to the tables; the summary last: where it is, all is there.
 
         Returns:
@@ -167,6 +169,35 @@ class Analysis:
         """
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
         self.summary["words"] = self.words
-        tables.save_features(self.folder / "features.parquet", self.features)
-        write_json(self.folder / "summary.json", self.summary)
+        catalogue.save_features(self.folder / catalogue.FEATURES_FILE, self.features)
+        write_json(self.folder / catalogue.SUMMARY_FILE, self.summary)
         return self.summary
+
+
+def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Json]:
+    """What the analysis found as a whole, and what it was made from.
+
+    ``trained`` is the training's metrics, with its settings and the autoencoder's fingerprint.
+    """
+    alive = feature_pass.uses > 0
+    return {
+        "model_name": store.model_name,
+        "revision": store.revision,
+        "layer": store.layer,
+        "dtype": store.dtype,
+        "dataset": store.dataset,
+        "outlier_norm": store.outlier_norm,
+        "excluded": store.excluded,
+        "autoencoder_fingerprint": trained["fingerprint"],
+        "kind": trained["kind"],
+        "n_latents": len(alive),
+        "n_alive": int(alive.sum()),
+        "dead_fraction": float(1 - alive.mean()),
+        "n_tokens": feature_pass.fidelity.n_rows,
+        "fvu": feature_pass.fidelity.fvu,
+        "held_out_fvu": trained["fvu"],
+        "cosine": feature_pass.fidelity.cosine,
+        "l0": feature_pass.fidelity.l0,
+        "l0_counts": feature_pass.fidelity.l0_counts.tolist(),
+        "subset_shares": feature_pass.subset_shares(),
+    }

@@ -1,6 +1,6 @@
 """The feature browser: a static page that needs no network and no server.
 
-index.html         the page; what it looks like and does is in utils/browser_page/
+index.html         the page; what it looks like and does is in browser_page/
 style.css, *.js    copied from there
 data/index.js      what the list, the filters and the map need of all features
 data/search.js     texts that are searched beside labels, loaded once the page stands
@@ -15,13 +15,15 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from utils.artifacts import replacing
+from utils.settings import Json
 from utils.features.catalogue import Catalogue
 
 PAGE = Path(__file__).parent / "browser_page"
@@ -36,7 +38,7 @@ NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
 def write_browser(
     folder: Path,
     catalogue: Catalogue,
-    summary: dict[str, Any],
+    summary: dict[str, Json],
     pictures: dict[str, Path],
     shown: dict[str, list[int]],
 ) -> None:
@@ -70,7 +72,7 @@ def write_browser(
             shutil.copyfile(path, partial)
 
 
-def _write(folder: Path, name: str, content: Any) -> None:
+def _write(folder: Path, name: str, content: Json) -> None:
     """A script that hands ``content`` to the page.
 
     All but ASCII is escaped, and "<" too: no text can end a script, or depend on an encoding.
@@ -80,7 +82,7 @@ def _write(folder: Path, name: str, content: Any) -> None:
     path.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
 
 
-def _columns(features: pd.DataFrame) -> dict[str, Any]:
+def _columns(features: pd.DataFrame) -> dict[str, Json]:
     """What the page holds of every feature, a list a column."""
     subsets = features["top_subset"][features["top_subset_share"] >= 0.5].value_counts().index
     subsets = [*subsets, *sorted(set(features["top_subset"].dropna()) - set(subsets))]
@@ -95,7 +97,7 @@ def _columns(features: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _rounded(values: Any, digits: int = 4) -> list[float | None]:
+def _rounded(values: ArrayLike, digits: int = 4) -> list[float | None]:
     """Numbers to some significant digits; None where there is none."""
     values = np.asarray(values, float)
     finite = np.isfinite(values).tolist()
@@ -132,9 +134,9 @@ def _write_details(folder: Path, catalogue: Catalogue) -> None:
             progress.update(len(some))
 
 
-def _details(row: Any, examples: pd.DataFrame | None) -> dict[str, Any]:
+def _details(row: NamedTuple, examples: pd.DataFrame | None) -> dict[str, Json]:
     """What the page shows of one feature beside its columns."""
-    found = [] if examples is None else examples.itertuples()
+    shown = [] if examples is None else examples.itertuples()
     return {
         "promoted": _as_list(row.promoted_tokens),
         "suppressed": _as_list(row.suppressed_tokens),
@@ -150,12 +152,12 @@ def _details(row: Any, examples: pd.DataFrame | None) -> dict[str, Any]:
                 "source": f"{example.subset} · document {example.document}",
                 "runs": _runs(example),
             }
-            for example in found
+            for example in shown
         ],
     }
 
 
-def _runs(example: Any) -> list[str | list]:
+def _runs(example: NamedTuple) -> list[str | list]:
     """An example's text: strings where the feature is silent, [token, activation] where it is not.
 
     The token at the peak has a third entry.
@@ -164,15 +166,15 @@ def _runs(example: Any) -> list[str | list]:
     end = 0
     active = np.flatnonzero(example.activations > 0).tolist()
     for position in sorted({*active, example.peak}):
-        runs += ["".join(example.pieces[end:position])] if position > end else []
-        run = [example.pieces[position], float(f"{example.activations[position]:.3g}")]
+        runs += ["".join(example.token_texts[end:position])] if position > end else []
+        run = [example.token_texts[position], float(f"{example.activations[position]:.3g}")]
         runs.append([*run, 1] if position == example.peak else run)
         end = position + 1
-    rest = "".join(example.pieces[end:])
+    rest = "".join(example.token_texts[end:])
     return [*runs, rest] if rest else runs
 
 
-def _picture(caption: str, file: Path) -> dict[str, Any]:
+def _picture(caption: str, file: Path) -> dict[str, Json]:
     width, height = struct.unpack(">II", file.read_bytes()[16:24])  # so that text does not jump
     return {"file": file.name, "caption": caption, "width": width, "height": height}
 

@@ -1,4 +1,4 @@
-"""The catalogue of features, as a finished analysis has it: loaded and searched.
+"""The catalogue of features: the tables that an analysis writes, read and searched once it is done.
 
 features.parquet    a row a feature: statistics, label, promoted tokens, neighbours, place on a map
 examples.parquet    a row an example: tokens and activations around a feature's peak
@@ -8,15 +8,25 @@ summary.json        what the analysis found as a whole, and what it was made fro
 
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 
-from utils.artifacts import fingerprint, missing_stage, read_json
+from utils.activations.store import ActivationStore
+from utils.artifacts import fingerprint, missing_stage, read_json, replacing, write_json
+from utils.features.examples import WINDOW, window_start
+from utils.features.labels import make_label
 from utils.settings import require
 
-N_NEIGHBOURS = 10  # of each feature, that are kept
+SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
+EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
+N_PROMOTED = 10  # tokens listed as promoted, as suppressed, as peaks
+ROWS_PER_GROUP = 4_096  # of examples.parquet, whose row groups are read one at a time
 
 
 class Catalogue:
@@ -29,23 +39,27 @@ class Catalogue:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "summary.json").exists():
+        if not (self.folder / SUMMARY_FILE).exists():
             raise missing_stage(self.folder, "analysis", "analyze_features.py")
-        self.summary = read_json(self.folder / "summary.json")
-        self.features = pd.read_parquet(self.folder / "features.parquet")
+        self.summary = read_json(self.folder / SUMMARY_FILE)
+        self.features = pd.read_parquet(self.folder / FEATURES_FILE)
         self.features.index = self.features["feature"]
 
     @functools.cached_property
-    def pieces(self) -> np.ndarray:
+    def token_texts(self) -> np.ndarray:
         """The text of each token; the last one, for no token, is empty."""
-        return np.array([*read_json(self.folder / "vocabulary.json"), ""], dtype=object)
+        return np.array([*read_json(self.folder / TOKEN_TEXTS_FILE), ""], dtype=object)
+
+    def table(self, name: str, **options) -> pd.DataFrame:
+        """A study's table; ``options`` are those of `pandas.read_csv`."""
+        return pd.read_csv(self.folder / f"{name}.csv", **options)
 
     def examples_of(self, features: list[int]) -> pd.DataFrame:
-        """The examples of some features, with ``pieces``, the texts of their windows' tokens."""
+        """The examples of some features, with ``token_texts`` of their windows."""
         examples = pd.read_parquet(
-            self.folder / "examples.parquet", filters=[("feature", "in", list(features))]
+            self.folder / EXAMPLES_FILE, filters=[("feature", "in", list(features))]
         )
-        examples["pieces"] = [list(self.pieces[tokens]) for tokens in examples["tokens"]]
+        examples["token_texts"] = [list(self.token_texts[tokens]) for tokens in examples["tokens"]]
         return examples
 
     def autoencoder_path(self, folder: str | Path) -> Path:
@@ -57,11 +71,11 @@ class Catalogue:
         path = Path(folder) / "autoencoder.keras"
         if not path.exists():
             raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
-        analysed, found = self.summary["autoencoder_fingerprint"], fingerprint(path)
+        analysed, present = self.summary["autoencoder_fingerprint"], fingerprint(path)
         require(
-            analysed == found,
+            analysed == present,
             f"{self.folder} must be of the autoencoder in {folder}; it is of {analysed}, not of "
-            f"{found}. Run analyze_features.py for this autoencoder, or name the folders that "
+            f"{present}. Run analyze_features.py for this autoencoder, or name the folders that "
             "belong together with --analysis-dir and --autoencoder-dir.",
         )
         return path
@@ -82,8 +96,8 @@ class Catalogue:
         match += summed_where(wanted, alive["peak_tokens"], alive["peak_shares"])
         n_promoted = alive["promoted_tokens"].map(len)
         match += 0.2 * summed_where(wanted, alive["promoted_tokens"]) / np.maximum(1, n_promoted)
-        found = alive.assign(match=match).nlargest(n, "match")
-        return found[found["match"] > 0.1 * found["match"].max()]
+        best = alive.assign(match=match).nlargest(n, "match")
+        return best[best["match"] > 0.1 * best["match"].max()]
 
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
@@ -116,8 +130,8 @@ def words_of(tokens: list[str]) -> set[str]:
 def share_in(wanted: set[str], texts: pd.Series) -> np.ndarray:
     """The share of some words in lower case that each text has; 0 if there are none."""
     texts = texts.str.lower()
-    found = [texts.str.contains(rf"\b{word}\b") for word in wanted]
-    return np.mean(found, axis=0) if found else np.zeros(len(texts))
+    present = [texts.str.contains(rf"\b{word}\b") for word in wanted]
+    return np.mean(present, axis=0) if present else np.zeros(len(texts))
 
 
 def summed_where(
@@ -147,3 +161,88 @@ def share_at(wanted: set[str], feature) -> float:
     """Share of a feature's highest examples that peak at one of the wanted words."""
     peaks = zip(feature.peak_tokens, feature.peak_shares, strict=True)
     return sum(share for token, share in peaks if token.strip().lower() in wanted)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def example_table(examples: dict[str, np.ndarray], store: ActivationStore) -> pyarrow.Table:
+    """A row an example, with the tokens and sources of its window.
+
+    Args:
+        examples: Of `FeaturePass.examples`.
+        store: The activations that were gone through.
+    """
+    context, peak = examples["context"], examples["position"]
+    starts = window_start(peak, store.context_length)
+    tokens = store.windows("tokens", context, starts, WINDOW)
+    documents = store.windows("documents", context, peak, 1)[:, 0]
+    subsets = store.windows("subsets", context, peak, 1)[:, 0].astype(np.int16)
+    subset_names = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array(subsets), pyarrow.array(store.subset_names)
+    )
+    return pyarrow.table(
+        {
+            "feature": examples["feature"].astype(np.int32),
+            "bucket": examples["bucket"].astype(np.int8),
+            "rank": examples["rank"].astype(np.int16),
+            "activation": examples["activation"],
+            "context": context,
+            "peak": (peak - starts).astype(np.int16),
+            "document": documents,
+            "subset": subset_names,
+            "tokens": _lists(tokens),
+            "activations": _lists(examples["window"].astype(np.float32)),
+        }
+    )
+
+
+def _lists(values: np.ndarray) -> pyarrow.Array:
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
+
+
+def feature_table(
+    statistics: dict[str, np.ndarray | list], examples: pyarrow.Table, token_texts: list[str]
+) -> pd.DataFrame:
+    """A row a feature: `FeaturePass.statistics`, the tokens at its peaks, its label."""
+    features = pd.DataFrame(statistics)
+    features.insert(0, "feature", np.arange(len(features)))
+    features["peak_tokens"], features["peak_shares"] = _peak_tokens(
+        examples, len(features), token_texts
+    )
+    features["label"] = features["peak_tokens"].map(make_label)
+    return features
+
+
+def _peak_tokens(
+    examples: pyarrow.Table, n_features: int, token_texts: list[str]
+) -> tuple[list[list[str]], list[list[float]]]:
+    """The tokens at the peaks of each feature's highest examples, commonest first, and shares."""
+    top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
+    feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
+    tokens = top["tokens"].combine_chunks().flatten().to_numpy()
+    at_peak = tokens.reshape(-1, WINDOW)[np.arange(len(feature)), peak]
+    counts = [Counter() for _ in range(n_features)]
+    for number, token in zip(feature, at_peak, strict=True):
+        counts[number][token_texts[token]] += 1
+    commonest = [count.most_common(N_PROMOTED) for count in counts]
+    return (
+        [[token for token, _ in pairs] for pairs in commonest],
+        [
+            [n / count.total() for _, n in pairs]
+            for pairs, count in zip(commonest, counts, strict=True)
+        ],
+    )
+
+
+def save_tables(folder: Path, examples: pyarrow.Table, token_texts: list[str]) -> None:
+    """Write the examples that a pass over the activations found, and the text of each token."""
+    with replacing(folder / EXAMPLES_FILE) as partial:
+        pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
+    write_json(folder / TOKEN_TEXTS_FILE, token_texts)
+
+
+def save_features(path: Path, features: pd.DataFrame) -> None:
+    """Write a table of features."""
+    with replacing(path) as partial:
+        features.to_parquet(partial, index=False)

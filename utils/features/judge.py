@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import openai
@@ -22,10 +22,12 @@ from dotenv import load_dotenv
 from tqdm import tqdm
 
 from utils.artifacts import append_record, records_of
+from utils.settings import Json
 from utils.features.questions import (
     GRADES_TOKENS,
     LABEL_TOKENS,
     TOGETHER,
+    Question,
     grade_questions,
     label_question,
     marked_tokens,
@@ -224,7 +226,7 @@ class Answers:
             print(f"{unparsed:,} of {len(parsed):,} answers cannot be read and are left out.")
         return parsed
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Json]:
         """Which judge, and by sort of question how many were asked and could not be read."""
         return {
             "judge": self.judge.name,
@@ -234,14 +236,14 @@ class Answers:
 
 
 def ask_labels(examples: pd.DataFrame, answers: Answers) -> dict[int, str]:
-    """A phrase for each feature of some examples (``feature, pieces, activations``).
+    """A phrase for each feature of some examples (``feature, token_texts, activations``).
 
     None for those whose answer cannot be read.
     """
     prompts = {}
-    for feature, own in examples.groupby("feature"):
-        marks = [marked_tokens(np.asarray(values)) for values in own["activations"]]
-        texts = map(show, own["pieces"], marks)
+    for feature, group in examples.groupby("feature"):
+        marks = [marked_tokens(np.asarray(values)) for values in group["activations"]]
+        texts = map(show, group["token_texts"], marks)
         prompts[int(feature)] = label_question(list(texts))
     labels = answers.ask(
         "labels", list(prompts.values()), LABEL_TOKENS, lambda answer, _: read_label(answer)
@@ -250,36 +252,34 @@ def ask_labels(examples: pd.DataFrame, answers: Answers) -> dict[int, str]:
 
 
 def ask_grades(
-    question: str,
-    what: str,
+    question: Question,
     features: pd.Series,
     labels: dict[int, str],
     shown: Sequence[str],
-    highest: int,
     answers: Answers,
 ) -> np.ndarray:
-    """A grade for each text, from 0 to ``highest``; NaN where an answer cannot be read.
+    """A grade for each text; NaN where an answer cannot be read.
 
     Args:
-        question: Of `utils.features.questions`, on some texts of one feature at a time.
-        what: The sort of question.
+        question: Asked on some texts of one feature at a time.
         features: Whose text each is.
         labels: What each feature is described as; one without is not asked about.
         shown: The texts.
     """
     prompts, places = [], []
-    for feature, own in pd.Series(range(len(shown))).groupby(features.to_numpy()):
+    for feature, numbers in pd.Series(range(len(shown))).groupby(features.to_numpy()):
         if feature in labels:
-            own = own.to_numpy()
-            prompts += grade_questions(question, labels[feature], [shown[i] for i in own])
-            places += [own[start : start + TOGETHER] for start in range(0, len(own), TOGETHER)]
+            numbers = numbers.to_numpy()
+            prompts += grade_questions(question, labels[feature], [shown[i] for i in numbers])
+            starts = range(0, len(numbers), TOGETHER)
+            places += [numbers[start : start + TOGETHER] for start in starts]
     grades = np.full(len(shown), np.nan)
     sizes = dict(zip(prompts, map(len, places), strict=True))
     read = answers.ask(
-        what,
+        question.name,
         prompts,
         GRADES_TOKENS,
-        lambda answer, prompt: read_grades(answer, sizes[prompt], highest),
+        lambda answer, prompt: read_grades(answer, sizes[prompt], question.highest),
     )
     for some, given in zip(places, read, strict=True):
         if given is not None:
@@ -287,7 +287,15 @@ def ask_grades(
     return grades
 
 
-def open_judge(settings: Any, folder: Path) -> Answers | None:
+class JudgeSettings(Protocol):
+    """Which judge, of the settings of analyze_features.py."""
+
+    judge: str | None
+    judge_url: str | None
+    judge_price: tuple[float, float] | None
+
+
+def open_judge(settings: JudgeSettings, folder: Path) -> Answers | None:
     """The judge that ``judge``, ``judge_url`` and ``judge_price`` of the settings name, if any."""
     if settings.judge is None:
         return None

@@ -8,6 +8,7 @@ Monosemanticity", Specificity, for the rubric.
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,25 +24,50 @@ in common, as specifically as you can. Answer with the phrase alone.
 
 {texts}"""
 
+
+class Question(NamedTuple):
+    """A question on some texts of a feature, answered by a grade for each.
+
+    Attributes:
+        name: To count and show it by.
+        text: With places for ``label``, ``texts``, their number ``n``, and ``such``, an answer.
+        highest: The largest grade; 0 is the smallest.
+    """
+
+    name: str
+    text: str
+    highest: int
+
+
 # What to answer comes last: small judges forget it behind texts.
-DETECTION = """\
+DETECTION = Question(
+    "detection",
+    """\
 A feature of a language model is described as: {label}
 
 {texts}
 
 For each of these {n} texts, is the feature active somewhere in it? Answer with a list of {n} \
-numbers, 1 for yes and 0 for no, and nothing else, such as {such}."""
+numbers, 1 for yes and 0 for no, and nothing else, such as {such}.""",
+    1,
+)
 
-FUZZING = """\
+FUZZING = Question(
+    "fuzzing",
+    """\
 A feature of a language model is described as: {label}
 
 {texts}
 
 In each of these {n} texts some tokens are marked by << and >>. Are the marked tokens the ones the \
 feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and nothing else, \
-such as {such}."""
+such as {such}.""",
+    1,
+)
 
-RUBRIC = """\
+RUBRIC = Question(
+    "rubric",
+    """\
 A feature of a language model is described as: {label}
 
 {texts}
@@ -52,7 +78,9 @@ well does the description fit?
 1: it is related to the text, but not near the marked tokens, or only vaguely
 2: it is related to the text near the marked tokens, or loosely to these
 3: it clearly describes the marked tokens
-Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {such}."""
+Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {such}.""",
+    3,
+)
 
 
 def marked_tokens(activations: np.ndarray) -> np.ndarray:
@@ -60,10 +88,10 @@ def marked_tokens(activations: np.ndarray) -> np.ndarray:
     return activations >= max(MARKED * activations.max(), 1e-9)
 
 
-def show(pieces: Sequence[str], marked: Sequence[bool]) -> str:
+def show(token_texts: Sequence[str], marked: Sequence[bool]) -> str:
     """An example as one line, runs of marked tokens between << and >>."""
     text, inside = "", False
-    for piece, mark in zip(pieces, marked, strict=True):
+    for piece, mark in zip(token_texts, marked, strict=True):
         if mark != inside:
             text, inside = text + ("<<" if mark else ">>"), mark
         text += piece
@@ -85,18 +113,18 @@ def read_label(answer: str) -> str | None:
     return line[:200] if line else None
 
 
-def grade_questions(question: str, label: str, texts: Sequence[str]) -> Iterator[str]:
-    """``question`` (`DETECTION`, `FUZZING` or `RUBRIC`) on every `TOGETHER` of the texts."""
+def grade_questions(question: Question, label: str, texts: Sequence[str]) -> Iterator[str]:
+    """A question on every `TOGETHER` of the texts."""
     for start in range(0, len(texts), TOGETHER):
         some = texts[start : start + TOGETHER]
         such = [place % 2 for place in range(len(some))]
-        yield question.format(label=label, n=len(some), texts=_numbered(some), such=such)
+        yield question.text.format(label=label, n=len(some), texts=_numbered(some), such=such)
 
 
 def read_grades(answer: str, n: int, highest: int) -> list[int] | None:
     """The first list in an answer, or its first line; None unless ``n`` grades to ``highest``."""
-    found = re.search(r"\[([^\[\]]*)\]", answer)
-    line = found.group(1) if found else answer.strip().partition("\n")[0]
+    brackets = re.search(r"\[([^\[\]]*)\]", answer)
+    line = brackets.group(1) if brackets else answer.strip().partition("\n")[0]
     parts = re.split(r"\s*,\s*|\s+", line.strip())
     if len(parts) != n or not all(re.fullmatch("[0-9]", part) for part in parts):
         return None

@@ -1,30 +1,31 @@
-"""The report of an analysis: its plots, and the browser that shows them and every feature."""
+"""The report of an analysis: its pictures, and the browser that shows them and every feature."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
 
-from utils import plots
 from utils.embedded import TITLES
-from utils.features import study_plots
+from utils.features import studies
 from utils.features.browser import write_browser
 from utils.features.catalogue import Catalogue
+from utils.plots import BLUE, HALO, ORANGE, picture
 
 N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
 
 
 def make_report(folder: Path, n_selected: int, seed: int) -> None:
-    """Draw the plots of a saved catalogue and write its browser, the last files of a run."""
+    """Draw the pictures of a saved catalogue and write its browser, the last files of a run."""
     catalogue = Catalogue(folder)
     shown = {
         "random": draw_features(catalogue.features, seed),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
-    write_browser(
-        folder / "browser", catalogue, {**catalogue.summary, **named}, draw_plots(catalogue), shown
-    )
+    summary = {**catalogue.summary, **named}
+    write_browser(folder / "browser", catalogue, summary, draw_pictures(catalogue), shown)
 
 
 def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
@@ -34,57 +35,75 @@ def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def draw_plots(catalogue: Catalogue) -> dict[str, Path]:
-    """Draw every plot into the catalogue's folder; returns their paths by caption."""
-    folder, features, summary = catalogue.folder, catalogue.features, catalogue.summary
-    plots.plot_density_histogram(
-        features["frequency"].to_numpy(), summary["n_tokens"], folder / "density.png"
+def draw_pictures(catalogue: Catalogue) -> dict[str, Path]:
+    """Draw every picture into the catalogue's folder; returns their paths by caption."""
+    first, *others = (
+        name
+        for name in (*studies.ALWAYS, *studies.NAMES)
+        if name in studies.ALWAYS or catalogue.summary.get(name)
     )
-    plots.plot_l0_histogram(np.array(summary["l0_counts"]), folder / "l0.png")
-    plots.plot_fidelity(summary, folder / "fidelity.png")
-    by_subset = pd.read_csv(folder / "fidelity.csv")
-    plots.plot_fidelity_by_subset(by_subset, folder / "fidelity_by_subset.png")
-    drawn = {
-        "How often features fire": folder / "density.png",
-        "How many features a token has": folder / "l0.png",
-        "What the model loses with the reconstruction": folder / "fidelity.png",
-        "In which kind of text it loses most": folder / "fidelity_by_subset.png",
-    }
-    if summary.get("specificity"):
-        levels = pd.DataFrame(summary["specificity"])
-        study_plots.plot_specificity(levels, folder / "specificity.png")
-        drawn["Is what a feature is about there where it is active?"] = folder / "specificity.png"
-    if "completeness" in summary:
-        words = pd.read_csv(folder / "completeness.csv")
-        study_plots.plot_completeness(words, summary["completeness"], folder / "completeness.png")
-        drawn["Which words have a feature?"] = folder / "completeness.png"
-    if summary.get("neurons"):
-        correlations = pd.read_csv(folder / "neurons.csv")["correlation"].to_numpy()
-        study_plots.plot_neurons(correlations, folder / "neurons.png")
-        drawn["Is a feature merely a neuron?"] = folder / "neurons.png"
-    if "score" in summary.get("explanations", {}):
-        scores = pd.read_csv(folder / "explanations.csv")
-        study_plots.plot_explanations(scores, summary["explanations"], folder / "explanations.png")
-        drawn["Does a phrase tell what a feature fires on?"] = folder / "explanations.png"
-    if summary.get("outputs"):
-        scores = pd.read_csv(folder / "outputs.csv")
-        study_plots.plot_outputs(scores, folder / "outputs.png")
-        drawn["Does a feature write what it reads?"] = folder / "outputs.png"
-    if summary.get("splitting"):
-        # A label may be "null" or "None", which would count as missing.
-        numbers = dict.fromkeys(("cosine", "x", "y"), "")
-        table = pd.read_csv(folder / "splitting.csv", keep_default_na=False, na_values=numbers)
-        family = summary["splitting"]["family"]
-        if family is not None:
-            study_plots.plot_family(table, family, folder / "family.png")
-            drawn["What does a feature become in larger dictionaries?"] = folder / "family.png"
-        if "x" in table:
-            study_plots.plot_sizes(table, family, folder / "sizes.png")
-            drawn["Where are the features of larger dictionaries?"] = folder / "sizes.png"
-    if summary.get("directions"):
-        study_plots.plot_directions(summary["directions"], folder / "directions.png")
-        drawn["Does the model mind a feature's change more?"] = folder / "directions.png"
-    if features["umap_x"].notna().any():
-        plots.plot_umap(features, folder / "umap.png")
-        drawn = {"Features by the direction they write": folder / "umap.png", **drawn}
-    return drawn
+    pictures = studies.load(first).draw(catalogue) | draw_pass(catalogue)
+    for name in others:
+        pictures |= studies.load(name).draw(catalogue)
+    return pictures
+
+
+def draw_pass(catalogue: Catalogue) -> dict[str, Path]:
+    """The pictures of the pass over the activations, by their captions."""
+    density, l0 = catalogue.folder / "density.png", catalogue.folder / "l0.png"
+    frequency, summary = catalogue.features["frequency"].to_numpy(), catalogue.summary
+    plot_density_histogram(frequency, summary["n_tokens"], density)
+    plot_l0_histogram(np.array(summary["l0_counts"]), l0)
+    return {"How often features fire": density, "How many features a token has": l0}
+
+
+def plot_density_histogram(frequency: np.ndarray, n_tokens: int, path: Path) -> None:
+    """How often features are active, on a log axis; the dead are counted, not drawn.
+
+    Args:
+        frequency: Share of ``n_tokens`` tokens on which a feature is active, shape (n_latents,).
+    """
+    n, alive = len(frequency), np.array([share for share in frequency if share > 0])
+    often = f"1 token in {1 / np.median(alive):,.0f}" if len(alive) else "no token"
+    title = f"The median live feature is active on {often} (n = {len(alive):,} of {n:,} features)"
+    with picture(path, title, (7.5, 4.4)) as (_, axes):
+        lowest, highest = np.log10([1 / n_tokens, alive.max(initial=10 / n_tokens)])
+        edges = 10 ** np.arange(lowest - 1 / 16, highest + 1 / 8, 1 / 8)
+        axes.hist(alive, edges, color=BLUE, edgecolor="white", linewidth=0.5)
+        _mark(axes, 1 / n_tokens, f"one token of {n_tokens:,}")
+        note = f"{n - len(alive):,} ({1 - len(alive) / n:.1%}) never active, not drawn"
+        axes.set(title=note, xscale="log", ylim=(0, None), ylabel="features")
+        axes.set(xlabel="share of tokens on which the feature is active")
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+
+
+def _mark(axes: Axes, x: float, text: str) -> None:
+    """A dashed vertical line with its meaning beside it, at the top."""
+    axes.axvline(x, color=ORANGE, linestyle="--", linewidth=1.2)
+    place = {"transform": axes.get_xaxis_transform(), "va": "top"}
+    axes.text(x, 0.99, f"  {text}", color=ORANGE, path_effects=HALO, **place)
+
+
+def plot_l0_histogram(l0_counts: np.ndarray, path: Path) -> None:
+    """How many latents are active on a token.
+
+    Args:
+        l0_counts: Number of tokens with 0, 1, 2, ... active latents.
+    """
+    n_tokens, l0 = np.sum(l0_counts), np.arange(len(l0_counts))
+    percent = 100 * np.asarray(l0_counts) / n_tokens
+    mean, mode = l0 @ percent / 100, percent.argmax()
+    low, high = np.searchsorted(np.cumsum(percent), [0.05, 99.95])
+    width = int(np.ceil((high - low + 1) / 60))
+    edges = np.arange(max(0, low - 5 * width), high + 6 * width, width) - 0.5
+    bars, _ = np.histogram(l0, edges, weights=percent)
+    title = f"A token has {mean:,.1f} active features on average"
+    with picture(path, f"{title} (n = {n_tokens:,} tokens)", (7.5, 4.4)) as (_, axes):
+        axes.bar(edges[:-1], bars, width, align="edge", color=BLUE, edgecolor="white")
+        _mark(axes, mean, f"mean {mean:,.1f}")
+        note, outside = f"exactly {mode:,} on {percent[mode]:.1f}% of tokens", 100 - bars.sum()
+        note += f"; {outside:.2f}% not drawn" if outside > 0.005 else ""
+        unit = "% of tokens" if width == 1 else f"% of tokens, in bins of {width}"
+        axes.set(title=note, xlabel="active latents on a token (L0)", ylabel=unit)
+        axes.set(xlim=edges[[0, -1]], ylim=(0, 1.12 * bars.max()))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

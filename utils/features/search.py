@@ -6,22 +6,37 @@ layer, so that torch, model and autoencoder are loaded then, and only then.
 Reference: "Scaling Monosemanticity", Searching for Features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from utils.features.catalogue import N_NEIGHBOURS, Catalogue
+from utils.features.catalogue import Catalogue
 from utils.settings import require
+from utils.terminal import mark_peak, one_line
 
 
-def search(settings: Any) -> tuple[Catalogue, pd.DataFrame]:
-    """What the settings of analyze_features.py ask for.
+class SearchSettings(Protocol):
+    """What to search for, of the settings of analyze_features.py."""
+
+    analysis_dir: str
+    autoencoder_dir: str
+    search: str | None
+    search_like: int | None
+    search_prompt: tuple[str, ...]
+    search_not: tuple[str, ...]
+    search_token: str | None
+    search_classifier: bool
+    n_found: int
+
+
+def search(settings: SearchSettings) -> tuple[Catalogue, pd.DataFrame]:
+    """Search a finished analysis as the settings ask.
 
     Returns:
-        The catalogue, and a row a feature found, its columns and ``match``, best first.
+        The catalogue, and a row a matching feature, its columns and ``match``, best first.
     """
     catalogue = Catalogue(settings.analysis_dir)
     if settings.search is not None:
@@ -34,8 +49,8 @@ def search(settings: Any) -> tuple[Catalogue, pd.DataFrame]:
     n_positive = len(settings.search_prompt)
     choose = by_classifier if settings.search_classifier else by_presence
     match = choose(pooled[:n_positive], pooled[n_positive:])
-    found = catalogue.features.assign(match=match)
-    return catalogue, found[found["match"] > 0].nlargest(settings.n_found, "match")
+    features = catalogue.features.assign(match=match)
+    return catalogue, features[features["match"] > 0].nlargest(settings.n_found, "match")
 
 
 def find_like(catalogue: Catalogue, feature: int, n: int) -> pd.DataFrame:
@@ -45,11 +60,12 @@ def find_like(catalogue: Catalogue, feature: int, n: int) -> pd.DataFrame:
         feature in features.index and not features["dead"][feature],
         f"SEARCH_LIKE must be a living feature from 0 to {len(features) - 1}; it is {feature}.",
     )
-    require(
-        n <= N_NEIGHBOURS,
-        f"N_FOUND must be at most {N_NEIGHBOURS} with SEARCH_LIKE: so many are kept; it is {n}.",
-    )
     row = features.loc[feature]
+    n_kept = len(row["neighbours"])
+    require(
+        n <= n_kept,
+        f"N_FOUND must be at most {n_kept} with SEARCH_LIKE: so many are kept; it is {n}.",
+    )
     return features.loc[row["neighbours"][:n]].assign(match=row["neighbour_cosines"][:n])
 
 
@@ -100,30 +116,120 @@ def pool_prompts(
     use_backend("torch")
     import torch
 
-    from utils.autoencoder.saved import load_autoencoder
-    from utils.language_model import learnt_positions, load_language_model, residual_at
-    from utils.steering.clamps import encode, prompt_tokens
-    from utils.steering.evaluation import as_torch
+    from utils.steering.feature_model import FeatureModel
+    from utils.steering.generation import prompt_tokens
 
-    summary = catalogue.summary
-    layer, outlier_norm = summary["layer"], summary["outlier_norm"]
-    language_model = load_language_model(summary["model_name"], layer, summary["dtype"])
-    autoencoder = load_autoencoder(path)
-    norms = as_torch(autoencoder.decoder_norms()).cpu()
+    model = FeatureModel.load(catalogue.summary, path)
     pooled = []
     for prompt in prompts:
-        tokens = prompt_tokens(language_model, prompt)
-        residual = residual_at(language_model, tokens, layer)[0]
-        kept = learnt_positions(language_model, tokens[0], residual, outlier_norm).cpu()
+        tokens = prompt_tokens(model.language_model, prompt)
+        residual = model.residual(tokens)[0]
+        counted = model.trained_positions(tokens[0], residual).cpu()
         if token is not None:
-            pieces = [language_model.tokenizer.decode([number]) for number in tokens[0]]
-            at = [i for i, piece in enumerate(pieces) if piece.strip() == token.strip()]
+            texts = [model.language_model.tokenizer.decode([number]) for number in tokens[0]]
+            at = [i for i, text in enumerate(texts) if text.strip() == token.strip()]
             require(
-                bool(at) and bool(kept[at[-1]]),
+                bool(at) and bool(counted[at[-1]]),
                 "SEARCH_TOKEN must be a token of each prompt, and neither BOS nor a norm outlier; "
-                f"{token!r} is not among {pieces[1:]}.",
+                f"{token!r} is not among {texts[1:]}.",
             )
-            kept = kept & (torch.arange(len(kept)) == at[-1])
-        latents = encode(autoencoder, residual[kept]).cpu() * norms
-        pooled.append(latents.mean(dim=0).numpy())
+            counted = counted & (torch.arange(len(counted)) == at[-1])
+        pooled.append(model.encode(residual[counted]).cpu().mean(dim=0).numpy())
     return np.nan_to_num(np.stack(pooled))
+
+
+# ---------------------------------------------------------------------------------------- choosing
+
+
+def choose_features(
+    catalogue: Catalogue, named: Sequence[int | str], n_proposals: int, width: int
+) -> list[int]:
+    """The features that FEATURE names; prints them, or the candidates each is the first of.
+
+    Raises:
+        InputError: One is out of range or dead, or no feature goes by a word.
+    """
+    chosen = []
+    for wanted in named or (None,):
+        if isinstance(wanted, int):
+            check_feature(catalogue, wanted)
+            candidates = [wanted]
+        elif wanted is None:
+            candidates = catalogue.propose(n_proposals)["feature"].tolist()
+        else:
+            candidates = catalogue.search(wanted, n_proposals)["feature"].tolist()
+        require(
+            len(candidates) > 0,
+            "FEATURE must be a number, or a word that some feature goes by; it is "
+            f"{wanted!r}, and none was found. Try a number or another word.",
+        )
+        for feature in candidates:
+            print(show_feature(catalogue, feature, width) + "\n")
+        if not isinstance(wanted, int):
+            source = "proposed" if wanted is None else f"found for {wanted!r}"
+            print(
+                f"Feature {candidates[0]} is taken, the first of {len(candidates)} {source}. To "
+                "choose another: --feature NUMBER, or a word to find one by.\n"
+            )
+        chosen.append(candidates[0])
+    return list(dict.fromkeys(chosen))
+
+
+def check_feature(catalogue: Catalogue, feature: int) -> None:
+    """Refuse a feature that is out of range or dead."""
+    n_latents = catalogue.summary["n_latents"]
+    n_dead = int(catalogue.features["dead"].sum())
+    rule = f"FEATURE must be from 0 to {n_latents - 1}, and not one of the {n_dead} dead ones;"
+    remedy = "Leave --feature out for proposals, or give a word to find one by."
+    require(0 <= feature < n_latents, f"{rule} it is {feature}. {remedy}")
+    dead = bool(catalogue.features.loc[feature, "dead"])
+    require(not dead, f"{rule} {feature} was active on no token of the analysis. {remedy}")
+
+
+# ----------------------------------------------------------------------------------------- showing
+
+
+def show_feature(catalogue: Catalogue, feature: int, width: int, n_examples: int = 3) -> str:
+    """A feature's label, frequency and top examples, as lines of at most ``width`` characters."""
+    row = catalogue.features.loc[feature]
+    examples = catalogue.examples_of([feature])
+    top = examples[examples["bucket"] == 0]
+    lines = [
+        f"Feature {feature}: {one_line(str(row['label']))}",
+        f"  active on {100 * row['frequency']:.2g}% of tokens, at most {row['max_activation']:.3g}",
+    ]
+    for example in top.sort_values("rank").head(n_examples).itertuples():
+        text = mark_peak(list(example.token_texts), int(example.peak), width - 10)
+        lines.append(f"{example.activation:8.3g}  {text}")
+    return "\n".join(lines)
+
+
+def in_words(row: Mapping) -> str:
+    """What a feature, a row of their table, is about and how often it fires, as a sentence."""
+    about = row.get("explanation") or row["label"]
+    words = f"feature {row['feature']}, {one_line(str(about))}, "
+    words += f"fires on {100 * row['frequency']:.2g}% of tokens"
+    score = row.get("explanation_score")
+    return words + (f" (explanation score {score:.2f})" if score and score == score else "")
+
+
+def show_matches(catalogue: Catalogue, matches: pd.DataFrame, width: int) -> str:
+    """The features of a search, two lines each: what it is in words, and its top example.
+
+    Args:
+        matches: Of `search`.
+    """
+    examples = catalogue.examples_of(matches["feature"].tolist())
+    top = examples[(examples["bucket"] == 0) & (examples["rank"] == 0)].set_index("feature")
+    lines = []
+    for row in matches.itertuples():
+        lines.append(
+            f"{row.match:6.2f}  feature {row.feature}, {one_line(str(row.label))}: on "
+            f"{100 * row.frequency:.2g}% of tokens, {100 * row.top_subset_share:.0f}% of it in "
+            f"{row.top_subset}"
+        )
+        if row.feature in top.index:
+            example = top.loc[row.feature]
+            text = mark_peak(list(example.token_texts), int(example.peak), width - 8)
+            lines.append(" " * 8 + text)
+    return "\n".join(lines) or "No feature was found."

@@ -12,22 +12,26 @@ features together, the second a pass forward for each.
 Reference: "Scaling Monosemanticity", Features as Computational Intermediates.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from keras import ops
 from tqdm import tqdm
 
-from utils.activations.store import ActivationStore
-from utils.autoencoder.autoencoder import SparseAutoencoder
-from utils.features.bootstrap import draw_again, interval
-from utils.language_model import LanguageModel, learnt_positions, replaced_residual
+from utils.activations.store import ActivationStore, Contexts
+from utils.settings import Json
+from utils.features.sampling import draw_again, interval
+from utils.language_model import LanguageModel
+from utils.plots import BLUE, GREY, ORANGE, picture
 from utils.settings import require
-from utils.steering.clamps import encode
-from utils.steering.evaluation import as_torch
+from utils.steering.feature_model import FeatureModel
+from utils.terminal import one_line
 
+N_SHOWN = 5  # features of a token
+N_POSITIONS = 30  # tokens of a prompt whose attributions are drawn
 N_TOGETHER = 32  # features ablated in one batch
 
 
@@ -62,10 +66,10 @@ def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[i
     numbers = []
     for word in words:
         tokens = language_model.tokenizer(word, add_special_tokens=False)["input_ids"]
-        pieces = [language_model.tokenizer.decode([token]) for token in tokens]
+        token_texts = [language_model.tokenizer.decode([token]) for token in tokens]
         require(
             len(tokens) == 1,
-            f"PAIR must be of single tokens; {word!r} is {len(tokens)}: {pieces}. "
+            f"PAIR must be of single tokens; {word!r} is {len(tokens)}: {token_texts}. "
             "A word within a text begins with a space, as in ' France'.",
         )
         numbers += tokens
@@ -74,66 +78,54 @@ def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[i
 
 
 def attribute(
-    language_model: LanguageModel,
-    layer: int,
-    autoencoder: SparseAutoencoder,
-    tokens: torch.Tensor,
-    pair: tuple[int, int] | None,
-    outlier_norm: float,
+    model: FeatureModel, tokens: torch.Tensor, pair: tuple[int, int] | None
 ) -> Attribution:
     """Attribute the difference of two logits after a prompt to features and positions.
 
+    BOS and norm outliers are left out, as they were of training.
+
     Args:
-        language_model: In float32, for effects are small beside the precision of bfloat16.
-        layer: The block whose output the autoencoder is of.
+        model: With a language model in float32: effects are small beside bfloat16's precision.
         tokens: Of the prompt, shape (1, context).
         pair: Numbers of the two tokens; None: the likeliest and the second.
-        outlier_norm: BOS and positions of a larger raw norm are left out, as they were of training.
     """
-    kept = []
+    streams = []
 
     def watch(residual):
-        kept.append(residual.detach().requires_grad_())
-        return kept[0]
+        streams.append(residual.detach().requires_grad_())
+        return streams[0]
 
-    with replaced_residual(language_model.blocks[layer], watch), torch.enable_grad():
-        logits = language_model.model(tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
+    with model.replaced(watch), torch.enable_grad():
+        run = model.language_model.model
+        logits = run(tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
         pair = tuple(logits.topk(2).indices.tolist()) if pair is None else pair
         difference = logits[pair[0]] - logits[pair[1]]
-        (gradient,) = torch.autograd.grad(difference, kept[0])
-    residual, gradient = kept[0].detach()[0], gradient[0]
-    latents = encode(autoencoder, residual)
-    latents *= learnt_positions(language_model, tokens[0], residual, outlier_norm)[:, None]
-    position, feature = latents.nonzero(as_tuple=True)
-    value = latents[position, feature]
-    rows = as_torch(ops.take(autoencoder.W_dec, feature, axis=0)).to(value.device)
-    along = (rows * gradient[position]).sum(dim=1) / as_torch(autoencoder.scale).to(value.device)
+        (gradient,) = torch.autograd.grad(difference, streams[0])
+    residual, gradient = streams[0].detach()[0], gradient[0]
+    activations = model.encode(residual)
+    activations *= model.trained_positions(tokens[0], residual)[:, None]
+    position, feature = activations.nonzero(as_tuple=True)
+    value = activations[position, feature]
+    along = (model.directions(feature) * gradient[position]).sum(dim=1)
     columns = {
         "position": position,
         "feature": feature,
-        "activation": value * rows.norm(dim=1),
+        "activation": value,
         "attribution": value * along,
     }
     places = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
     return Attribution(difference.item(), places, gradient, tokens, pair)
 
 
-def of_features(found: Attribution) -> pd.DataFrame:
+def of_features(attribution: Attribution) -> pd.DataFrame:
     """Per feature ``activation``, its largest, and ``attribution``, its sum; largest first."""
     both = {"activation": ("activation", "max"), "attribution": ("attribution", "sum")}
-    features = found.places.groupby("feature").agg(**both)
+    features = attribution.places.groupby("feature").agg(**both)
     return features.sort_values("attribution", key=abs, ascending=False).reset_index()
 
 
 @torch.no_grad()
-def ablate(
-    language_model: LanguageModel,
-    layer: int,
-    autoencoder: SparseAutoencoder,
-    found: Attribution,
-    features: np.ndarray,
-    outlier_norm: float,
-) -> np.ndarray:
+def ablate(model: FeatureModel, attribution: Attribution, features: np.ndarray) -> np.ndarray:
     """The effect of each feature on ΔL: by how much it falls without that feature.
 
     Returns:
@@ -141,60 +133,58 @@ def ablate(
     """
     if not len(features):
         return np.zeros(0)
-    effects = []
-    for some in torch.tensor(np.array(features), device=language_model.device).split(N_TOGETHER):
+    tokens, effects = attribution.tokens, []
+    numbers = torch.tensor(np.array(features), device=model.language_model.device)
+    for some in numbers.split(N_TOGETHER):
 
         def remove(residual, some=some):
-            present = encode(autoencoder, residual[0], some).T  # (features, context)
-            present *= learnt_positions(language_model, found.tokens[0], residual[0], outlier_norm)
-            rows = as_torch(ops.take(autoencoder.W_dec, some, axis=0)).to(residual.device)
-            change = present[..., None] * rows[:, None]
-            return residual - change / as_torch(autoencoder.scale).to(residual.device)
+            present = model.encode(residual[0], some).T  # (features, context)
+            present *= model.trained_positions(tokens[0], residual[0])
+            return residual - present[..., None] * model.directions(some)[:, None]
 
-        with replaced_residual(language_model.blocks[layer], remove):
-            logits = language_model.model(
-                found.tokens.expand(len(some), -1), use_cache=False, logits_to_keep=1
+        with model.replaced(remove):
+            logits = model.language_model.model(
+                tokens.expand(len(some), -1), use_cache=False, logits_to_keep=1
             ).logits[:, -1]
-        first, second = found.pair
-        effects.append(found.difference - (logits[:, first] - logits[:, second]))
+        first, second = attribution.pair
+        effects.append(attribution.difference - (logits[:, first] - logits[:, second]))
     return torch.cat(effects).cpu().numpy()
 
 
+class Sample(NamedTuple):
+    """How many prompts' tokens and features attribution is correlated over, and the seed."""
+
+    n_tokens: int
+    n_features: int
+    seed: int
+
+
 def correlate(
-    language_model: LanguageModel,
-    autoencoder: SparseAutoencoder,
-    store: ActivationStore,
-    contexts: range,
-    n_tokens: int,
-    n_features: int,
-    seed: int,
+    model: FeatureModel, store: ActivationStore, contexts: Contexts, sample: Sample
 ) -> pd.DataFrame:
     """Attribution, activation and ablation of features drawn from those active on some prompts.
 
     Args:
         contexts: Contexts of the store whose beginnings are the prompts, best those held out.
-        n_tokens: Length of a prompt.
-        n_features: Drawn for each prompt, of all alike.
-        seed: Of the drawing.
+        sample: Length of a prompt, and how many features are drawn for each.
 
     Returns:
         A row a prompt and feature: ``prompt, feature, activation, attribution, ablation``.
     """
     tables = []
-    model = language_model, store.layer, autoencoder
+    device = model.language_model.device
     for context in tqdm(contexts, desc="ablating", unit="prompt"):
-        tokens = np.array(store["tokens"][context][:n_tokens], dtype=np.int64)[None]
-        tokens = torch.from_numpy(tokens).to(language_model.device)
-        found = attribute(*model, tokens, None, store.outlier_norm)
-        table = of_features(found)
-        order = np.random.default_rng([seed, context]).permutation(len(table))
-        drawn = table.iloc[np.sort(order[:n_features])]
-        effects = ablate(*model, found, drawn["feature"].to_numpy(), store.outlier_norm)
+        tokens = store.read("tokens", [context])[:, : sample.n_tokens]
+        attribution = attribute(model, torch.from_numpy(tokens).long().to(device), None)
+        table = of_features(attribution)
+        order = np.random.default_rng([sample.seed, context]).permutation(len(table))
+        drawn = table.iloc[np.sort(order[: sample.n_features])]
+        effects = ablate(model, attribution, drawn["feature"].to_numpy())
         tables.append(drawn.assign(prompt=context, ablation=effects))
     return pd.concat(tables, ignore_index=True)
 
 
-def correlations(table: pd.DataFrame, seed: int, n_draws: int = 1_000) -> dict[str, Any]:
+def correlations(table: pd.DataFrame, seed: int, n_draws: int = 1_000) -> dict[str, Json]:
     """Pearson correlation of attribution, and of activation, with ablation.
 
     Returns:
@@ -205,8 +195,86 @@ def correlations(table: pd.DataFrame, seed: int, n_draws: int = 1_000) -> dict[s
     draws = draw_again(len(prompts), seed, n_draws)
     names = ("attribution", "activation")
     again = [pd.concat([prompts[i] for i in draw]).corr()["ablation"] for draw in draws]
-    found = {"n_features": len(table), "n_prompts": len(prompts)}
+    summary = {"n_features": len(table), "n_prompts": len(prompts)}
     for name in names:
         ends = interval([corr[name] for corr in again])
-        found[name] = [float(table.corr()["ablation"][name]), *ends]
-    return found
+        summary[name] = [float(table.corr()["ablation"][name]), *ends]
+    return summary
+
+
+def show_attribution(pair: Sequence[str], difference: float, top: pd.DataFrame, prompt: str) -> str:
+    """The features that most raise or lower one token's logit over another's, a line each.
+
+    Args:
+        pair: Texts of the two tokens.
+        difference: Of their logits.
+        top: A row a feature: ``feature, label, activation, attribution, ablation``.
+    """
+    first, second = (repr(one_line(word)) for word in pair)
+    lines = [
+        f"Prompt: {one_line(prompt)}",
+        f"The logit of {first} is {abs(difference):.2f} {'below' if difference < 0 else 'above'} "
+        f"that of {second}. What adds to the first:",
+        "",
+        "feature  attribution  ablation  activation  label",
+    ]
+    for row in top.itertuples():
+        lines.append(
+            f"{row.feature:7d}  {row.attribution:11.3f}  {row.ablation:8.3f}  "
+            f"{row.activation:10.2f}  {one_line(str(row.label))}"
+        )
+    return "\n".join(lines)
+
+
+def show_correlations(summary: dict[str, Json]) -> str:
+    """How well attribution, and mere activation, tell what ablation does, with 95% intervals."""
+    lines = [
+        f"\nCorrelation with the effect of ablation, over {summary['n_features']:,} active "
+        f"features of {summary['n_prompts']} held-out prompts:"
+    ]
+    for name in ("attribution", "activation"):
+        value, low, high = summary[name]
+        lines.append(f"  {name:12s} {value:5.2f}  ({low:.2f} to {high:.2f})")
+    return "\n".join(lines)
+
+
+def plot_attribution(
+    attribution: Attribution, words: list[str], labels: pd.Series, path: Path
+) -> None:
+    """The tokens of a prompt, and at each the features that most add to the difference of logits.
+
+    Args:
+        attribution: Of `attribute`.
+        words: Texts of the two tokens that are compared, then of the prompt's.
+        labels: Of features, by number.
+    """
+    first, second, *prompt = (repr(word)[1:-1] for word in words)
+    title = f"What makes “{first.strip()}” likelier than “{second.strip()}”: "
+    title += f"{attribution.difference:.2f} logits"
+    places = attribution.places.sort_values("attribution", key=abs, ascending=False)
+    total = places["attribution"].abs().groupby(places["position"]).sum()
+    total = total.reindex(range(len(prompt)), fill_value=0.0)
+    positions = sorted(total.nlargest(N_POSITIONS).index)
+    some = f"; of {len(prompt)} tokens the {N_POSITIONS} that count most" * (
+        len(prompt) > N_POSITIONS
+    )
+    height = 1.2 + 0.34 * len(positions)
+    with picture(path, title, (9, height)) as (_, axes):
+        for position, token in enumerate(positions):
+            own = places[places.position == token].head(N_SHOWN)
+            ends = {True: 0.0, False: 0.0}
+            for value in own.attribution:
+                colour = ORANGE if value > 0 else BLUE
+                axes.barh(position, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
+                ends[value > 0] += value
+            named = [f"{feature} “{str(labels[feature])[:18]}”" for feature in own.feature]
+            place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+            text = "; ".join(named[:2]).replace("$", r"\$")
+            axes.text(1.02, position, text, color=GREY, **place)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        shown = [prompt[token].replace("$", r"\$") for token in positions]
+        axes.set_yticks(range(len(shown)), shown)
+        axes.set(xlabel="attribution (logits); orange adds, blue takes away")
+        axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest{some}")
+        axes.set_ylim(len(positions) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)

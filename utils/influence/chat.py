@@ -5,13 +5,13 @@ import math
 import shutil
 from contextlib import AbstractContextManager
 
-from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.features.catalogue import Catalogue
-from utils.language_model import LanguageModel
+from utils.features.search import show_feature
 from utils.settings import InputError, require
-from utils.steering.clamps import Clamp, prompt_tokens, steered
-from utils.steering.streaming import stream
-from utils.terminal import one_line, show_feature
+from utils.steering.clamps import Clamp, steered
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens, stream
+from utils.terminal import one_line
 
 with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  input() edits its line, and remembers
@@ -31,8 +31,7 @@ class Chat:
 
     Args:
         catalogue: The features.
-        language_model: The model, with a chat template.
-        autoencoder: On the torch backend of Keras.
+        model: With a chat template.
         max_new_tokens: Of an answer, at most.
         temperature: As for `stream`.
         seed: As for `stream`.
@@ -44,16 +43,14 @@ class Chat:
     def __init__(
         self,
         catalogue: Catalogue,
-        language_model: LanguageModel,
-        autoencoder: SparseAutoencoder,
+        model: FeatureModel,
         max_new_tokens: int,
         temperature: float,
         seed: int,
     ):
-        self.catalogue = catalogue
-        self.language_model, self.autoencoder = language_model, autoencoder
+        self.catalogue, self.model = catalogue, model
         self.how = max_new_tokens, temperature, seed
-        prompt_tokens(language_model, "", chat=True)
+        prompt_tokens(model.language_model, "", chat=True)
         self.reset()
 
     def reset(self) -> None:
@@ -62,7 +59,7 @@ class Chat:
     def run(self) -> None:
         """Read lines until the user leaves."""
         print(
-            f"Chat with {self.language_model.name}, answers of at most {self.how[0]} tokens "
+            f"Chat with {self.model.language_model.name}, answers of at most {self.how[0]} tokens "
             "(--max-new-tokens). /help shows the commands."
         )
         while True:
@@ -99,10 +96,10 @@ class Chat:
             print(self.state())
 
     def find(self, words: str) -> None:
-        found = self.catalogue.search(words, N_FOUND)["feature"]
-        for feature in found:
+        features = self.catalogue.search(words, N_FOUND)["feature"]
+        for feature in features:
             print(show_feature(self.catalogue, feature, shutil.get_terminal_size().columns, 1))
-        if not len(found):
+        if not len(features):
             print(f"No feature goes by {words!r}.")
 
     def clamp(self, words: list[str]) -> None:
@@ -132,11 +129,7 @@ class Chat:
         """What changes the model for the next token."""
         if not (self.is_on and self.clamps):
             return contextlib.nullcontext()
-        summary = self.catalogue.summary
-        return steered(
-            self.language_model, summary["layer"], self.autoencoder,
-            list(self.clamps.values()), summary["outlier_norm"],
-        )  # fmt: skip
+        return steered(self.model, list(self.clamps.values()))
 
     def answer(self, line: str) -> None:
         """Print the answer to a message while it is written; Ctrl-C ends it there.
@@ -146,10 +139,10 @@ class Chat:
         if not line:
             return
         messages = [*self.messages, {"role": "user", "content": line}]
-        tokens = prompt_tokens(self.language_model, messages, chat=True)
+        tokens = prompt_tokens(self.model.language_model, messages, chat=True)
         said = ""
         try:
-            for (text,) in stream(self.language_model, tokens, self.steering, *self.how):
+            for (text,) in stream(self.model.language_model, tokens, self.steering, *self.how):
                 print(printable(text[len(said) :]), end="", flush=True)
                 said = text
         except InputError as error:  # the conversation is too long, or a strength too large

@@ -10,16 +10,19 @@ Reference: "Scaling Monosemanticity", Influence on Behavior.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from scipy import stats
 from tqdm import tqdm
 
-from utils.features.bootstrap import mean_and_interval
-from utils.features.catalogue import Catalogue
-from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, write_texts
+from utils.settings import Json
+from utils.features.sampling import mean_and_interval
+from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, Writer
+from utils.plots import BLUE, GREY, INK, ORANGE, picture
 from utils.settings import require
 from utils.steering.clamps import Clamp, change_by
 
@@ -32,6 +35,7 @@ PROMPTS = (
     "He told me",
 )
 TRIAL_MARGIN = 2 / 3  # of the perplexity allowed; other prompts come out higher, or lower
+GREEN = "#117733"
 MORE_REPETITION = 0.25  # than untouched, at which a text has collapsed
 
 
@@ -80,27 +84,28 @@ def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> tuple[float, 
     return float(worst["strength"].iloc[max(0, n_fluent - 1)]), n_fluent
 
 
-def find_strength(
-    models: tuple, catalogue: Catalogue, features: list[int], settings: Any
-) -> tuple[float, int]:
-    """The `useful_strength` of features changed together, tried on `TRIAL_PROMPTS`.
+class StrengthSettings(Protocol):
+    """How features are changed, of the settings of influence_llm.py."""
 
-    Args:
-        settings: ``intervention, where, chat_template, max_perplexity``, and those of the
-            generation.
-    """
-    maxima = catalogue.features["max_activation"]
+    intervention: str
+    where: str | tuple[int, ...]
+    chat_template: bool
+    max_perplexity: float
+
+
+def find_strength(
+    writer: Writer, features: list[int], settings: StrengthSettings
+) -> tuple[float, int]:
+    """The `useful_strength` of features changed together, tried on `TRIAL_PROMPTS`."""
     places = list(itertools.product((0.0, *STRENGTHS), TRIAL_PROMPTS))
+    how = settings.intervention
     rows = [
-        [Clamp(i, strength, float(maxima[i]), settings.intervention) for i in features]
-        if strength
-        else []
+        [Clamp(i, strength, writer.maximum(i), how) for i in features] if strength else []
         for strength, _ in places
     ]
-    change = change_by(models[1], rows, models[0].device)
+    change = change_by(writer.model, rows, writer.model.language_model.device)
     prompts = [prompt for _, prompt in places]
-    how = settings.where, settings.chat_template
-    records = write_texts(models, catalogue, change, prompts, features[0], settings, *how)
+    records = writer.write(change, prompts, features[0], settings.where, settings.chat_template)
     table = pd.DataFrame(records).assign(feature=features[0], method="feature", prompt=prompts)
     table["strength"] = [strength for strength, _ in places]
     table.loc[table["strength"] == 0, "method"] = "untouched"
@@ -199,7 +204,9 @@ def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summarise(best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int) -> dict[str, Any]:
+def summarise(
+    best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int
+) -> dict[str, Json]:
     """What the evidence says, from `at_useful_strength`: shares, means with intervals, tests.
 
     The tests are Wilcoxon's, of the feature's concept against another method's, paired by feature.
@@ -225,3 +232,69 @@ def summarise(best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int
             test = stats.wilcoxon(differences, alternative="greater") if differences.any() else None
             found["p_feature_greater"][method] = float(test.pvalue) if test else 1.0
     return found
+
+
+def show_evidence(summary: dict[str, Json], max_perplexity: float) -> str:
+    """The result of `summarise` in a few lines."""
+    concept, p = summary["concept"], summary["p_feature_greater"]
+    n = f"{summary['n_features']} features, of {summary['n_tried']} proposed"
+    median = f"median {summary['median_strength']:g} × the maximum"
+    lines = [
+        f"{n} the first that steer on trial prompts,",
+        f"clamped at the strength found there ({median}), judged on other prompts:",
+        f"  concept score above the untouched text's for {summary['share_raised']:.0%}",
+        f"  perplexity {summary['perplexity']:.2f} × the untouched on average, below "
+        f"{max_perplexity:g} × for {summary['share_fluent']:.0%}; "
+        f"both for {summary['share_both']:.0%}",
+        "",
+        f"{'':44s}  concept score, % of the maximum",
+    ]
+    for method, values in concept.items():
+        mean, low, high = (100 * value for value in values)
+        line = f"  {method:42s}  {mean:5.1f}  ({low:.1f} to {high:.1f})"
+        lines.append(line + (f"  p = {p[method]:.1e}" if method in p else ""))
+    return "\n".join(lines)
+
+
+def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> None:
+    """How much of a concept a text has, and how fluent it is, by method and strength.
+
+    Args:
+        curves: Of `curves`.
+        max_perplexity: Times the untouched, marked as the end of fluency.
+    """
+    methods = {"feature": ORANGE, "mean difference": BLUE, "random": GREY}
+    flat = {"untouched": (GREY, ":"), "reconstruction": (GREEN, "--")}
+    n = curves["n"].max()
+    title = "Clamping a feature brings its concept into the text, until fluency breaks"
+    with picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
+        concept, fluency, frontier = axes
+        for method, colour in methods.items():
+            own = curves[curves["method"] == method].sort_values("strength")
+            for panel, name, factor in ((concept, "concept", 100), (fluency, "perplexity", 1)):
+                low, middle, high = (factor * own[f"{name}{end}"] for end in ("_low", "", "_high"))
+                panel.plot(own["strength"], middle, "o-", ms=4, color=colour, label=method)
+                panel.fill_between(own["strength"], low, high, color=colour, alpha=0.15, lw=0)
+            frontier.plot(own["perplexity"], 100 * own["concept"], "o-", ms=4, color=colour)
+        for method, (colour, style) in flat.items():
+            (own,) = curves[curves["method"] == method].itertuples()
+            concept.axhline(100 * own.concept, color=colour, linestyle=style, label=method)
+            fluency.axhline(own.perplexity, color=colour, linestyle=style)
+            frontier.plot(own.perplexity, 100 * own.concept, "s", ms=5, color=colour)
+        fluency.axhline(max_perplexity, color=INK, linewidth=0.8)
+        frontier.axvline(max_perplexity, color=INK, linewidth=0.8)
+        fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
+        fluency.set(ylabel="times that of the untouched text")
+        concept.set(title="Concept in the text", ylabel="activation, % of maximum")
+        frontier.set(xscale="log", title="One against the other", ylabel=concept.get_ylabel())
+        frontier.set(xlabel="perplexity, times that of the untouched text")
+        for panel in (concept, fluency):
+            panel.set(xlabel="strength, multiples of the maximum")
+        for axis in (fluency.yaxis, frontier.xaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        legend = "method; bands: 95% over features"
+        figure.legend(
+            *concept.get_legend_handles_labels(), title=legend, ncols=5, loc="outside lower center"
+        )

@@ -20,7 +20,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -28,11 +27,12 @@ import torch
 from safetensors.torch import save_file
 
 from utils.artifacts import replacing
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.settings import Json
 from utils.autoencoder.saved import load_autoencoder
 from utils.language_model import read_config
 from utils.settings import require
 from utils.steering.clamps import Clamp, change_by
+from utils.steering.feature_model import FeatureEncoder
 
 FORMATS = (".safetensors", ".gguf")
 
@@ -60,14 +60,14 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
         )
 
 
-def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> torch.Tensor:
+def steering_vector(encoder: FeatureEncoder, clamps: Sequence[Clamp]) -> torch.Tensor:
     """What the clamps would add if their features were not active, raw, float32, (d_model,).
 
     Raises:
         InputError: A strength is so large that the vector is not finite.
     """
     added = [dataclasses.replace(clamp, how="add") for clamp in clamps]
-    vector = change_by(autoencoder, added)(torch.zeros(autoencoder.d_model))
+    vector = change_by(encoder, added)(torch.zeros(encoder.d_model))
     require(
         bool(vector.isfinite().all()),
         f"STRENGTH must keep a saved vector finite; at {[clamp.strength for clamp in clamps]} it "
@@ -77,7 +77,7 @@ def steering_vector(autoencoder: SparseAutoencoder, clamps: Sequence[Clamp]) -> 
 
 
 def save_vectors(
-    paths: Sequence[str], clamps: Sequence[Clamp], summary: dict[str, Any], autoencoder_path: Path
+    paths: Sequence[str], clamps: Sequence[Clamp], summary: dict[str, Json], autoencoder_path: Path
 ) -> None:
     """Save the vector of some clamps to every path.
 
@@ -92,7 +92,7 @@ def save_vectors(
     """
     name, layer = summary["model_name"], summary["layer"]
     architecture = read_config(name, layer).get_text_config().model_type
-    vector = steering_vector(load_autoencoder(autoencoder_path), clamps)
+    vector = steering_vector(FeatureEncoder(load_autoencoder(autoencoder_path)), clamps)
     for path in paths:
         save_vector(path, vector, clamps, name, architecture, layer)
         print(f"Saved {path}: norm {vector.norm():.4g}, for the output of block {layer}.")

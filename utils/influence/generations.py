@@ -8,18 +8,38 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from utils.artifacts import append_record, make_folder, records_of
-from utils.autoencoder.saved import load_autoencoder
-from utils.language_model import LanguageModel, load_language_model
+from utils.settings import Json
+from utils.features.catalogue import Catalogue
 from utils.settings import require
-from utils.steering.clamps import Clamp, generate, prompt_tokens, steered
+from utils.steering.clamps import Clamp, steered
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import generate, prompt_tokens
+from utils.terminal import side_by_side
+
+Request = dict[str, Json]  # all that decides a text
+
+
+class GenerationSettings(Protocol):
+    """What decides a text, of the settings of influence_llm.py."""
+
+    prompt: str
+    chat_template: bool
+    intervention: str
+    where: str | tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    seed: int
 
 
 def list_requests(
-    settings: Any, catalogue: Any, features: list[int], strengths: Sequence[float]
-) -> list[dict[str, Any]]:
+    settings: GenerationSettings,
+    catalogue: Catalogue,
+    features: list[int],
+    strengths: Sequence[float],
+) -> list[Request]:
     """All that decides a text, for each strength once; ``maxima`` are what strengths multiply."""
     summary, maxima = catalogue.summary, catalogue.features["max_activation"]
     return [
@@ -43,7 +63,7 @@ def list_requests(
     ]
 
 
-def key(request: dict[str, Any]) -> str:
+def key(request: Request) -> str:
     return json.dumps(request, sort_keys=True)
 
 
@@ -60,23 +80,25 @@ def open_log(folder: str) -> Path:
 
 def read_records(
     log: Path, results: frozenset[str] = frozenset({"untouched", "steered"})
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Json]]:
     """The records with ``results`` by the `key` of their request; torn lines are passed over."""
     records = records_of(log, {"request", *results})
     return {key(record["request"]): record for record in records}
 
 
-def load_models(catalogue: Any, autoencoder_path: Path) -> tuple[Any, Any]:
-    """The language model that the analysis names, and the autoencoder."""
+def load_model(catalogue: Catalogue, autoencoder_path: Path) -> FeatureModel:
+    """The language model that the analysis names, with the autoencoder in it."""
     summary = catalogue.summary
     print(f"Loading {summary['model_name']}, to be changed after block {summary['layer']}.")
-    language_model = load_language_model(summary["model_name"], summary["layer"], summary["dtype"])
-    return language_model, load_autoencoder(autoencoder_path)
+    return FeatureModel.load(summary, autoencoder_path)
 
 
 def generate_records(
-    requests: list[dict], recorded: dict[str, dict], models: tuple | None, log: Path
-) -> Iterator[dict[str, Any]]:
+    requests: list[Request],
+    recorded: dict[str, dict[str, Json]],
+    model: FeatureModel | None,
+    log: Path,
+) -> Iterator[dict[str, Json]]:
     """Yield the record of each request: as recorded, else generated now and recorded at once."""
     untouched = None
     for request in requests:
@@ -84,17 +106,17 @@ def generate_records(
             yield {**recorded[key(request)], "was_recorded": True}
             continue
         if untouched is None:
-            require_reach(models[0], request)
-            untouched = generate_text(models, request, steer=False)
-        steered = generate_text(models, request, steer=True)
+            require_reach(model, request)
+            untouched = generate_text(model, request, steer=False)
+        steered = generate_text(model, request, steer=True)
         record = {"request": request, "untouched": untouched, "steered": steered}
         append_record(log, record)
         yield record
 
 
-def require_reach(language_model: LanguageModel, request: dict[str, Any]) -> None:
+def require_reach(model: FeatureModel, request: Request) -> None:
     """Refuse positions that are all beyond the text that a request can come to."""
-    prompt = prompt_tokens(language_model, request["prompt"], request["chat_template"])
+    prompt = prompt_tokens(model.language_model, request["prompt"], request["chat_template"])
     end = prompt.shape[1] + request["max_new_tokens"]
     where = request["where"]
     require(
@@ -104,25 +126,45 @@ def require_reach(language_model: LanguageModel, request: dict[str, Any]) -> Non
     )
 
 
-def clamps_of(request: dict[str, Any]) -> list[Clamp]:
+def clamps_of(request: Request) -> list[Clamp]:
     """What a request changes."""
     features = zip(request["features"], request["maxima"], strict=True)
     how = request["intervention"]
     return [Clamp(feature, request["strength"], maximum, how) for feature, maximum in features]
 
 
-def generate_text(models: tuple, request: dict[str, Any], steer: bool) -> str:
+def generate_text(model: FeatureModel, request: Request, steer: bool) -> str:
     """The continuation that a request asks for, or the untouched one."""
-    language_model, autoencoder = models
-    clamps = clamps_of(request)
-    place = request["outlier_norm"], request["where"]
-    steering = steered(language_model, request["layer"], autoencoder, clamps, *place)
+    steering = steered(model, clamps_of(request), request["where"])
     with steering if steer else contextlib.nullcontext():
         return generate(
-            language_model,
+            model.language_model,
             request["prompt"],
             request["max_new_tokens"],
             request["chat_template"],
             temperature=request["temperature"],
             seed=request["seed"],
         )
+
+
+def show_record(record: dict[str, Json], width: int) -> str:
+    """The two texts of a record under their titles, as lines of at most ``width`` characters."""
+    title = change_title(record["request"])
+    if record.get("was_recorded"):
+        title += " (recorded)"
+    return side_by_side(("untouched", title), (record["untouched"], record["steered"]), width)
+
+
+def change_title(request: Request) -> str:
+    """What a request does to its features, in words."""
+    features, c, how = request["features"], request["strength"], request["intervention"]
+    several = len(features) > 1
+    name = f"feature{'s' * several} {', '.join(map(str, features))}"
+    if how == "ablate" or (how == "clamp" and c == 0):
+        return f"{name} at 0: ablation"
+    its = "their" if several else "its"
+    return {
+        "clamp": f"{name} at {c:g} × {its} maximum",
+        "add": f"{c:g} × {its} maximum added to {name}",
+        "scale": f"{name} scaled by {c:g}",
+    }[how]

@@ -13,21 +13,19 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Protocol
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 import torch
 
-from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.embedded import TITLES
 from utils.features.catalogue import Catalogue
-from utils.language_model import LanguageModel, learnt_positions, residual_at
 from utils.settings import InputError, require
-from utils.steering.clamps import Clamp, change_by, changed, encode, prompt_tokens
-from utils.steering.evaluation import as_torch
-from utils.steering.streaming import stream
+from utils.steering.clamps import Clamp, change_by, changed
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens, stream
 from utils.terminal import one_line
 
 HOST = "127.0.0.1"
@@ -52,16 +50,11 @@ class Playground:
 
     Args:
         catalogue: The features.
-        language_model: The model that the autoencoder is of.
-        autoencoder: On the torch backend of Keras.
+        model: The model that they are of.
     """
 
-    def __init__(
-        self, catalogue: Catalogue, language_model: LanguageModel, autoencoder: SparseAutoencoder
-    ):
-        self.catalogue, self.autoencoder = catalogue, autoencoder
-        self.language_model, self.layer = language_model, catalogue.summary["layer"]
-        self.outlier_norm = catalogue.summary["outlier_norm"]
+    def __init__(self, catalogue: Catalogue, model: FeatureModel):
+        self.catalogue, self.model = catalogue, model
         self.running = threading.Lock()
 
     def name(self, feature: int) -> str:
@@ -77,14 +70,14 @@ class Playground:
         return found["feature"].tolist()
 
     def examples(self, feature: int) -> list[list[tuple[str, float | None]]]:
-        """A feature's highest examples, each its pieces with their shares of the maximum."""
+        """A feature's highest examples, each its token_texts with their shares of the maximum."""
         maximum = self.catalogue.features.loc[feature, "max_activation"]
         examples = self.catalogue.examples_of([feature])
         texts = []
         top = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
         for example in top.itertuples():
             shares = [float(activation / maximum) or None for activation in example.activations]
-            texts.append(list(zip(map(one_line, example.pieces), shares, strict=True)))
+            texts.append(list(zip(map(one_line, example.token_texts), shares, strict=True)))
         return texts + [[]] * (N_EXAMPLES - len(texts))
 
     def describe(self, feature: int) -> str:
@@ -95,78 +88,75 @@ class Playground:
             f"at most {row.max_activation:.3g}; promotes {promoted}"
         )
 
-    def pieces(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
+    def token_texts(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
         """The prompt's tokens as texts."""
-        numbers = prompt_tokens(self.language_model, prompt, chat)[0].cpu().numpy()
-        return [(one_line(piece), None) for piece in self.catalogue.pieces[numbers]]
+        numbers = prompt_tokens(self.model.language_model, prompt, chat)[0].cpu().numpy()
+        return [(one_line(piece), None) for piece in self.catalogue.token_texts[numbers]]
 
     def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
         """The strongest features at a token of the prompt, with their activations f_i ‖W_dec,i‖.
 
         None at BOS and other positions of outlying norm, which no autoencoder is trained on.
         """
-        tokens = prompt_tokens(self.language_model, prompt, chat)[:, : position + 1]
+        tokens = prompt_tokens(self.model.language_model, prompt, chat)[:, : position + 1]
         with self.running:
-            residual = residual_at(self.language_model, tokens, self.layer)[0, -1]
-            latents = encode(self.autoencoder, residual) * as_torch(
-                self.autoencoder.decoder_norms()
-            )
-        if not learnt_positions(self.language_model, tokens[0, -1], residual, self.outlier_norm):
+            residual = self.model.residual(tokens)[0, -1]
+            activations = self.model.encode(residual)
+        if not self.model.trained_positions(tokens[0, -1], residual):
             return []
-        strongest = latents.topk(N_FOUND)
+        strongest = activations.topk(N_FOUND)
         pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
         return [(feature, activation) for feature, activation in pairs if activation > 0]
 
     def write(
-        self,
-        prompt: str,
-        chat: bool,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        strengths: dict[int, float],
+        self, prompt: str, chat: bool, strengths: dict[int, float], length: int, *drawing
     ) -> Iterator[tuple[str, str]]:
-        """The untouched and the steered continuation so far, as they are written side by side."""
-        maxima = self.catalogue.features["max_activation"]
+        """The untouched and the steered continuation so far, as they are written side by side.
+
+        Args:
+            strengths: Of the features that are turned, by number.
+            length: New tokens, at most.
+            drawing: Temperature and seed, as for `stream`.
+        """
+        maxima, language_model = (
+            self.catalogue.features["max_activation"],
+            self.model.language_model,
+        )
         clamps = [Clamp(f, strength, float(maxima[f])) for f, strength in strengths.items()]
-        change = change_by(self.autoencoder, [[], clamps], self.language_model.device)
-        tokens = prompt_tokens(self.language_model, prompt, chat).expand(2, -1)
-        for texts in stream(
-            self.language_model,
-            tokens,
-            lambda: self.changed(change),
-            max_new_tokens,
-            temperature,
-            seed,
-        ):
+        change = change_by(self.model, [[], clamps], language_model.device)
+        tokens = prompt_tokens(language_model, prompt, chat).expand(2, -1)
+        for texts in stream(language_model, tokens, lambda: self.changed(change), length, *drawing):
             yield tuple(texts)
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """The model, changed, for one pass: nobody else's meanwhile."""
-        with (
-            self.running,
-            changed(self.language_model, self.layer, change, self.outlier_norm),
-        ):
+        with self.running, changed(self.model, change):
             yield
 
 
 # ---------------------------------------------------------------------------------------- the page
 
 
-def build_page(playground: Playground, settings: Any) -> gr.Blocks:
-    """The page: what is seen, and what each control does.
+class PageSettings(Protocol):
+    """What the controls begin with, and the page's port, of the settings of influence_llm.py."""
 
-    Args:
-        settings: What the controls begin with: ``prompt, chat_template, max_new_tokens,
-            temperature, seed``.
-    """
+    prompt: str
+    chat_template: bool
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    port: int
+
+
+def build_page(playground: Playground, settings: PageSettings) -> gr.Blocks:
+    """The page: what is seen, and what each control does."""
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
         _connect(playground, _lay_out(playground, settings))
     return page
 
 
-def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
+def _lay_out(playground: Playground, settings: PageSettings) -> SimpleNamespace:
     """What is seen, by name."""
     summary, seen = playground.catalogue.summary, SimpleNamespace()
     name = summary["model_name"]
@@ -202,11 +192,11 @@ def _lay_out(playground: Playground, settings: Any) -> SimpleNamespace:
             seen.chat = gr.Checkbox(
                 settings.chat_template,
                 label="Ask it, in the model's chat template",
-                visible=playground.language_model.tokenizer.chat_template is not None,
+                visible=playground.model.language_model.tokenizer.chat_template is not None,
                 elem_id="chat",
             )
             seen.tokens = gr.HighlightedText(
-                playground.pieces(settings.prompt, settings.chat_template),
+                playground.token_texts(settings.prompt, settings.chat_template),
                 label="Its tokens; click one for its top features",
                 elem_id="tokens",
             )
@@ -265,7 +255,7 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
         strengths = dict(zip(chosen, strengths, strict=False))
         try:
             yield from playground.write(
-                prompt, chat, length or 1, temperature or 0, seed or 0, strengths
+                prompt, chat, strengths, length or 1, temperature or 0, seed or 0
             )
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
@@ -274,7 +264,7 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
     for offer in (seen.found, seen.at_token):
         offer.input(look, offer, [seen.shown, seen.turn, seen.about, *seen.examples])
     for asked in question:
-        asked.change(playground.pieces, question, seen.tokens, trigger_mode="always_last")
+        asked.change(playground.token_texts, question, seen.tokens, trigger_mode="always_last")
     seen.tokens.select(read, question, seen.at_token)
     seen.turn.click(add, [seen.shown, *turned], [seen.chosen, *slots])
     for number, (_, _, button) in enumerate(seen.slots):
@@ -307,7 +297,7 @@ def _offer(
     return gr.Radio(choices, value=None, label=title, visible=True, **options)
 
 
-def _turned(playground: Playground, strengths: dict[int, float]) -> list[Any]:
+def _turned(playground: Playground, strengths: dict[int, float]) -> list:
     """The numbers of the features that are turned, and every slot as it is to be seen."""
     seen = []
     for feature, strength in strengths.items():
@@ -332,7 +322,7 @@ def require_free(port: int) -> None:
         ) from None
 
 
-def serve(playground: Playground, settings: Any) -> None:
+def serve(playground: Playground, settings: PageSettings) -> None:
     """Show the page on this machine, at ``settings.port``, until Ctrl-C; see `build_page`."""
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
     print(f"Playground: http://{HOST}:{settings.port}  (Ctrl-C ends it)", flush=True)

@@ -24,31 +24,19 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 
 from utils.artifacts import append_record
+from utils.settings import Json
 from utils.features.catalogue import Catalogue, words_of
 from utils.influence.generations import key, read_records
-from utils.language_model import (
-    LanguageModel,
-    learnt_positions,
-    replaced_residual,
-    residual_at,
-)
-from utils.steering.clamps import (
-    Clamp,
-    change_by,
-    changed,
-    decode,
-    encode,
-    generate_tokens,
-    prompt_tokens,
-)
-from utils.steering.evaluation import as_torch, split_reconstruction
+from utils.steering.clamps import Clamp, change_by, changed
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import decode, generate_tokens, prompt_tokens
 
 METHODS = ("untouched", "reconstruction", "feature", "mean difference", "random")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -70,155 +58,170 @@ def share_of_words(text: str, wanted: set[str]) -> float:
 
 
 @torch.inference_mode()
-def read_again(
-    models: tuple, layer: int, outlier_norm: float, prompts: Sequence, texts: Sequence, feature: int
+def score_texts(
+    model: FeatureModel, prompts: Sequence, texts: Sequence, feature: int
 ) -> tuple[list[float], list[float]]:
     """What the untouched model makes of texts: their perplexity, and a feature's activation.
 
     Args:
-        models: Language model and autoencoder.
         prompts, texts: Tokens, (1, prompt) and (text,) each.
 
     Returns:
         Perplexity of each text given its prompt, and the mean activation of the feature on its
         tokens; 1 and 0 for an empty text.
     """
-    language_model, autoencoder = models
-    chosen = torch.tensor([feature], device=language_model.device)
-    norm = as_torch(autoencoder.W_dec)[feature].norm().to(chosen.device)
-    perplexities, activations = [], []
+    language_model = model.language_model
+    number = torch.tensor([feature], device=language_model.device)
+    perplexities, means = [], []
     pairs = list(zip(prompts, texts, strict=True))
     for some in (pairs[i : i + ROWS_TOGETHER] for i in range(0, len(pairs), ROWS_TOGETHER)):
         rows = [torch.cat([prompt[0], text]) for prompt, text in some]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, True, language_model.bos)
-        kept = []
-        with replaced_residual(language_model.blocks[layer], kept.append):
+        seen = []
+        with model.replaced(seen.append):
             logits = language_model.model(tokens, use_cache=False).logits
-        latents = encode(autoencoder, kept[0], chosen)[..., 0] * norm
-        latents *= learnt_positions(language_model, tokens, kept[0], outlier_norm)
+        activations = model.encode(seen[0], number)[..., 0]
+        activations *= model.trained_positions(tokens, seen[0])
         for row, (prompt, text) in enumerate(some):
             at = slice(prompt.shape[1], prompt.shape[1] + len(text))
             before = logits[row, at.start - 1 : at.stop - 1].float()
             loss = torch.nn.functional.cross_entropy(before, text, reduction="sum")
             perplexities.append(float(torch.exp(loss / max(1, len(text)))))
-            activations.append(float(latents[row, at].sum() / max(1, len(text))))
-    return perplexities, activations
+            means.append(float(activations[row, at].sum() / max(1, len(text))))
+    return perplexities, means
 
 
-def write_texts(
-    models: tuple,
-    catalogue: Catalogue,
-    change: Callable,
-    prompts: Sequence[str],
-    feature: int,
-    settings: Any,
-    where: str | Sequence[int] = "everywhere",
-    chat: bool = False,
-) -> list[dict[str, Any]]:
-    """Generate a text after each prompt, with ``change`` of `steering.changed`, and score it.
+class WritingSettings(Protocol):
+    """How texts are written."""
 
-    Returns:
-        For each prompt ``text`` and the `SCORES`.
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class Writer:
+    """Writes texts while the model is changed, and scores them.
+
+    Args:
+        model: The model.
+        catalogue: The features.
+        settings: How to write.
     """
-    language_model, _ = models
-    layer, outlier_norm = catalogue.summary["layer"], catalogue.summary["outlier_norm"]
-    known = catalogue.features.loc[feature]
-    tokens = [prompt_tokens(language_model, prompt, chat) for prompt in prompts]
-    with changed(language_model, layer, change, outlier_norm, where):
-        texts = generate_tokens(
-            language_model,
-            tokens,
-            settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed,
-        )
-    perplexities, activations = read_again(models, layer, outlier_norm, tokens, texts, feature)
-    wanted, records = words_of(known["peak_tokens"]), []
-    for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
-        said = decode(language_model, text)
-        records.append(
-            {"text": said, "concept": activation / float(known["max_activation"])}
-            | {"words": share_of_words(said, wanted), "perplexity": perplexity}
-            | {"repetition": repetition(text.tolist())}
-        )
-    return records
 
+    def __init__(self, model: FeatureModel, catalogue: Catalogue, settings: WritingSettings):
+        self.model, self.catalogue, self.settings = model, catalogue, settings
 
-def mean_difference(
-    language_model: LanguageModel, catalogue: Catalogue, feature: int, seed: int
-) -> torch.Tensor:
-    """Mean residual over texts that a feature is highest on, less that over others, (d_model,)."""
-    draw = np.random.default_rng([seed, feature])
-    alive = catalogue.features.index[~catalogue.features["dead"]]
-    others = draw.choice(alive.drop(feature), min(N_TEXTS, len(alive) - 1), replace=False)
-    own = catalogue.examples_of([feature])
-    own = own[own["bucket"] == 0].sort_values("rank").head(N_TEXTS)
-    drawn = catalogue.examples_of(others.tolist()).groupby("feature").sample(1, random_state=seed)
-    layer, means = catalogue.summary["layer"], []
-    for examples in (own, drawn):
-        rows = []
-        for window in examples["tokens"]:
-            tokens = torch.tensor([[language_model.bos, *window[window >= 0]]])
-            residual = residual_at(language_model, tokens, layer)[0].float()
-            limit = catalogue.summary["outlier_norm"]
-            rows.append(residual[learnt_positions(language_model, tokens[0], residual, limit)])
-        means.append(torch.cat(rows).mean(dim=0))
-    return means[0] - means[1]
+    def maximum(self, feature: int) -> float:
+        """The largest activation of a feature over the dataset."""
+        return float(self.catalogue.features.loc[feature, "max_activation"])
 
+    def write(
+        self,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        prompts: Sequence[str],
+        feature: int,
+        where: str | Sequence[int] = "everywhere",
+        chat: bool = False,
+    ) -> list[dict[str, Json]]:
+        """Generate a text after each prompt, with ``change`` of `changed`, and score it.
 
-def change_of(
-    models: tuple, catalogue: Catalogue, method: str, feature: int, strengths: list, seed: int
-) -> Callable:
-    """What a method adds to the residual stream of a batch, each row at a strength of its own."""
-    language_model, autoencoder = models
-    maximum = float(catalogue.features.loc[feature, "max_activation"])
-    device = language_model.device
-    if method == "untouched":
-        return torch.zeros_like
-    if method == "reconstruction":
-        return lambda residual: -split_reconstruction(autoencoder, residual)[1]
-    if method == "feature":
-        rows = [[Clamp(feature, strength, maximum)] for strength in strengths]
-        return change_by(autoencoder, rows, device)
-    if method == "mean difference":
-        vector = mean_difference(language_model, catalogue, feature, seed)
-    else:
+        Returns:
+            For each prompt ``text`` and the `SCORES` by ``feature``.
+        """
+        language_model, settings = self.model.language_model, self.settings
+        tokens = [prompt_tokens(language_model, prompt, chat) for prompt in prompts]
+        with changed(self.model, change, where):
+            texts = generate_tokens(
+                language_model,
+                tokens,
+                settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=settings.seed,
+            )
+        perplexities, activations = score_texts(self.model, tokens, texts, feature)
+        wanted = words_of(self.catalogue.features.loc[feature, "peak_tokens"])
+        records = []
+        for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
+            said = decode(language_model, text)
+            records.append(
+                {"text": said, "concept": activation / self.maximum(feature)}
+                | {"words": share_of_words(said, wanted), "perplexity": perplexity}
+                | {"repetition": repetition(text.tolist())}
+            )
+        return records
+
+    def mean_difference(self, feature: int) -> torch.Tensor:
+        """Mean residual over texts that a feature is highest on, less that over others, (d_model,).
+
+        The baseline of "Scaling Monosemanticity", Influence on Behavior.
+        """
+        seed, catalogue = self.settings.seed, self.catalogue
         draw = np.random.default_rng([seed, feature])
-        vector = torch.tensor(draw.standard_normal(language_model.d_model), dtype=torch.float32)
-    norms = torch.tensor(strengths) * maximum / float(autoencoder.scale)
-    added = (norms[:, None, None] * vector.cpu() / vector.norm().cpu()).to(device)
-    return lambda residual: added.expand_as(residual)
+        alive = catalogue.features.index[~catalogue.features["dead"]]
+        others = draw.choice(alive.drop(feature), min(N_TEXTS, len(alive) - 1), replace=False)
+        highest = catalogue.examples_of([feature])
+        highest = highest[highest["bucket"] == 0].sort_values("rank").head(N_TEXTS)
+        drawn = catalogue.examples_of(others.tolist()).groupby("feature")
+        drawn = drawn.sample(1, random_state=seed)
+        means = []
+        for examples in (highest, drawn):
+            rows = []
+            for window in examples["tokens"]:
+                bos = self.model.language_model.bos
+                tokens = torch.tensor([[bos, *window[window >= 0]]])
+                residual = self.model.residual(tokens)[0].float()
+                rows.append(residual[self.model.trained_positions(tokens[0], residual)])
+            means.append(torch.cat(rows).mean(dim=0))
+        return means[0] - means[1]
+
+    def change_by_method(self, method: str, feature: int, strengths: list[float]) -> Callable:
+        """What a method adds to the residual stream of a batch, each row at its own strength."""
+        model, maximum = self.model, self.maximum(feature)
+        device = model.language_model.device
+        if method == "untouched":
+            return torch.zeros_like
+        if method == "reconstruction":
+            return lambda residual: model.reconstruct(residual) - residual.float()
+        if method == "feature":
+            rows = [[Clamp(feature, strength, maximum)] for strength in strengths]
+            return change_by(model, rows, device)
+        if method == "mean difference":
+            vector = self.mean_difference(feature)
+        else:
+            draw = np.random.default_rng([self.settings.seed, feature])
+            vector = torch.tensor(draw.standard_normal(model.d_model), dtype=torch.float32)
+        norms = torch.tensor(strengths) * maximum / model.scale
+        added = (norms[:, None, None] * vector.cpu() / vector.norm().cpu()).to(device)
+        return lambda residual: added.expand_as(residual)
+
+    def change_by_requests(self, feature: int, requests: list[dict[str, Json]]) -> Callable:
+        """What a batch of requests, method by method, adds to the residual stream."""
+        changes, sizes = [], []
+        for method, group in itertools.groupby(requests, lambda request: request["method"]):
+            strengths = [request["strength"] for request in group]
+            changes.append(self.change_by_method(method, feature, strengths))
+            sizes.append(len(strengths))
+
+        def change(residual: torch.Tensor) -> torch.Tensor:
+            parts = zip(changes, residual.split(sizes), strict=True)
+            return torch.cat([change(part) for change, part in parts])
+
+        return change
 
 
-def change_of_rows(
-    models: tuple, catalogue: Catalogue, feature: int, requests: list[dict], seed: int
-) -> Callable:
-    """What a batch of requests, method by method, adds to the residual stream."""
-    changes, sizes = [], []
-    for method, group in itertools.groupby(requests, lambda request: request["method"]):
-        strengths = [request["strength"] for request in group]
-        changes.append(change_of(models, catalogue, method, feature, strengths, seed))
-        sizes.append(len(strengths))
-
-    def change(residual: torch.Tensor) -> torch.Tensor:
-        parts = zip(changes, residual.split(sizes), strict=True)
-        return torch.cat([change(part) for change, part in parts])
-
-    return change
-
-
-class Texts:
+class Texts(Writer):
     """Texts by any method after any prompt, with their scores, each written once.
 
     Args:
-        models: Language model and autoencoder.
-        catalogue: The features.
-        settings: ``max_new_tokens, temperature, seed``.
-        log: Keeps every text when it is there; what is recorded there is not written again.
+        model, catalogue, settings: As for `Writer`.
+        log: Records every text as soon as it is written; a recorded one is not written again.
     """
 
-    def __init__(self, models: tuple, catalogue: Catalogue, settings: Any, log: Path):
-        self.models, self.catalogue, self.settings, self.log = models, catalogue, settings, log
+    def __init__(
+        self, model: FeatureModel, catalogue: Catalogue, settings: WritingSettings, log: Path
+    ):
+        super().__init__(model, catalogue, settings)
+        self.log = log
         names = ("max_new_tokens", "temperature", "seed")
         self._fixed = {name: getattr(settings, name) for name in names}
         for name in ("model_name", "layer", "outlier_norm", "autoencoder_fingerprint"):
@@ -231,26 +234,24 @@ class Texts:
         Returns:
             A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
         """
-        # Of another analysis of the same autoencoder these may be others.
-        known = self.catalogue.features.loc[feature]
-        own = {"maximum": float(known["max_activation"]), "peaks": list(known["peak_tokens"])}
+        # Another analysis of the same autoencoder may have other maxima and peaks.
+        peaks = list(self.catalogue.features.loc[feature, "peak_tokens"])
+        about = {"feature": feature, "maximum": self.maximum(feature), "peaks": peaks}
         requests = [
-            {**self._fixed, "feature": feature, **own}
-            | {"method": method, "strength": strength, "prompt": prompt}
+            {**self._fixed, **about, "method": method, "strength": strength, "prompt": prompt}
             for method in methods
             for strength in ([0.0] if method in METHODS[:2] else STRENGTHS)
             for prompt in prompts
         ]
         missing = [request for request in requests if key(request) not in self._recorded]
         if missing:
-            self._write(feature, missing)
+            self._write_missing(feature, missing)
         rows = [{**self._recorded[key(request)], **request} for request in requests]
         return pd.DataFrame(rows)[["feature", "method", "strength", "prompt", *SCORES, "text"]]
 
-    def _write(self, feature: int, requests: list[dict]) -> None:
-        change = change_of_rows(self.models, self.catalogue, feature, requests, self.settings.seed)
-        prompts = [request["prompt"] for request in requests]
-        records = write_texts(self.models, self.catalogue, change, prompts, feature, self.settings)
+    def _write_missing(self, feature: int, requests: list[dict[str, Json]]) -> None:
+        change = self.change_by_requests(feature, requests)
+        records = self.write(change, [request["prompt"] for request in requests], feature)
         for request, record in zip(requests, records, strict=True):
             self._recorded[key(request)] = record
             append_record(self.log, {"request": request, **record})

@@ -23,17 +23,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from keras import ops
 
-from utils.autoencoder.autoencoder import SparseAutoencoder
-from utils.language_model import (
-    LanguageModel,
-    learnt_positions,
-    replaced_residual,
-    watched_tokens,
-)
+from utils.language_model import watched_tokens
 from utils.settings import require
-from utils.steering.evaluation import as_torch
+from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 INTERVENTIONS = ("clamp", "add", "scale", "ablate")
 PLACES = ("everywhere", "generated")
@@ -64,21 +57,8 @@ class Clamp:
         return lines.get(self.how, (0.0, self.strength - 1.0))
 
 
-@torch.no_grad()
-def encode(
-    autoencoder: SparseAutoencoder, residual: torch.Tensor, features: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Latents of raw residual streams (..., d_model), float32, shape (..., n_latents).
-
-    Given ``features``, of these alone, (..., len(features)), which is cheaper.
-    """
-    rows = residual.float().reshape(-1, residual.shape[-1])
-    latents = as_torch(autoencoder.encode(rows, features))
-    return latents.reshape(*residual.shape[:-1], latents.shape[-1]).to(residual.device)
-
-
 def change_by(
-    autoencoder: SparseAutoencoder,
+    encoder: FeatureEncoder,
     clamps: Sequence[Clamp] | Sequence[Sequence[Clamp]],
     device: torch.device | str = "cpu",
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -98,7 +78,7 @@ def change_by(
     of_all = not clamps or isinstance(clamps[0], Clamp)
     rows = [clamps] if of_all else clamps
     for row in rows:
-        _check(row, autoencoder.n_latents)
+        _check(row, encoder.n_latents)
     features = sorted({clamp.feature for row in rows for clamp in row})
     lines = torch.zeros(2, len(rows), 1, len(features))
     for number, row in enumerate(rows):
@@ -106,16 +86,14 @@ def change_by(
             lines[:, number, 0, features.index(clamp.feature)] = torch.tensor(clamp.line())
     offset, slope = (lines[:, 0, 0] if of_all else lines).to(device)
     chosen = torch.tensor(features, dtype=torch.long, device=device)
-    directions = as_torch(ops.take(autoencoder.W_dec, chosen, axis=0)).to(device)
-    norms = directions.norm(dim=-1)
-    steps = directions / norms[:, None] / as_torch(autoencoder.scale).to(device)
+    directions = encoder.directions(chosen)
     present_matters = bool((slope != 0).any())
 
     def change(residual: torch.Tensor) -> torch.Tensor:
-        change = offset
+        rises = offset
         if present_matters:
-            change = offset + slope * norms * encode(autoencoder, residual, chosen)
-        return (change @ steps).expand(residual.shape)
+            rises = offset + slope * encoder.encode(residual, chosen)
+        return (rises @ directions).expand(residual.shape)
 
     return change
 
@@ -151,28 +129,23 @@ def check_change(how: str, where: str | Sequence[int] = "everywhere") -> None:
 
 @contextlib.contextmanager
 def changed(
-    language_model: LanguageModel,
-    layer: int,
+    model: FeatureModel,
     change: Callable[[torch.Tensor], torch.Tensor],
-    outlier_norm: float,
     where: str | Sequence[int] = "everywhere",
 ) -> Iterator[None]:
-    """While open, ``change`` of it is added to the output of block ``layer``.
+    """While open, ``change`` of it is added to the residual stream at the model's layer.
 
-    BOS, wherever it is, and positions whose raw norm is above ``outlier_norm`` (a few others, 10 to
-    100 times the rest) are left alone: they were kept out of training, so the latents there mean
-    nothing, and the model uses these positions as attention sinks, whose content is not about the
-    text.
+    BOS, wherever it is, and norm outliers (a few other positions, 10 to 100 times the rest) are
+    left alone: they were kept out of training, so the latents there mean nothing, and the model
+    uses these positions as attention sinks, whose content is not about the text.
 
     A position's change depends on that position alone, so batches work, padded or not, and so does
     a KV cache: with and without it the model says the same. Computed in float32, returned in the
     model's dtype.
 
     Args:
-        language_model: The model to change.
-        layer: The block, counted from 0.
+        model: The model to change.
         change: Of a raw residual stream in float32, to the same shape.
-        outlier_norm: That of the activations; ``math.inf`` changes all positions but BOS.
         where: ``"everywhere"``; ``"generated"``, from the first generated token on: what comes
             after the first pass while this is open, which is the prompt's; or positions.
 
@@ -185,157 +158,38 @@ def changed(
 
     def replace(residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         activations = residual.float()
-        chosen = learnt_positions(language_model, fed[0], activations, outlier_norm)
+        at = model.trained_positions(fed[0], activations)
         if where == "generated":
             ends[:] = ends or [positions[:, -1:]]
-            chosen &= positions > ends[0]
+            at &= positions > ends[0]
         elif where != "everywhere":
-            chosen &= torch.isin(positions, torch.tensor(where, device=positions.device))
-        if not chosen.any():
+            at &= torch.isin(positions, torch.tensor(where, device=positions.device))
+        if not at.any():
             return None
-        chosen = chosen[..., None]
-        changed = (activations + change(activations)).to(residual.dtype)
+        at = at[..., None]
+        moved = (activations + change(activations)).to(residual.dtype)
         require(
-            bool((changed.isfinite() | ~chosen).all()),
+            bool((moved.isfinite() | ~at).all()),
             f"STRENGTH must keep the residual stream finite in {residual.dtype}; it does not. "
             "−10 to 10 is the useful range.",
         )
-        return torch.where(chosen, changed, residual)
+        return torch.where(at, moved, residual)
 
-    block = language_model.blocks[layer]
-    with watched_tokens(language_model) as fed, replaced_residual(block, replace, True):
+    with watched_tokens(model.language_model) as fed, model.replaced(replace, True):
         yield
 
 
 def steered(
-    language_model: LanguageModel,
-    layer: int,
-    autoencoder: SparseAutoencoder,
+    model: FeatureModel,
     clamps: Sequence[Clamp] | Sequence[Sequence[Clamp]],
-    outlier_norm: float,
     where: str | Sequence[int] = "everywhere",
 ) -> contextlib.AbstractContextManager[None]:
-    """While open, the output of block ``layer`` has ``clamps`` applied; see `changed`.
+    """While open, the residual stream has ``clamps`` applied; see `changed`.
 
     Args:
-        autoencoder: Of the residual stream after this block, on the torch backend of Keras.
         clamps: Of different features; for all texts, or for each row of a batch its own.
 
     Raises:
         InputError: As for `change_by` and `changed`.
     """
-    change = change_by(autoencoder, clamps, language_model.device)
-    return changed(language_model, layer, change, outlier_norm, where)
-
-
-def prompt_tokens(
-    language_model: LanguageModel, prompt: str | list[dict[str, str]], chat: bool = False
-) -> torch.Tensor:
-    """Token ids of a prompt, shape (1, context), begun with BOS as the activations' contexts were.
-
-    Without it the first word would take BOS's place as the attention sink, and be an outlier.
-
-    Args:
-        chat: Make the prompt a user's message, and let the model reply as an assistant. Then the
-            prompt may also be a conversation, messages with a ``role`` and their ``content``.
-
-    Raises:
-        InputError: The model has no chat template.
-    """
-    tokenizer = language_model.tokenizer
-    if chat:
-        require(
-            bool(tokenizer.chat_template),
-            f"CHAT and CHAT_TEMPLATE need a model with a chat template; {language_model.name} has "
-            "none. Leave them out, or use an instruction-tuned model.",
-        )
-        is_text = isinstance(prompt, str)
-        messages = [{"role": "user", "content": prompt}] if is_text else prompt
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if tokens[:1] != [language_model.bos]:
-        tokens = [language_model.bos, *tokens]
-    return torch.tensor([tokens], device=language_model.device)
-
-
-def require_room(language_model: LanguageModel, length: int, max_new_tokens: int) -> None:
-    """Refuse a prompt of ``length`` tokens that does not leave room for the new ones."""
-    context = language_model.model.config.get_text_config().max_position_embeddings
-    require(
-        length + max_new_tokens <= context,
-        f"PROMPT must leave room for MAX_NEW_TOKENS in the model's context of {context} tokens; "
-        f"it has {length} and {max_new_tokens} are asked for. Shorten either.",
-    )
-
-
-def generate_tokens(
-    language_model: LanguageModel,
-    prompts: Sequence[torch.Tensor],
-    max_new_tokens: int,
-    use_cache: bool = True,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[torch.Tensor]:
-    """Continue prompts, all at once, until the model ends a text or ``max_new_tokens`` are there.
-
-    Args:
-        language_model: May be `steered` meanwhile.
-        prompts: Of `prompt_tokens`, of any lengths; the shorter are padded on the left.
-        max_new_tokens: Greater than 0.
-        use_cache: Keep keys and values; without, each token runs the whole text again.
-        temperature: 0 takes the likeliest token; above it, tokens are drawn from the model's whole
-            distribution at that temperature.
-        seed: Of the drawing.
-
-    Returns:
-        The continuations without their prompts, with the token that ended them.
-
-    Raises:
-        InputError: Prompt and new tokens do not fit into the model's context.
-    """
-    model, device = language_model.model, language_model.device
-    length = max(prompt.shape[1] for prompt in prompts)
-    require_room(language_model, length, max_new_tokens)
-    tokens = torch.full((len(prompts), length), language_model.bos, device=device)
-    attention_mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - prompt.shape[1] :] = prompt
-        attention_mask[row, length - prompt.shape[1] :] = 1
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        torch.manual_seed(seed)
-        # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix in.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    generated = model.generate(
-        tokens,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
-        repetition_penalty=1.0,
-        pad_token_id=language_model.bos,
-        **sampling,
-    )[:, length:]
-    end = model.generation_config.eos_token_id
-    ended = torch.isin(generated, torch.tensor([] if end is None else end, device=device)).int()
-    is_text = ended.cumsum(dim=1) - ended == 0
-    return [row[kept] for row, kept in zip(generated, is_text, strict=True)]
-
-
-def generate(
-    language_model: LanguageModel, prompt: str, max_new_tokens: int, chat: bool = False, **how
-) -> str:
-    """The text that continues a prompt, or replies to it; see `prompt_tokens`, `generate_tokens`.
-
-    Returns:
-        The continuation, without the prompt.
-    """
-    prompts = [prompt_tokens(language_model, prompt, chat)]
-    (tokens,) = generate_tokens(language_model, prompts, max_new_tokens, **how)
-    return decode(language_model, tokens)
-
-
-def decode(language_model: LanguageModel, tokens: torch.Tensor) -> str:
-    """The text of tokens, without special ones."""
-    return language_model.tokenizer.decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    return changed(model, change_by(model, clamps, model.language_model.device), where)

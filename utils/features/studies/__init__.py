@@ -1,1 +1,48 @@
-"""The paper's studies of features, a file each."""
+"""The paper's studies of features, a file each, in the paper's order.
+
+places           always: what directions promote, are near to, and where they lie on a map
+cross_entropy    always: what the model loses with the reconstruction
+specificity      is what a feature is about there where it is active?
+completeness     which words have a feature, and how frequent are they?
+neurons          is a feature merely a neuron?
+explanations     does a phrase tell what a feature fires on, better than a neuron's does?
+outputs          does a feature write what it reads, and so is good to steer with?
+splitting        what does a feature of a small dictionary become in larger ones?
+directions       does the model mind a feature's change more than another?
+
+A study is a module with its equation in the docstring, ``study(analysis)``, which returns its
+`Findings`, and ``draw(catalogue)``, which draws the finished study and returns its pictures by
+caption. To add one, write its file and add its name to `NAMES`.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from utils.features.analysis import Analysis, Findings
+    from utils.features.catalogue import Catalogue
+
+ALWAYS = ("places", "cross_entropy")
+NAMES = (
+    "specificity",
+    "completeness",
+    "neurons",
+    "explanations",
+    "outputs",
+    "splitting",
+    "directions",
+)
+
+
+class Study(Protocol):
+    """What a study's module has."""
+
+    def study(self, analysis: "Analysis") -> "Findings": ...
+
+    def draw(self, catalogue: "Catalogue") -> dict[str, Path]: ...
+
+
+def load(name: str) -> Study:
+    """The module of a study, imported when it is needed: some load a framework."""
+    return importlib.import_module(f"{__name__}.{name}")

@@ -11,20 +11,24 @@ through for the concept, and the sigmoids of dictionaries of several sizes fall 
 frequencies are multiplied by the number of living features.
 """
 
+import itertools
 import re
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from keras import ops
 from sklearn.linear_model import LogisticRegression
-from tqdm import tqdm
 
 from utils.activations.store import ActivationStore
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
-from utils.features.bootstrap import draw_again, interval
+from utils.features.catalogue import Catalogue
 from utils.features.concepts import CONCEPTS
+from utils.features.feature_pass import Encoder
+from utils.features.sampling import draw_again, interval
+from utils.plots import BLUE, GREY, ORANGE, picture
+from utils.steering.feature_model import FeatureEncoder
 
 COVERED = 0.5
 LEAST = 5  # occurrences of a word, below which what is found may be chance
@@ -32,6 +36,8 @@ SHORTEST = 3  # letters
 WORD = re.compile(rf"(?<!\w)[^\W\d_]{{{SHORTEST},}}(?!\w)")
 N_DRAWN = 40  # words that are in no list, of each quarter decade of frequency
 OTHER = "other words"
+CAPTION = "Which words have a feature?"
+TOGETHER = 65_536  # tokens whose words are sought together
 N_DRAWS = 200  # of the words, for the interval of a fit
 
 
@@ -47,7 +53,7 @@ class Occurrences(NamedTuple):
 
 
 def find_occurrences(
-    store: ActivationStore, contexts: range, pieces: list[str], seed: int
+    store: ActivationStore, contexts: range, token_texts: list[str], seed: int
 ) -> Occurrences:
     """Where the words of the lists are, and other words, drawn evenly over log frequency.
 
@@ -55,14 +61,14 @@ def find_occurrences(
     times. The lists' own are nearly all rare.
 
     Args:
-        pieces: The text of each token.
+        token_texts: The text of each token.
         seed: Of the drawing.
     """
     numbers: dict[str, int] = {}
-    text, word_of = np.array(pieces, dtype=object), []
+    text, word_of = np.array(token_texts, dtype=object), []
     at = np.full((len(contexts), store.context_length), -1, np.int32)
-    for row, context in enumerate(contexts):
-        spelt = text[store["tokens"][context]]
+    tokens = (tokens for batch in store.batches(contexts, TOGETHER) for tokens in batch.tokens)
+    for row, spelt in enumerate(text[context] for context in tokens):
         ends = np.cumsum([len(piece) for piece in spelt])
         for match in WORD.finditer("".join(spelt)):
             first, last = np.searchsorted(ends, [match.start(), match.end() - 1], side="right")
@@ -88,7 +94,7 @@ def _choose(counts: np.ndarray, listed: np.ndarray, seed: int) -> np.ndarray:
 
 
 def find_features(
-    autoencoder: SparseAutoencoder,
+    encoder: Encoder,
     store: ActivationStore,
     contexts: range,
     occurrences: Occurrences,
@@ -105,31 +111,23 @@ def find_features(
         A row a word: ``word``, ``list``, ``n``, how often it is there; ``feature``, −1 for none,
         ``recall`` r, ``precision`` p, ``f1``; ``covered``. And the number of living features.
     """
-    norms = ops.convert_to_numpy(autoencoder.decoder_norms())
-    n = autoencoder.n_latents
+    n = encoder.n_latents
     totals = np.zeros(n)
     active = np.zeros((len(occurrences.words), n), np.int32)  # occurrences that a feature is on
     mass = np.zeros(active.shape, np.float32)  # its activation on them
-    length = store.context_length
-    per_batch = max(1, batch_size // length)
-    with tqdm(
-        total=len(contexts) * length, desc="seeking concepts", unit="tok", unit_scale=True
-    ) as progress:
-        for start in range(0, len(contexts), per_batch):
-            chosen = contexts[start : start + per_batch]
-            kept = np.stack([store["kept"][context] for context in chosen])
-            rows = store.kept_rows(chosen).astype(np.float32)
-            row, feature, latents, _ = autoencoder.encode_active(rows)
-            activation = latents * norms[feature]
-            totals += np.bincount(feature, activation, minlength=n)
-            occurrence = occurrences.at[start : start + per_batch][kept][row].astype(np.int64)
-            word = np.where(occurrence < 0, -1, occurrences.word_of[occurrence])
-            hit = word >= 0
-            word, feature, occurrence = word[hit], feature[hit], occurrence[hit]
-            np.add.at(mass, (word, feature), activation[hit])
-            once = np.unique(occurrence * n + feature, return_index=True)[1]
-            np.add.at(active, (word[once], feature[once]), 1)
-            progress.update(len(chosen) * length)
+    first = 0  # context of the batch
+    for batch in store.batches(contexts, batch_size, "seeking concepts"):
+        row, feature, activation, _ = encoder.active(batch.rows)
+        totals += np.bincount(feature, activation, minlength=n)
+        context, position = batch.places(row)
+        occurrence = occurrences.at[first + context, position].astype(np.int64)
+        first += len(batch.contexts)
+        word = np.where(occurrence < 0, -1, occurrences.word_of[occurrence])
+        hit = word >= 0
+        word, feature, occurrence = word[hit], feature[hit], occurrence[hit]
+        np.add.at(mass, (word, feature), activation[hit])
+        once = np.unique(occurrence * n + feature, return_index=True)[1]
+        np.add.at(active, (word[once], feature[once]), 1)
     return _best_features(active, mass, totals, occurrences), int((totals > 0).sum())
 
 
@@ -152,7 +150,7 @@ def _best_features(
     return table.sort_values("n", ascending=False, ignore_index=True)
 
 
-def fit_sigmoid(frequency: np.ndarray, covered: np.ndarray, seed: int) -> dict[str, Any] | None:
+def fit_sigmoid(frequency: np.ndarray, covered: np.ndarray, seed: int) -> dict[str, Json] | None:
     """P(covered) = 1 / (1 + exp(−slope · (log10 frequency − middle))), by maximum likelihood.
 
     Args:
@@ -178,9 +176,9 @@ def fit_sigmoid(frequency: np.ndarray, covered: np.ndarray, seed: int) -> dict[s
 
 
 def _fit(frequency: np.ndarray, covered: np.ndarray) -> tuple[float, float]:
-    found = LogisticRegression(C=1e4).fit(np.log10(frequency)[:, None], covered)
-    slope = float(found.coef_[0, 0])
-    return slope, float(-found.intercept_[0] / slope)
+    sigmoid = LogisticRegression(C=1e4).fit(np.log10(frequency)[:, None], covered)
+    slope = float(sigmoid.coef_[0, 0])
+    return slope, float(-sigmoid.intercept_[0] / slope)
 
 
 def study(analysis: Analysis) -> Findings:
@@ -191,13 +189,13 @@ def study(analysis: Analysis) -> Findings:
         and the table of `find_features`, with ``n_latents`` and ``frequency``, occurrences a token.
     """
     store, settings = analysis.store, analysis.settings
-    occurrences = find_occurrences(store, analysis.contexts, analysis.pieces, settings.seed)
+    occurrences = find_occurrences(store, analysis.contexts, analysis.token_texts, settings.seed)
     n_tokens = occurrences.at.size
     tables, fits = [], []
     autoencoders = [analysis.autoencoder, *analysis.others]
     for autoencoder in sorted(autoencoders, key=lambda autoencoder: autoencoder.n_latents):
         table, n_alive = find_features(
-            autoencoder, store, analysis.contexts, occurrences, settings.batch_size
+            FeatureEncoder(autoencoder), store, analysis.contexts, occurrences, settings.batch_size
         )
         table = table.assign(n_latents=autoencoder.n_latents, frequency=table["n"] / n_tokens)
         covered = table["covered"].to_numpy()
@@ -209,7 +207,7 @@ def study(analysis: Analysis) -> Findings:
     return Findings(fits, words, {"completeness": pd.concat(tables, ignore_index=True)})
 
 
-def in_words(fit: dict[str, Any]) -> str:
+def in_words(fit: dict[str, Json]) -> str:
     """What was found in one dictionary, as a sentence."""
     half = (
         f"; half of those that make up {fit['half']:.1e} of all tokens, "
@@ -221,3 +219,49 @@ def in_words(fit: dict[str, Any]) -> str:
         f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
         f"{fit['n_alive']:,}{half}."
     )
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The picture of a finished study, by its caption."""
+    path = catalogue.folder / "completeness.png"
+    plot_completeness(catalogue.table("completeness"), catalogue.summary["completeness"], path)
+    return {CAPTION: path}
+
+
+def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None:
+    """Share of words that have a feature against how frequent they are, with the fitted sigmoids.
+
+    Args:
+        table: A row a word and dictionary: ``n_latents, frequency, covered``.
+        fits: Of `study`.
+    """
+    most = fits[-1]
+    title = f"Completeness: {most['n_covered']:,} of {most['n_words']:,} words, the frequent ones, "
+    title += f"have a feature among {most['n_alive']:,}"
+    colours = (BLUE, ORANGE, "#117733", "#AA4499", "#88CCEE")
+    with picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
+        for fit, colour in zip(fits, itertools.cycle(colours)):
+            own = table[table.n_latents == fit["n_latents"]]
+            bins = np.round(4 * np.log10(own.frequency)) / 4
+            points = own.groupby(bins).agg(covered=("covered", "mean"))
+            for axes, factor in ((left, 1e6), (right, fit["n_alive"])):
+                axes.plot(
+                    10**points.index * factor,
+                    100 * points.covered,
+                    "o",
+                    ms=4,
+                    color=colour,
+                    label=f"{fit['n_latents']:,} latents",
+                )
+                if "half" in fit:
+                    x = np.logspace(*np.log10([own.frequency.min(), own.frequency.max()]), 200)
+                    steepness = fit["slope"] * np.log10(x / fit["half"])
+                    axes.plot(x * factor, 100 / (1 + np.exp(-steepness)), color=colour)
+        left.set(title="By frequency", xlabel="occurrences per million tokens")
+        left.set(ylabel="% of words with a feature")
+        left.legend(loc="upper left")
+        right.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        right.set(title="Rescaled by living features")
+        right.set(xlabel="occurrences a token × living features")
+        for axes in (left, right):
+            axes.set(xscale="log", ylim=(-2, 102))

@@ -10,28 +10,28 @@ Reference: "Update on how we train SAEs" (Circuits Updates, April 2024); "Scalin
 
 import itertools
 import math
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from keras import ops
 from scipy import stats
 from tqdm import tqdm
 
-from utils.activations.store import ActivationStore, spread
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.activations.store import ActivationStore, ContextBatch, Contexts, spread
+from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
-from utils.features.bootstrap import mean_and_interval
-from utils.features.studies.neurons import draw_features
-from utils.language_model import LanguageModel, load_language_model, replaced_residual
-from utils.steering.clamps import encode
-from utils.steering.evaluation import as_torch
+from utils.features.catalogue import Catalogue
+from utils.features.sampling import draw_features, mean_and_interval
+from utils.language_model import load_language_model
+from utils.plots import BLUE, GREY, ORANGE, picture
+from utils.steering.feature_model import FeatureModel
 
 DIRECTIONS = ("feature", "covariance", "random")
 FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added to the stream
 N_FEATURES = 50
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
+CAPTION = "Does the model mind a feature's change more?"
 TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
 
 
@@ -59,17 +59,12 @@ def draw_directions(
 
 @torch.inference_mode()
 def measure_directions(
-    language_model: LanguageModel,
-    autoencoder: SparseAutoencoder,
-    store: ActivationStore,
-    contexts: range,
-    features: np.ndarray,
-    seed: int,
+    model: FeatureModel, store: ActivationStore, contexts: Contexts, features: np.ndarray, seed: int
 ) -> pd.DataFrame:
     """The rise in loss when features, and directions beside them, are changed alike.
 
     Args:
-        language_model: The model whose residual stream the autoencoder was trained on, in float32.
+        model: With a language model in float32.
         contexts: Where to look for the features, best held out.
         features: Numbers of features.
         seed: Of the directions drawn.
@@ -81,28 +76,30 @@ def measure_directions(
         summed loss of the context grew, and ``kl``, by how much its predictions diverged from the
         untouched ones, both in nats.
     """
-    device, layer = language_model.device, store.layer
-    tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in contexts])).long().to(device)
-    kept = torch.from_numpy(np.stack([store["kept"][c] for c in contexts])).to(device)
-    chosen = torch.as_tensor(np.array(features), device=device)
-    stored = torch.from_numpy(np.stack([store["activations"][c] for c in contexts])).to(device)
-    latents = torch.stack([encode(autoencoder, own)[:, chosen] for own in stored])
-    latents = latents * kept[..., None]  # (contexts, context_length, features)
-    rows = as_torch(ops.take(autoencoder.W_dec, chosen, axis=0)).to(device)
-    sizes = rows.norm(dim=1) / as_torch(autoencoder.scale).to(device)
-    drawn = draw_directions(store.kept_rows(contexts).astype(np.float32), len(chosen), seed)
-    units = [torch.nn.functional.normalize(rows), *(each.to(device) for each in drawn)]
+    device = model.language_model.device
+    numbers = torch.as_tensor(np.array(features), device=device)
+    batch = ContextBatch(store, contexts)
+    tokens = torch.from_numpy(batch.tokens).long().to(device)
+    lengths = torch.zeros(*tokens.shape, len(features), device=device)  # of a feature's part, raw
+    rows = torch.from_numpy(batch.rows).to(device)
+    parts = [model.encode(some, numbers) for some in rows.split(TOKENS_TOGETHER)]
+    lengths[torch.from_numpy(batch.kept).to(device)] = torch.cat(parts) / model.scale
+    drawn = draw_directions(batch.rows, len(features), seed)
+    units = [
+        torch.nn.functional.normalize(model.directions(numbers)),
+        *(each.to(device) for each in drawn),
+    ]
     changes = torch.stack([factor * unit for unit in units for factor in FACTORS.values()])
     variants = [(name, change) for name in DIRECTIONS for change in FACTORS]
     table = []
     for i, feature in enumerate(tqdm(features, "changing features", unit="feature")):
-        at = int(latents[..., i].sum(dim=1).argmax())
-        length = latents[at, :, i] * sizes[i]  # of the change, at each position
+        at = int(lengths[..., i].sum(dim=1).argmax())
+        length = lengths[at, :, i]
         n = int((length > 0).sum())
         if not n:
             continue
         change = changes[:, i, None] * length[:, None]  # (variants, context_length, d_model)
-        rises, divergences = _what_changes(language_model, layer, tokens[at], change)
+        rises, divergences = _what_changes(model, tokens[at], change)
         for (direction, name), rise, kl in zip(variants, rises, divergences, strict=True):
             table.append((feature, contexts[at], direction, name, n, rise / n, kl / n))
     columns = ["feature", "context", "direction", "change", "n", "rise", "kl"]
@@ -110,7 +107,7 @@ def measure_directions(
 
 
 def _what_changes(
-    language_model: LanguageModel, layer: int, tokens: torch.Tensor, change: torch.Tensor
+    model: FeatureModel, tokens: torch.Tensor, change: torch.Tensor
 ) -> tuple[list[float], list[float]]:
     """The rise in loss, and the divergence from the untouched predictions, summed over a context.
 
@@ -122,25 +119,23 @@ def _what_changes(
         Two lists, in nats, an entry a change.
     """
     rises, divergences, untouched = [], [], None
-    counted = tokens[1:] != language_model.bos
+    counted = tokens[1:] != model.language_model.bos
     change = torch.cat([torch.zeros_like(change[:1]), change])
     for some in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
         # One context goes in; where the changes are added it becomes one for each of them.
-        with replaced_residual(
-            language_model.blocks[layer], lambda residual, some=some: residual + some.to(residual)
-        ):
-            every = language_model.model(tokens[None], use_cache=False).logits[:, :-1]
+        with model.replaced(lambda residual, some=some: residual + some.to(residual)):
+            every = model.language_model.model(tokens[None], use_cache=False).logits[:, :-1]
         for logits in every:
-            found = logits[counted].float().log_softmax(dim=-1)
-            untouched = found if untouched is None else untouched
-            gains = (untouched - found).gather(1, tokens[1:][counted, None])
-            kl = torch.nn.functional.kl_div(found, untouched, reduction="sum", log_target=True)
+            predicted = logits[counted].float().log_softmax(dim=-1)
+            untouched = predicted if untouched is None else untouched
+            gains = (untouched - predicted).gather(1, tokens[1:][counted, None])
+            kl = torch.nn.functional.kl_div(predicted, untouched, reduction="sum", log_target=True)
             rises.append(math.fsum(gains.flatten().tolist()))
             divergences.append(float(kl))
     return rises[1:], divergences[1:]
 
 
-def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
+def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Json]]:
     """Means by direction and change, with 95% intervals.
 
     Returns:
@@ -151,7 +146,7 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
     """
     grouped = table.set_index(["change", "direction", "feature"]).unstack("feature")
     n = table["feature"].nunique()
-    found = []
+    rows = []
     for change, direction in itertools.product(FACTORS, DIRECTIONS) if n else ():
         row = {"change": change, "direction": direction, "n_features": n}
         for measure in ("rise", "kl"):
@@ -160,8 +155,8 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Any]]:
         more = grouped["kl"].loc[change, "feature"].to_numpy() - values
         differs = direction != "feature" and more.any()
         p = stats.wilcoxon(more, alternative="greater").pvalue if differs else 1.0
-        found.append(row | {"larger": float((more > 0).mean()), "p": float(p)})
-    return found
+        rows.append(row | {"larger": float((more > 0).mean()), "p": float(p)})
+    return rows
 
 
 def study(analysis: Analysis) -> Findings:
@@ -173,19 +168,61 @@ def study(analysis: Analysis) -> Findings:
     features = draw_features(frequency, n_tokens, N_FEATURES, seed)
     # In bfloat16 every later token's loss would change by more than the rise that is sought.
     exact = load_language_model(store.model_name, store.layer, "float32")
-    table = measure_directions(exact, analysis.autoencoder, store, contexts, features, seed)
-    found = summarise(table, seed)
-    return Findings(found, in_words(found), {"directions": table})
+    model = FeatureModel(exact, store.layer, analysis.autoencoder, store.outlier_norm)
+    table = measure_directions(model, store, contexts, features, seed)
+    summary = summarise(table, seed)
+    return Findings(summary, in_words(summary), {"directions": table})
 
 
-def in_words(found: list[dict[str, Any]]) -> str:
+def in_words(summary: list[dict[str, Json]]) -> str:
     """What ablating did, as a sentence."""
-    ablated = {row["direction"]: row for row in found if row["change"] == "ablated"}
+    ablated = {row["direction"]: row for row in summary if row["change"] == "ablated"}
     if not ablated:
         return ""
-    own, other = ablated["feature"], ablated["covariance"]
+    feature, other = ablated["feature"], ablated["covariance"]
     return (
-        f"Special directions: ablating a feature changes predictions by {own['kl'][0]:.3f} nats "
-        f"(KL) where it is active, as large a change elsewhere by {other['kl'][0]:.3f}; more for "
-        f"{other['larger']:.0%} of {own['n_features']} features (p = {other['p']:.0e})."
+        f"Special directions: ablating a feature changes predictions by {feature['kl'][0]:.3f} "
+        f"nats (KL) where it is active, as large a change elsewhere by {other['kl'][0]:.3f}; more "
+        f"for {other['larger']:.0%} of {feature['n_features']} features (p = {other['p']:.0e})."
     )
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The picture of a finished study, by its caption."""
+    plot_directions(catalogue.summary["directions"], catalogue.folder / "directions.png")
+    return {CAPTION: catalogue.folder / "directions.png"}
+
+
+def plot_directions(found: list[dict], path: Path) -> None:
+    """What changes when features, and other directions, are moved along by as much.
+
+    Args:
+        found: Of `summarise`.
+    """
+    table = pd.DataFrame(found).set_index(["direction", "change"])
+    title = "What ablating and doubling a feature changes, beside like changes elsewhere"
+    names = {
+        "feature": "the feature's own",
+        "covariance": "drawn with the\ncovariance of activations",
+        "random": "drawn at random",
+    }
+    panels = (("kl", "Divergence from the untouched predictions (KL)"), ("rise", "Rise in loss"))
+    title += f" (n = {table.n_features.iloc[0]} features)"
+    with picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
+        for axes, (measure, heading) in zip(grid, panels, strict=True):
+            for offset, change, factor, colour in (
+                (-0.19, "ablated", "× 0", BLUE),
+                (0.19, "doubled", "× 2", ORANGE),
+            ):
+                own = table[measure].xs(change, level="change")[list(names)]
+                mean, low, high = np.array(own.tolist()).T
+                about = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": GREY}
+                about |= {"color": colour, "label": f"{change} ({factor}), 95% interval"}
+                axes.barh(np.arange(len(names)) + offset, mean, 0.36, **about)
+            axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.grid(axis="y", visible=False)
+            axes.set(title=heading, xlabel="nats for each position moved")
+            axes.locator_params(axis="x", nbins=6)
+        grid[0].set_yticks(range(len(names)), names.values())
+        grid[0].invert_yaxis()
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -14,19 +14,30 @@ mean of the two. The phrase of another feature, a random label, tells what chanc
 Reference: "Automatically Interpreting Millions of Features" (Paulo et al. 2024), and its delphi.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from utils.activations.store import ActivationStore, ContextBatch
+from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
-from utils.features.bootstrap import mean_and_interval
-from utils.features.feature_pass import WINDOW, FeaturePass, window_start
+from utils.features.catalogue import Catalogue, example_table
+from utils.features.examples import (
+    WINDOW,
+    draw_examples,
+    unused_examples,
+    used_for_label,
+    window_start,
+)
+from utils.features.feature_pass import Encoder, FeaturePass
 from utils.features.judge import Answers, ask_grades, ask_labels
-from utils.features.likeness import compare_contexts, open_embedder
-from utils.features.phrases import Explanation, explain
+from utils.features.labels import Explanation, explain, word_at
+from utils.features.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values
 from utils.features.questions import (
     DETECTION,
     FUZZING,
@@ -35,80 +46,78 @@ from utils.features.questions import (
     marked_tokens,
     show,
 )
-from utils.features.studies.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values
-from utils.features.studies.specificity import chosen_from, draw_examples, held_out, word_at
-from utils.features.tables import example_table
+from utils.features.sampling import mean_and_interval
+from utils.plots import GREY, INK, ORANGE, picture
 
-N_QUIET = 200  # texts that non-activating examples are drawn from
+N_SILENT = 200  # texts that non-activating examples are drawn from
 LEAST = 5  # examples to take a phrase from, and to score it on
 N_COMPARED = 100  # features, and as many neurons
-SCORED = (
-    "feature", "explanation", "detection", "fuzzing", "score", "random", "likeness",
-    "random_likeness",
-)  # fmt: skip
+SCORED = ("feature", "explanation", "detection", "fuzzing", "score", "random")
 USUAL_LABEL = "the names of countries, rivers and cities in news and travel writing"
-QUESTIONS = {"detection": DETECTION, "fuzzing": FUZZING}
+QUESTIONS = {question.name: question for question in (DETECTION, FUZZING)}
+CAPTION = "Does a phrase tell what a feature fires on?"
 
 
 # ------------------------------------------------------------------------------------------- trials
 
 
-class Quiet(NamedTuple):
-    """Texts drawn at random: a row a text, and which features are active in it."""
+class RandomTexts(NamedTuple):
+    """Texts drawn at random, and which features are active in each."""
 
-    table: pd.DataFrame  # pieces, peak (a place drawn at random), subset
+    table: pd.DataFrame  # token_texts, subset; a row a text
     active: np.ndarray  # (texts, n_latents), bool
 
 
-def draw_quiet(
-    autoencoder: Any, store: Any, contexts: range, pieces: list[str], seed: int
-) -> Quiet:
+def draw_texts(
+    encoder: Encoder, store: ActivationStore, contexts: range, token_texts: list[str], seed: int
+) -> RandomTexts:
     """Texts of `WINDOW` tokens, among which each feature finds some that it is not active in."""
     random = np.random.default_rng(seed)
-    drawn = contexts.start + np.sort(random.permutation(len(contexts))[:N_QUIET])
-    drawn = [context for context in drawn if store["kept"][context].any()]
-    active = np.zeros((len(drawn), autoencoder.n_latents), bool)
+    drawn = contexts.start + np.sort(random.permutation(len(contexts))[:N_SILENT])
+    batches = (ContextBatch(store, [context]) for context in drawn)
+    batches = [batch for batch in batches if batch.kept.any()]
+    active = np.zeros((len(batches), encoder.n_latents), bool)
     rows = []
-    for text, context in enumerate(drawn):
-        at = np.flatnonzero(store["kept"][context])
-        row, feature, *_ = autoencoder.encode_active(store.kept_rows([context]).astype(np.float32))
-        position = random.choice(at)
+    for text, batch in enumerate(batches):
+        row, feature, *_ = encoder.active(batch.rows)
+        position = random.choice(np.flatnonzero(batch.kept))
         start = int(window_start(position, store.context_length))
-        inside = (at[row] >= start) & (at[row] < start + WINDOW)
-        active[text, feature[inside]] = True
-        tokens = store["tokens"][context][start : start + WINDOW]
-        subset = store.subset_names(context)[position]
-        rows.append(([pieces[token] for token in tokens], position - start, subset))
-    return Quiet(pd.DataFrame(rows, columns=["pieces", "peak", "subset"]), active)
+        at = batch.places(row)[1]
+        active[text, feature[(at >= start) & (at < start + WINDOW)]] = True
+        tokens = batch.tokens[0, start : start + WINDOW]
+        subset = store.subset_names[batch.subsets[0, position]]
+        rows.append(([token_texts[token] for token in tokens], subset))
+    return RandomTexts(pd.DataFrame(rows, columns=["token_texts", "subset"]), active)
 
 
-def make_trials(held: pd.DataFrame, quiet: Quiet, seed: int) -> pd.DataFrame:
+def make_trials(unused: pd.DataFrame, random_texts: RandomTexts, seed: int) -> pd.DataFrame:
     """What to ask about each feature, in an order that tells nothing.
 
     Returns:
         A row a trial: ``feature``, ``kind`` (detection, fuzzing), ``truth``, and the text:
-        ``pieces``, ``marked`` (bool, of their length), ``subset``.
+        ``token_texts``, ``marked`` (bool, of their length), ``subset``.
     """
     random = np.random.default_rng(seed)
     rows = []
-    for feature, own in held.groupby("feature"):
-        silent = random.permutation(np.flatnonzero(~quiet.active[:, feature]))[: len(own)]
-        if len(own) < LEAST or len(silent) < LEAST:
+    for feature, examples in unused.groupby("feature"):
+        silent = np.flatnonzero(~random_texts.active[:, feature])
+        silent = random.permutation(silent)[: len(examples)]
+        if len(examples) < LEAST or len(silent) < LEAST:
             continue
-        marks = [marked_tokens(np.asarray(values)) for values in own["activations"]]
+        marks = [marked_tokens(np.asarray(values)) for values in examples["activations"]]
         n_marked = int(np.ceil(np.mean([mark.sum() for mark in marks])))
-        for row, mark in zip(own.itertuples(), marks, strict=True):
+        for row, mark in zip(examples.itertuples(), marks, strict=True):
             none, wrong = np.zeros_like(mark), np.zeros_like(mark)
-            rows.append((feature, "detection", True, row.pieces, none, row.subset))
+            rows.append((feature, "detection", True, row.token_texts, none, row.subset))
             off = np.flatnonzero((np.asarray(row.activations) == 0) & (row.tokens >= 0))
             if len(off):
                 wrong[random.permutation(off)[:n_marked]] = True
-                rows.append((feature, "fuzzing", True, row.pieces, mark, row.subset))
-                rows.append((feature, "fuzzing", False, row.pieces, wrong, row.subset))
-        for text in quiet.table.iloc[silent].itertuples():
-            none = np.zeros(len(text.pieces), bool)
-            rows.append((feature, "detection", False, text.pieces, none, text.subset))
-    names = ["feature", "kind", "truth", "pieces", "marked", "subset"]
+                rows.append((feature, "fuzzing", True, row.token_texts, mark, row.subset))
+                rows.append((feature, "fuzzing", False, row.token_texts, wrong, row.subset))
+        for text in random_texts.table.iloc[silent].itertuples():
+            none = np.zeros(len(text.token_texts), bool)
+            rows.append((feature, "detection", False, text.token_texts, none, text.subset))
+    names = ["feature", "kind", "truth", "token_texts", "marked", "subset"]
     trials = pd.DataFrame(rows, columns=names)
     return trials.iloc[random.permutation(len(trials))].reset_index(drop=True)
 
@@ -129,8 +138,8 @@ def grade_by_words(trials: pd.DataFrame, explanations: dict[int, Explanation]) -
             places = np.flatnonzero(row.marked)
             grades.append(np.mean([word in concept.words for word in row.words[places]]))
         else:
-            found = set(row.words)
-            fits = bool(found & concept.words) + bool(found & around)
+            words = set(row.words)
+            fits = bool(words & concept.words) + bool(words & around)
             grades.append(fits + 0.5 * (row.subset == concept.subset))
     return grades
 
@@ -141,22 +150,22 @@ def grade_by_judge(
     """A judge's yes or no to each trial, 1 or 0; NaN where its answer cannot be read."""
     grades = np.full(len(trials), np.nan)
     for kind, question in QUESTIONS.items():
-        own = np.flatnonzero((trials["kind"] == kind) & trials["feature"].isin(labels))
-        texts = [shown[i] for i in own]
-        features = trials["feature"].iloc[own]
-        grades[own] = ask_grades(question, kind, features, labels, texts, 1, answers)
+        asked = np.flatnonzero((trials["kind"] == kind) & trials["feature"].isin(labels))
+        texts = [shown[i] for i in asked]
+        features = trials["feature"].iloc[asked]
+        grades[asked] = ask_grades(question, features, labels, texts, answers)
     return grades
 
 
-def auc(trials: pd.DataFrame, grades: Any) -> pd.DataFrame:
+def auc(trials: pd.DataFrame, grades: Sequence[float] | np.ndarray) -> pd.DataFrame:
     """A row a feature: ``detection``, ``fuzzing`` and their mean, ``score``; NaN where ungraded."""
     graded = trials[["feature", "kind", "truth"]].assign(grade=grades).dropna()
     scores = pd.DataFrame(index=pd.Index(sorted(set(trials["feature"])), name="feature"))
     for kind in ("detection", "fuzzing"):
-        own = graded[graded["kind"] == kind].groupby("feature")
+        by_feature = graded[graded["kind"] == kind].groupby("feature")
         values = {
             feature: roc_auc_score(group["truth"], group["grade"])
-            for feature, group in own
+            for feature, group in by_feature
             if group["truth"].nunique() == 2
         }
         scores[kind] = pd.Series(values, dtype=float)
@@ -167,48 +176,46 @@ def auc(trials: pd.DataFrame, grades: Any) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------- study
 
 
-def score_group(analysis: Analysis, examples: pd.DataFrame, quiet: Quiet, n: int) -> pd.DataFrame:
+def score_group(
+    analysis: Analysis, examples: pd.DataFrame, random_texts: RandomTexts, n: int
+) -> pd.DataFrame:
     """Explain and score the first ``n`` features of some examples that have enough of them.
 
     Args:
-        examples: Of `specificity.draw_examples`; "features" may be neurons.
+        examples: Of `draw_examples`; "features" may be neurons.
 
     Returns:
-        A row a feature, columns `SCORED`: ``random`` is the score of another's explanation,
-        ``likeness`` and ``random_likeness`` are of contexts.
+        A row a feature, columns `SCORED`; ``random`` is the score of another's explanation.
     """
-    settings = analysis.settings
-    held = held_out(examples)
-    trials = make_trials(held, quiet, settings.seed)
+    seed = analysis.settings.seed
+    trials = make_trials(unused_examples(examples), random_texts, seed)
     able = set(trials["feature"])
     if not able:
         return pd.DataFrame(columns=SCORED)
-    order = np.random.default_rng(settings.seed).permutation(sorted(able))[:n]
+    order = np.random.default_rng(seed).permutation(sorted(able))[:n]
     trials = trials[trials["feature"].isin(order)].reset_index(drop=True)
     examples = examples[examples["feature"].isin(order)]
-    explanations = explain(examples, analysis.pieces, analysis.subset_shares)
-    texts = {feature: explanation.text for feature, explanation in explanations.items()}
+    explanations = explain(examples, analysis.token_texts, analysis.subset_shares)
+    phrases = {feature: explanation.text for feature, explanation in explanations.items()}
     other = dict(zip(order, np.roll(order, 1), strict=True))
     if analysis.judge is None:
-        words = [np.array([word_at(p, i) for i in range(len(p))]) for p in trials["pieces"]]
-        trials["words"] = words
-        own = grade_by_words(trials, explanations)
+        trials["words"] = [
+            np.array([word_at(texts, i) for i in range(len(texts))])
+            for texts in trials["token_texts"]
+        ]
+        grades = grade_by_words(trials, explanations)
         random = grade_by_words(trials, {f: explanations[other[f]] for f in order})
     else:
-        shown = [show(row.pieces, row.marked) for row in trials.itertuples()]
+        shown = [show(row.token_texts, row.marked) for row in trials.itertuples()]
         announce(analysis.judge, trials, shown)
-        labels = ask_labels(examples[chosen_from(examples)], analysis.judge)
-        texts |= labels
-        own = grade_by_judge(trials, shown, labels, analysis.judge)
+        labels = ask_labels(examples[used_for_label(examples)], analysis.judge)
+        phrases |= labels
+        grades = grade_by_judge(trials, shown, labels, analysis.judge)
         swapped = {f: labels[other[f]] for f in order if other[f] in labels}
         random = grade_by_judge(trials, shown, swapped, analysis.judge)
-    table = auc(trials, own)
-    table.insert(0, "explanation", pd.Series(texts))
+    table = auc(trials, grades)
+    table.insert(0, "explanation", pd.Series(phrases))
     table["random"] = auc(trials, random)["score"]
-    held = held[held["feature"].isin(order)]
-    source = examples[chosen_from(examples)]
-    embed = open_embedder(settings.sentence_model)
-    table = table.join(compare_contexts(embed, source, held, quiet.table, quiet.active, other))
     return table.reset_index()
 
 
@@ -216,8 +223,8 @@ def announce(answers: Answers, trials: pd.DataFrame, shown: list[str]) -> None:
     """Say before the first question what all of them will take, with labels of a usual length."""
     prompts = [
         prompt
-        for (_, kind), own in trials.groupby(["feature", "kind"])
-        for prompt in grade_questions(QUESTIONS[kind], USUAL_LABEL, [shown[i] for i in own.index])
+        for (_, kind), group in trials.groupby(["feature", "kind"])
+        for prompt in grade_questions(QUESTIONS[kind], USUAL_LABEL, [shown[i] for i in group.index])
     ]
     once = answers.estimate(prompts, GRADES_TOKENS)
     n_features = trials["feature"].nunique()
@@ -234,23 +241,21 @@ def study(analysis: Analysis) -> Findings:
     """
     if not analysis.examples.num_rows:
         return Findings({})
-    settings, store, pieces = analysis.settings, analysis.store, analysis.pieces
+    settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
     if analysis.judge is not None:
         analysis.judge.count_anew()
     every = analysis.examples.to_pandas()
-    phrases = {f: e.text for f, e in explain(every, pieces, analysis.subset_shares).items()}
-    quiet = draw_quiet(analysis.autoencoder, store, analysis.contexts, pieces, settings.seed)
-    drawn = draw_examples(analysis.examples, pieces, 2 * settings.n_explained, settings.seed)
-    scored = score_group(analysis, drawn, quiet, settings.n_explained)
+    phrases = {f: e.text for f, e in explain(every, texts, analysis.subset_shares).items()}
+    random_texts = draw_texts(analysis.encoder, store, analysis.contexts, texts, settings.seed)
+    drawn = draw_examples(analysis.examples, texts, 2 * settings.n_explained, settings.seed)
+    scored = score_group(analysis, drawn, random_texts, settings.n_explained)
     compared = compare_with_neurons(analysis)
     phrases |= dict(zip(scored["feature"], scored["explanation"], strict=True))
-    by_feature = scored.set_index("feature").reindex(range(len(analysis.features)))
+    features = range(len(analysis.features))
+    scores = scored.set_index("feature")["score"].reindex(features)
     columns = {
-        "explanation": np.array(
-            [phrases.get(f, "") for f in range(len(analysis.features))], object
-        ),
-        "explanation_score": by_feature["score"].to_numpy(float),
-        "context_likeness": by_feature["likeness"].to_numpy(float),
+        "explanation": np.array([phrases.get(feature, "") for feature in features], object),
+        "explanation_score": scores.to_numpy(float),
     }
     summary = summarise(scored, compared, settings.seed)
     if analysis.judge is not None:
@@ -259,22 +264,22 @@ def study(analysis: Analysis) -> Findings:
     return Findings(summary, in_words(summary), {"explanations": table}, columns)
 
 
-def in_words(found: dict[str, Any]) -> str:
+def in_words(summary: dict[str, Json]) -> str:
     """What `study` found, a sentence a line."""
     lines = []
-    if "score" in found:
+    if "score" in summary:
         lines.append(
-            f"Explanations, 0.5 by chance: {found['score'][0]:.2f} for {found['n_features']:,} "
-            f"features, {found['random'][0]:.2f} by another's."
+            f"Explanations, 0.5 by chance: {summary['score'][0]:.2f} for "
+            f"{summary['n_features']:,} features, {summary['random'][0]:.2f} by another's."
         )
-    if "p_neurons" in found:
+    if "p_neurons" in summary:
         names = "features, same tokens", "neurons"
-        features, neurons = (found["groups"][name][0] for name in names)
+        features, neurons = (summary["groups"][name][0] for name in names)
         lines.append(
             f"Over the same tokens: {features:.2f} for features, {neurons:.2f} for neurons."
         )
-    for what, n in found.get("unparsed", {}).items():
-        asked = f"{found['asked'][what]:,} answers ({what})"
+    for sort, n in summary.get("unparsed", {}).items():
+        asked = f"{summary['asked'][sort]:,} answers ({sort})"
         lines.append(f"Judge: {n:,} of {asked} could not be read.")
     return "\n".join(lines)
 
@@ -285,31 +290,31 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
     Of each token the neurons count as active that are largest, as many as features are (L0), as
     delphi does: an MLP's neurons are all a little active everywhere.
     """
-    settings, store = analysis.settings, analysis.store
+    settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
     n = min(N_COMPARED, settings.n_explained)
     contexts = store.first(settings.n_neuron_tokens)
     neurons = draw_neurons(analysis.language_model, store.layer, 2 * n, settings.seed)
     k = max(1, round(analysis.summary["l0"]))
     values = neuron_values(analysis.language_model, store, contexts, neurons, k)
     groups = {
-        "features, same tokens": (analysis.autoencoder, store),
+        "features, same tokens": (analysis.encoder, store),
         "neurons": (TopNeurons(len(neurons)), NeuronStore(store, values)),
     }
     tables = []
-    for name, (latents, rows) in groups.items():
-        found = FeaturePass(latents, rows, settings.seed)
-        found.run(contexts, settings.batch_size)
-        examples = example_table(found, store)
-        drawn = draw_examples(examples, analysis.pieces, 2 * n, settings.seed)
-        quiet = draw_quiet(latents, rows, contexts, analysis.pieces, settings.seed)
-        scored = score_group(analysis, drawn, quiet, n)
+    for name, (encoder, rows) in groups.items():
+        feature_pass = FeaturePass(encoder, rows, settings.seed)
+        feature_pass.run(contexts, settings.batch_size)
+        examples = example_table(feature_pass.examples(), store)
+        drawn = draw_examples(examples, texts, 2 * n, settings.seed)
+        random_texts = draw_texts(encoder, rows, contexts, texts, settings.seed)
+        scored = score_group(analysis, drawn, random_texts, n)
         if name == "neurons":
             scored["feature"] = neurons[scored["feature"].to_numpy(int)]
         tables.append(scored.assign(group=name))
     return pd.concat(tables)
 
 
-def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[str, Any]:
+def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[str, Json]:
     """Means with 95% intervals, and how likely chance would give as large differences.
 
     Nothing if no feature could be scored.
@@ -318,8 +323,8 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     if both.empty:
         return {}
     compared = compared.dropna(subset=["score"])
-    groups = {name: own["score"] for name, own in compared.groupby("group")}
-    columns = ("score", "detection", "fuzzing", "random", "likeness", "random_likeness")
+    groups = {name: group["score"] for name, group in compared.groupby("group")}
+    columns = ("score", "detection", "fuzzing", "random")
     summary = {name: mean_and_interval(scored[name].dropna().to_numpy(), seed) for name in columns}
     summary |= {"n_features": len(both), "groups": {}}
     differ = (both["score"] != both["random"]).any()  # else there is no test to make
@@ -334,3 +339,46 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
         test = stats.mannwhitneyu(features, neurons, alternative="greater")
         summary["p_neurons"] = float(test.pvalue)
     return summary
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The picture of a finished study, by its caption; none if no feature could be scored."""
+    summary, path = catalogue.summary["explanations"], catalogue.folder / "explanations.png"
+    if "score" not in summary:
+        return {}
+    plot_explanations(catalogue.table("explanations"), summary, path)
+    return {CAPTION: path}
+
+
+def plot_explanations(table: pd.DataFrame, summary: dict[str, Json], path: Path) -> None:
+    """Scores of explanations: of features, by another's explanation, of features and of neurons.
+
+    Args:
+        table: A row a feature: ``group, score, random``.
+        summary: Of `summarise`.
+    """
+    own, same, neurons = (
+        table[table.group == name].dropna(subset=["score", "random"])
+        for name in ("features", "features, same tokens", "neurons")
+    )
+    title = f"A feature's explanation tells its examples at {own.score.mean():.2f}, another's at "
+    title += f"{own.random.mean():.2f}; 0.5 is chance (n = {len(own):,} features)"
+    panels = (
+        ("Against random labels", (own.score, "own"), (own.random, "another's")),
+        ("Against neurons", (same.score, "features"), (neurons.score, "neurons")),
+    )
+    p_values = (summary["p_random"], summary.get("p_neurons"))
+    bins = np.linspace(0, 1, 26)
+    with picture(path, title, (9, 3.9), ncols=2) as (_, axes):
+        for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
+            for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
+                shares = np.full(len(scores), 100 / max(1, len(scores)))
+                shown = f"{label}: {scores.mean():.2f}, n = {len(scores)}"
+                panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
+                panel.axvline(scores.mean(), color=colour, linewidth=1.5)
+            panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
+            tested = "" if p is None else f" (p = {p:.1g})"
+            panel.set(title=name + tested, xlim=(0.2, 1))
+            panel.set(xlabel="explanation score (mean of detection and fuzzing)")
+            panel.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1)
+        axes[0].set(ylabel="% of each group")

@@ -13,6 +13,7 @@ Features, whose score looks at the rank of tokens that the decoder row promotes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,16 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.features.analysis import Analysis, Findings
+from utils.features.catalogue import Catalogue
 from utils.language_model import LanguageModel
-from utils.steering.clamps import Clamp, prompt_tokens, steered
+from utils.plots import GREY, ORANGE, picture
+from utils.steering.clamps import Clamp, steered
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens
 
 PROMPTS = ("In my experience,", "I think that")
+CAPTION = "Does a feature write what it reads?"
 N_TOGETHER = 128  # features clamped at once, each in a text of its own
 
 
@@ -42,10 +47,7 @@ def of_any(log_probabilities: torch.Tensor, tokens: Sequence[int]) -> float:
 
 
 def output_scores(
-    language_model: LanguageModel,
-    autoencoder: SparseAutoencoder,
-    layer: int,
-    outlier_norm: float,
+    model: FeatureModel,
     maxima: np.ndarray,
     wanted: dict[int, Sequence[int]],
     others: dict[int, Sequence[int]],
@@ -53,7 +55,6 @@ def output_scores(
     """The output score of features, and the same of another's tokens, means over `PROMPTS`.
 
     Args:
-        outlier_norm: Positions of a larger norm are left alone.
         maxima: The largest reported activation of every latent, shape (n_latents,).
         wanted: Tokens of each feature to be scored.
         others: Other tokens for each of them.
@@ -65,17 +66,17 @@ def output_scores(
     scores = np.zeros((2, len(features)))
     with tqdm(total=len(PROMPTS) * len(features), desc="output scores", unit="feature") as bar:
         for prompt in PROMPTS:
-            tokens = prompt_tokens(language_model, prompt)
-            (untouched,) = next_tokens(language_model, tokens)
+            tokens = prompt_tokens(model.language_model, prompt)
+            (untouched,) = next_tokens(model.language_model, tokens)
             for start in range(0, len(features), N_TOGETHER):
                 some = features[start : start + N_TOGETHER]
                 clamps = [[Clamp(feature, 1.0, float(maxima[feature]))] for feature in some]
-                with steered(language_model, layer, autoencoder, clamps, outlier_norm):
-                    clamped = next_tokens(language_model, tokens.expand(len(some), -1))
+                with steered(model, clamps):
+                    clamped = next_tokens(model.language_model, tokens.expand(len(some), -1))
                 for row, tokens_of in zip(scores, (wanted, others), strict=True):
                     for number, feature in enumerate(some):
-                        own = tokens_of[feature]
-                        rise = of_any(clamped[number], own) - of_any(untouched, own)
+                        wished = tokens_of[feature]
+                        rise = of_any(clamped[number], wished) - of_any(untouched, wished)
                         row[start + number] += rise / len(PROMPTS)
                 bar.update(len(some))
     return pd.DataFrame({"feature": features, "score": scores[0], "others": scores[1]})
@@ -90,24 +91,19 @@ def of_another(wanted: dict[int, Sequence[int]], seed: int) -> dict[int, Sequenc
 def study(analysis: Analysis) -> Findings:
     """The output score of every living feature."""
     features, seed = analysis.features, analysis.settings.seed
-    numbers = pd.Series(range(len(analysis.pieces))).groupby(analysis.pieces).agg(list)
+    texts = analysis.token_texts
+    numbers = pd.Series(range(len(texts))).groupby(texts).agg(list)
     alive = features.index[~features["dead"]]
     wanted = {
         feature: [number for token in features["peak_tokens"][feature] for number in numbers[token]]
         for feature in alive
     }
     table = output_scores(
-        analysis.language_model,
-        analysis.autoencoder,
-        analysis.store.layer,
-        analysis.store.outlier_norm,
-        features["max_activation"].to_numpy(),
-        wanted,
-        of_another(wanted, seed),
+        analysis.model, features["max_activation"].to_numpy(), wanted, of_another(wanted, seed)
     )
     column = table.set_index("feature")["score"].reindex(range(len(features))).to_numpy()
-    found = summarise(table)
-    return Findings(found, in_words(found), {"outputs": table}, {"output_score": column})
+    summary = summarise(table)
+    return Findings(summary, in_words(summary), {"outputs": table}, {"output_score": column})
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:
@@ -129,13 +125,44 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def in_words(found: dict[str, float]) -> str:
-    """What `summarise` found, as a sentence."""
-    if not found:
+def in_words(summary: dict[str, float]) -> str:
+    """The result of `summarise` as a sentence."""
+    if not summary:
         return ""
-    own, others = np.exp([found["mean"], found["others_mean"]])
+    peaks, others = np.exp([summary["mean"], summary["others_mean"]])
     return (
-        f"Outputs: a feature clamped to its maximum makes the tokens it peaks at {own:.2f} times "
-        f"as likely as the next, another's {others:.2f} times (n = {found['n_features']:,}, "
-        f"p = {found['p']:.1g})."
+        f"Outputs: a feature clamped to its maximum makes the tokens it peaks at {peaks:.2f} times "
+        f"as likely as the next, another's {others:.2f} times (n = {summary['n_features']:,}, "
+        f"p = {summary['p']:.1g})."
     )
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The picture of a finished study, by its caption."""
+    plot_outputs(catalogue.table("outputs"), catalogue.folder / "outputs.png")
+    return {CAPTION: catalogue.folder / "outputs.png"}
+
+
+def plot_outputs(table: pd.DataFrame, path: Path) -> None:
+    """How much likelier features make their own tokens, and another's.
+
+    Args:
+        table: Of `output_scores`.
+    """
+    times = np.exp(table.score.mean())
+    title = f"Clamped, features make the tokens they peak at {times:.1f} times as likely"
+    title += f" (n = {len(table):,} features)"
+    bins = np.linspace(-3, 5, 81)
+    with picture(path, title, (7.5, 3.9)) as (_, axes):
+        for scores, label, colour in (
+            (table.score, "its own tokens", ORANGE),
+            (table.others, "another feature's", GREY),
+        ):
+            shares = np.full(len(scores), 100 / max(1, len(scores)))
+            shown = f"{label}: {scores.mean():+.2f} nats"
+            within = scores.clip(bins[0], bins[-1])
+            axes.hist(within, bins, weights=shares, color=colour, alpha=0.55, label=shown)
+            axes.axvline(scores.mean(), color=colour, linewidth=1.5)
+        axes.set(xlim=(bins[0], bins[-1]), ylabel="% of features")
+        axes.set(xlabel="output score: rise in the log probability that one comes next, nats")
+        axes.legend(loc="upper right")

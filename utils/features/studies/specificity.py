@@ -16,70 +16,23 @@ The same examples scored by another feature's concept tell what chance gives.
 Reference: "Scaling Monosemanticity", Specificity, where Claude scores by this rubric.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow
-import pyarrow.compute
 
 from utils.features.analysis import Analysis, Findings
-from utils.features.bootstrap import draw_again, interval
-from utils.features.concepts import CONCEPTS
+from utils.features.catalogue import Catalogue
+from utils.features.examples import draw_examples, unused_examples, used_for_label
 from utils.features.judge import Answers, ask_grades, ask_labels
+from utils.features.labels import Concept, find_concept, word_at
 from utils.features.questions import RUBRIC, marked_tokens, show
+from utils.features.sampling import draw_again, interval
+from utils.plots import GREY, ORANGE, PALE, picture
 
 NEARBY = 12  # tokens to each side of the peak
-SHARE = 0.5  # of these examples, that a list or a kind of text must hold to be the concept
-COMMON = 0.3  # a word is of the concept if so large a share of these examples peak at it
 N_LEVELS = 5  # equal parts between 0 and a feature's maximum
-LISTED = {name: {word.lower() for word in words} for name, words in CONCEPTS.items()}
-
-
-class Concept(NamedTuple):
-    """What a feature seems to be about: words in lower case, a list's name, a corpus subset."""
-
-    words: frozenset[str]
-    listed: str | None
-    subset: str | None
-
-
-def word_at(pieces: Sequence[str], place: int) -> str:
-    """The whole word that holds the token at ``place``, in lower case; what is no word, as it is.
-
-    Args:
-        pieces: Texts of the tokens around it.
-    """
-    if not pieces[place].strip().isalnum():
-        return pieces[place].strip().lower() or repr(pieces[place])
-    first, last = place, place
-    while first > 0 and pieces[first][:1].isalnum() and pieces[first - 1][-1:].isalnum():
-        first -= 1
-    while last + 1 < len(pieces) and pieces[last][-1:].isalnum() and pieces[last + 1][:1].isalnum():
-        last += 1
-    return "".join(pieces[first : last + 1]).strip().lower()
-
-
-def find_concept(examples: pd.DataFrame, subset_shares: dict[str, float]) -> Concept:
-    """The concept of examples, with columns ``word`` and ``subset``.
-
-    Args:
-        subset_shares: Share of each subset in all text, for a subset must be twice as common here.
-    """
-    n = max(1, len(examples))
-    counts = Counter(examples["word"])
-    words = {word for word, count in counts.items() if count >= max(2, COMMON * n)}
-    words |= {counts.most_common(1)[0][0]} if counts else set()
-    shares = {name: sum(counts[word] for word in listed) / n for name, listed in LISTED.items()}
-    listed = max(shares, key=shares.get)
-    listed = listed if shares[listed] > SHARE else None
-    if listed:
-        words |= LISTED[listed]
-    subset, count = Counter(examples["subset"]).most_common(1)[0]
-    holds = count / n > max(SHARE, 2 * subset_shares[subset])
-    return Concept(frozenset(words), listed, subset if holds else None)
+CAPTION = "Is what a feature is about there where it is active?"
 
 
 def score(word: str, nearby: frozenset[str], subset: str, concept: Concept) -> int:
@@ -89,41 +42,6 @@ def score(word: str, nearby: frozenset[str], subset: str, concept: Concept) -> i
     if any(len(other) > 3 and other in nearby for other in concept.words):
         return 2
     return int(subset == concept.subset)
-
-
-def draw_examples(
-    examples: pyarrow.Table, pieces: list[str], n_features: int, seed: int
-) -> pd.DataFrame:
-    """The examples of some living features, drawn at random, with the ``pieces`` of their text.
-
-    Args:
-        examples: Of `catalogue.example_table`.
-        pieces: The text of each token.
-        n_features: How many to draw; all of them if there are fewer.
-        seed: Of the drawing.
-    """
-    alive = np.unique(examples["feature"].to_numpy())
-    drawn = np.random.default_rng(seed).permutation(alive)[:n_features]
-    chosen = pyarrow.compute.is_in(examples["feature"], pyarrow.array(drawn))
-    found = examples.filter(chosen).to_pandas()
-    text = np.array([*pieces, ""], dtype=object)  # −1, no token, is the last
-    return found.assign(pieces=[list(text[tokens]) for tokens in found["tokens"]])
-
-
-def chosen_from(examples: pd.DataFrame) -> pd.Series:
-    """Every other of the highest, so that those scored are as active as those chosen from."""
-    return (examples["bucket"] == 0) & (examples["rank"] % 2 == 0)
-
-
-def held_out(examples: pd.DataFrame) -> pd.DataFrame:
-    """Examples that nothing was taken from, one a context.
-
-    The random ones may be among the highest too: a feature's examples are the peaks of contexts.
-    """
-    source = chosen_from(examples).to_numpy()
-    places = pd.MultiIndex.from_frame(examples[["feature", "context"]])
-    others = examples[~source & ~places.isin(places[source])]
-    return others.drop_duplicates(["feature", "context"])
 
 
 def measure_specificity(
@@ -137,24 +55,24 @@ def measure_specificity(
         seed: Of which feature's concept each one's examples are scored by for comparison.
 
     Returns:
-        A row an example of `held_out`: ``feature``, ``level`` (activation as a
+        A row an example of `unused_examples`: ``feature``, ``level`` (activation as a
         share of the feature's maximum), ``score``, ``chance``, and ``listed``, the concept's list.
     """
     examples = examples.reset_index(drop=True)
     places = [
-        (list(pieces), int(peak))
-        for pieces, peak in zip(examples["pieces"], examples["peak"], strict=True)
+        (list(token_texts), int(peak))
+        for token_texts, peak in zip(examples["token_texts"], examples["peak"], strict=True)
     ]
     examples["word"] = [word_at(*place) for place in places]
     examples["nearby"] = [_words_near(*place) for place in places]
     examples["subset"] = examples["subset"].astype(str)
     concepts = {
         feature: find_concept(group, subset_shares)
-        for feature, group in examples[chosen_from(examples)].groupby("feature")
+        for feature, group in examples[used_for_label(examples)].groupby("feature")
     }
     shuffled = np.random.default_rng(seed).permutation(list(concepts))
     other = dict(zip(shuffled, np.roll(shuffled, 1), strict=True))
-    scored = held_out(examples)
+    scored = unused_examples(examples)
     maxima = examples.groupby("feature")["activation"].max()
     rows = [
         {
@@ -171,26 +89,25 @@ def measure_specificity(
 
 def judge_specificity(examples: pd.DataFrame, answers: Answers, seed: int) -> pd.DataFrame:
     """As `measure_specificity`, by a judge; scores are NaN where its answer cannot be read."""
-    labels = ask_labels(examples[chosen_from(examples)], answers)
+    labels = ask_labels(examples[used_for_label(examples)], answers)
     shuffled = np.random.default_rng(seed).permutation(list(labels))
     other = {f: labels[of] for f, of in zip(shuffled, np.roll(shuffled, 1), strict=True)}
-    scored = held_out(examples)
+    scored = unused_examples(examples)
     scored = scored[scored["feature"].isin(labels)].reset_index(drop=True)
-    shown = [
-        show(row.pieces, marked_tokens(np.asarray(row.activations))) for row in scored.itertuples()
-    ]
+    marks = map(marked_tokens, map(np.asarray, scored["activations"]))
+    shown = list(map(show, scored["token_texts"], marks))
     maxima = examples.groupby("feature")["activation"].max()
     table = scored[["feature"]].assign(
         level=scored["activation"] / scored["feature"].map(maxima),
-        score=ask_grades(RUBRIC, "rubric", scored["feature"], labels, shown, 3, answers),
-        chance=ask_grades(RUBRIC, "rubric", scored["feature"], other, shown, 3, answers),
+        score=ask_grades(RUBRIC, scored["feature"], labels, shown, answers),
+        chance=ask_grades(RUBRIC, scored["feature"], other, shown, answers),
     )
     return table.assign(listed=None)
 
 
-def _words_near(pieces: list[str], peak: int) -> frozenset[str]:
+def _words_near(token_texts: list[str], peak: int) -> frozenset[str]:
     start = max(0, peak - NEARBY)
-    near = pieces[start : peak + NEARBY + 1]
+    near = token_texts[start : peak + NEARBY + 1]
     return frozenset(word_at(near, place) for place in range(len(near)))
 
 
@@ -236,7 +153,9 @@ def by_level(scores: pd.DataFrame, seed: int, n_draws: int = 1_000) -> pd.DataFr
 def study(analysis: Analysis) -> Findings:
     """Scores of the examples of ``N_STUDIED`` features, their levels, and a score a feature."""
     settings = analysis.settings
-    drawn = draw_examples(analysis.examples, analysis.pieces, settings.n_studied, settings.seed)
+    drawn = draw_examples(
+        analysis.examples, analysis.token_texts, settings.n_studied, settings.seed
+    )
     scores = (
         measure_specificity(drawn, analysis.subset_shares, settings.seed)
         if analysis.judge is None
@@ -260,3 +179,52 @@ def in_words(levels: list[dict]) -> str:
         f"Specificity, 0 to 3: {first['mean']:.2f} where features are weakest, {last['mean']:.2f} "
         f"where strongest; by another feature's concept {last['chance']:.2f}."
     )
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The picture of a finished study, by its caption."""
+    levels = pd.DataFrame(catalogue.summary["specificity"])
+    plot_specificity(levels, catalogue.folder / "specificity.png")
+    return {CAPTION: catalogue.folder / "specificity.png"}
+
+
+def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
+    """Scores of examples against how active a feature is on them.
+
+    Args:
+        levels: Of `by_level`.
+    """
+    first, last = levels.iloc[0], levels.iloc[-1]
+    title = f"Specificity: a mean score of {first['mean']:.2f} where features are weakest, "
+    title += f"{last['mean']:.2f} where strongest"
+    title += f" (n = {levels.n.sum():,} examples of {levels.n_features.max():,} features)"
+    names = ("irrelevant", "vaguely related", "related text nearby", "clean match")
+    middle, width = 100 * (levels.low + levels.high) / 2, 100 * (last.high - last.low)
+    with picture(path, title, (9, 3.9), ncols=2) as (_, (left, right)):
+        under = np.zeros(len(levels))
+        for score, colour in enumerate((PALE, "#F6C7A4", "#EC8F4B", ORANGE)):
+            share = 100 * levels[f"share_{score}"]
+            left.bar(middle, share, 0.92 * width, under, color=colour, label=names[score])
+            under += share
+        left.set(title="Scores at each level", ylabel="% of examples", ylim=(0, 100))
+        left.legend(
+            *[part[::-1] for part in left.get_legend_handles_labels()],
+            loc="upper left",
+            bbox_to_anchor=(0, -0.2),
+            ncols=2,
+        )
+        interval = [levels["mean"] - levels.mean_low, levels.mean_high - levels["mean"]]
+        right.errorbar(
+            middle,
+            levels["mean"],
+            interval,
+            fmt="o-",
+            color=ORANGE,
+            capsize=3,
+            label="its own concept, 95% interval",
+        )
+        right.plot(middle, levels.chance, "o--", color=GREY, label="another feature's concept")
+        right.set(title="Mean score", ylabel="score, 0 to 3", ylim=(0, 3))
+        right.legend(loc="upper left")
+        for axes in (left, right):
+            axes.set(xlabel="activation, % of the feature's maximum", xlim=(0, 100))

@@ -9,18 +9,22 @@ of 4M and eleven of 34M.
 """
 
 import itertools
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from keras import ops
 
 from utils.activations.store import ActivationStore
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
-from utils.features.feature_pass import BestPerGroup
-from utils.features.neighbours import nearest
-from utils.features.tables import make_label, map_directions
+from utils.features.catalogue import Catalogue
+from utils.features.examples import BestPerGroup
+from utils.features.feature_pass import Encoder
+from utils.features.geometry import map_directions, nearest
+from utils.features.labels import make_label
+from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
+from utils.steering.feature_model import FeatureEncoder
 
 CLOSE = 0.5  # cosine to a parent; that of unrelated rows is below 0.2 in hundreds of dimensions
 N_TOKENS = 131_072  # gone through for the labels of the other dictionaries
@@ -64,30 +68,26 @@ def _level(n_latents: int, feature, parent, cosine, ancestor) -> pd.DataFrame:
 
 
 def label_features(
-    autoencoder: SparseAutoencoder,
+    encoder: Encoder,
     store: ActivationStore,
     contexts: range,
-    pieces: list[str],
+    token_texts: list[str],
     batch_size: int,
 ) -> pd.DataFrame:
     """A row a feature: its ``label``, and the ``word`` that it is of, empty if it is of none."""
-    peaks = BestPerGroup(autoencoder.n_latents, N_PEAKS)
-    per_batch = max(1, batch_size // store.context_length)
-    for start in range(contexts.start, contexts.stop, per_batch):
-        some = range(start, min(start + per_batch, contexts.stop))
-        kept = np.stack([store["kept"][c] for c in some])
-        tokens = np.stack([store["tokens"][c] for c in some])[kept]
-        rows = store.kept_rows(some).astype(np.float32)
-        row, feature, latents, _ = autoencoder.encode_active(rows)
-        wanted = peaks.wants(feature, latents)
-        entries = {"group": feature, "priority": latents, "token": tokens[row]}
+    peaks = BestPerGroup(encoder.n_latents, N_PEAKS)
+    for batch in store.batches(contexts, batch_size, "labelling"):
+        row, feature, activation, _ = encoder.active(batch.rows)
+        wanted = peaks.wants(feature, activation)
+        tokens = batch.tokens[batch.kept][row]
+        entries = {"group": feature, "priority": activation, "token": tokens}
         peaks.add({name: values[wanted] for name, values in entries.items()})
     best = peaks.best()
-    text = pd.Series(np.array(pieces, dtype=object)[best["token"]])
-    labels = text.groupby(best["group"]).agg(lambda own: make_label(own.value_counts().index))
+    text = pd.Series(np.array(token_texts, dtype=object)[best["token"]])
+    labels = text.groupby(best["group"]).agg(lambda texts: make_label(texts.value_counts().index))
     words = text.str.strip().str.lower()
     words = words.groupby(best["group"]).agg(_common_word)
-    table = pd.DataFrame({"label": labels, "word": words}).reindex(range(autoencoder.n_latents))
+    table = pd.DataFrame({"label": labels, "word": words}).reindex(range(encoder.n_latents))
     return table.fillna("")
 
 
@@ -112,7 +112,7 @@ def choose_family(table: pd.DataFrame) -> int | None:
     return int(n_words.idxmax()) if n_words.max() > 1 else None
 
 
-def summarise(table: pd.DataFrame) -> dict[str, Any]:
+def summarise(table: pd.DataFrame) -> dict[str, Json]:
     """By dictionary: how many features have a parent, and into how many a parent's line splits.
 
     Returns:
@@ -157,7 +157,9 @@ def study(analysis: Analysis) -> Findings:
     table = find_parents(sizes, alive)
     contexts = range(min(len(analysis.contexts), -(-N_TOKENS // store.context_length)))
     labels = [
-        label_features(one, store, contexts, analysis.pieces, settings.batch_size)
+        label_features(
+            FeatureEncoder(one), store, contexts, analysis.token_texts, settings.batch_size
+        )
         for one in autoencoders
     ]
     labels = pd.concat(labels, keys=[len(rows) for rows in sizes], names=["n_latents", "feature"])
@@ -171,3 +173,96 @@ def study(analysis: Analysis) -> Findings:
         f"among {last['n_latents']:,}."
     )
     return Findings(found, words, {"splitting": table})
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The pictures of a finished study, by their captions."""
+    # A label may be "null" or "None", which would count as missing.
+    numbers = dict.fromkeys(("cosine", "x", "y"), "")
+    table = catalogue.table("splitting", keep_default_na=False, na_values=numbers)
+    family, pictures = catalogue.summary["splitting"]["family"], {}
+    if family is not None:
+        path = catalogue.folder / "family.png"
+        plot_family(table, family, path)
+        pictures["What does a feature become in larger dictionaries?"] = path
+    if "x" in table:
+        path = catalogue.folder / "sizes.png"
+        plot_sizes(table, family, path)
+        pictures["Where are the features of larger dictionaries?"] = path
+    return pictures
+
+
+def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
+    """What one feature of the smallest dictionary becomes in the larger ones, as a tree.
+
+    Args:
+        table: Of `study`.
+        ancestor: The feature.
+    """
+    sizes = sorted(table.n_latents.unique())
+    family = table[table.ancestor == ancestor]
+    rows = {size: family[family.n_latents == size] for size in sizes}
+    heights, n_leaves = {}, 0
+
+    def place(level: int, feature: int) -> float:
+        """A leaf gets the next line, a parent the middle of its children."""
+        nonlocal n_leaves
+        children = []
+        if level + 1 < len(sizes):
+            below = rows[sizes[level + 1]]
+            children = below[below.parent == feature].sort_values("label").feature.tolist()
+        own = [place(level + 1, child) for child in children]
+        n_leaves += not own
+        heights[level, feature] = (own[0] + own[-1]) / 2 if own else n_leaves - 1
+        return heights[level, feature]
+
+    place(0, ancestor)
+    counts = " → ".join(str(len(rows[size])) for size in sizes)
+    title = f"Splitting: “{rows[sizes[0]].label.iloc[0]}” is {counts} features"
+    with picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
+        for level, size in enumerate(sizes):
+            for row in rows[size].itertuples():
+                y = heights[level, row.feature]
+                if level:
+                    up = heights[level - 1, row.parent]
+                    x = np.linspace(level - 0.38, level, 30)
+                    bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
+                    axes.plot(x, up + (y - up) * bend, color=BLUE, linewidth=4 * row.cosine**2)
+                cosine = f"  {row.cosine:.2f}" if level else ""
+                text = f"{row.feature} “{row.label[:22]}”{cosine}".replace("$", r"\$")
+                axes.text(level + 0.02, y, text, va="center", fontsize=8)
+        names = [f"{size:,} latents" for size in sizes]
+        axes.set_xticks(range(len(sizes)), names, ha="left", color=GREY)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.set(xlim=(0, len(sizes) - 0.3), ylim=(n_leaves - 0.5, -0.5), yticks=[])
+        axes.set_xlabel("number, tokens at the peaks, cosine to the parent", loc="left", color=GREY)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+
+
+def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
+    """The features of several dictionaries on one map, those of one family ringed.
+
+    Args:
+        table: Of `study`, with ``x`` and ``y``.
+        ancestor: Of that family.
+    """
+    drawn = table[table.x.notna()]
+    sizes = sorted(drawn.n_latents.unique())
+    title = f"{len(sizes)} dictionaries on one map (n = {len(drawn):,} features)"
+    with picture(path, title, (9, 7.4)) as (figure, axes):
+        colours = [ORANGE, BLUE, "#8FB8D3", PALE][: len(sizes)]
+        for size, colour in reversed(list(zip(sizes, itertools.cycle(colours)))):
+            own = drawn[drawn.n_latents == size]
+            area = np.clip(30_000 / len(own), 3, 16)
+            label = f"{size:,} latents, {len(own):,} drawn"
+            axes.scatter(own.x, own.y, area, color=colour, linewidths=0, label=label)
+        family = drawn[drawn.ancestor == ancestor]
+        if len(family):
+            name = str(family.label.iloc[0]).replace("$", r"\$")
+            ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1}
+            axes.scatter(family.x, family.y, 60, label=f"the family of “{name}”", **ring)
+        axes.set(title="UMAP of decoder directions by cosine", aspect="equal", adjustable="datalim")
+        axes.set_axis_off()
+        figure.legend(loc="outside lower center", ncols=2, markerscale=1.6)

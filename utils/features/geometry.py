@@ -1,13 +1,12 @@
-"""Neighbours: the directions nearest to others by cosine, without the matrix of all pairs."""
+"""Where directions lie: the nearest to others, by cosine, and a map of them."""
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
-from utils.features.catalogue import N_NEIGHBOURS
 from utils.language_model import pick_device
 
+N_NEIGHBOURS = 10  # of each feature, that are kept
 PAIRS_TOGETHER = 2**26  # cosines in memory: 256 MiB
 
 
@@ -41,24 +40,27 @@ def nearest(directions: np.ndarray, queries: np.ndarray, n: int) -> tuple[np.nda
     return indices, cosines
 
 
-def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
-    """The `N_NEIGHBOURS` living features nearest to each living one, itself left out.
-
-    Args:
-        directions: Decoder rows, shape (n_latents, d_model).
-        alive: Which features were active, shape (n_latents,).
+def map_directions(
+    directions: np.ndarray, alive: np.ndarray, seed: int, wanted: bool = True
+) -> np.ndarray:
+    """UMAP of the decoder rows of living features, by cosine.
 
     Returns:
-        Columns ``neighbours``, lists of feature numbers, the nearest first, and
-        ``neighbour_cosines``; empty lists for dead features.
+        Shape (n_latents, 2); NaN for dead features, and for all if no map is ``wanted`` or there
+        are too few features to have neighbours.
     """
-    numbers = np.flatnonzero(alive)
-    indices, cosines = nearest(directions[numbers], directions[numbers], N_NEIGHBOURS + 1)
-    table = pd.DataFrame(
-        {name: [[] for _ in alive] for name in ("neighbours", "neighbour_cosines")}
-    )
-    for own, (found, values) in enumerate(zip(indices, cosines, strict=True)):
-        others = np.flatnonzero(found != own)[:N_NEIGHBOURS]  # itself need not come first of equals
-        table.at[numbers[own], "neighbours"] = numbers[found[others]].tolist()
-        table.at[numbers[own], "neighbour_cosines"] = values[others].round(4).tolist()
-    return table
+    places = np.full((len(directions), 2), np.nan)
+    n_alive = int(alive.sum())
+    if wanted and n_alive > 3:
+        import umap  # compiles for seconds when imported
+
+        print(f"Mapping {n_alive:,} features with UMAP.")
+        reducer = umap.UMAP(
+            metric="cosine",
+            n_neighbors=min(15, n_alive - 1),
+            min_dist=0.05,
+            random_state=seed,
+            n_jobs=1,
+        )
+        places[alive] = reducer.fit_transform(directions[alive])
+    return places

@@ -1,10 +1,11 @@
-"""How sure a number is: its 95% interval over what it was measured on, drawn again (bootstrap)."""
+"""Drawing at random: features to study; samples again, for 95% intervals (bootstrap)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 N_DRAWS = 2_000
+LEAST_ACTIVE = 30  # tokens of a sample
 
 
 def draw_again(n: int, seed: int, n_draws: int = N_DRAWS) -> np.ndarray:
@@ -22,3 +23,15 @@ def mean_and_interval(values: np.ndarray, seed: int) -> list[float]:
     if not len(values):
         return []
     return [float(np.mean(values)), *interval(values[draw_again(len(values), seed)].mean(axis=1))]
+
+
+def draw_features(frequency: np.ndarray, n_tokens: int, n_features: int, seed: int) -> np.ndarray:
+    """Features drawn at random among those expected on `LEAST_ACTIVE` of ``n_tokens`` tokens.
+
+    Of a rarer one, the largest of thousands of correlations would be chance.
+
+    Args:
+        frequency: Share of tokens on which each feature is active, shape (n_latents,).
+    """
+    common = np.flatnonzero(frequency * n_tokens >= LEAST_ACTIVE)
+    return np.sort(np.random.default_rng(seed).permutation(common)[:n_features])

@@ -1,0 +1,212 @@
+"""Shards: activations on disk, written whole, checked, and read as memory-mapped arrays.
+
+A folder holds, for each shard n, arrays whose first axis is the context:
+
+    activations-n.npy  float16 (contexts, context_length, d_model)   the residual stream, raw
+    tokens-n.npy       int32   (contexts, context_length)
+    kept-n.npy         bool    (contexts, context_length)   False at BOS and at norm outliers
+    documents-n.npy    int32   (contexts, context_length)   number of the usable document
+    subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
+
+and a manifest, which alone says that a shard is whole: it is written after the shard's files.
+"""
+
+import collections
+import dataclasses
+import errno
+import functools
+import mmap
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.activations.manifest import ShardEntry
+from utils.settings import InputError
+
+ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
+
+
+def shard_path(folder: Path, array: str, shard: int) -> Path:
+    return folder / f"{array}-{shard:05d}.npy"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, its header included."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def bytes_per_token(d_model: int, storage_dtype: str) -> int:
+    """What a token takes on disk: its activation, and 11 bytes of token, kept and source."""
+    return d_model * np.dtype(storage_dtype).itemsize + 11
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes one shard: filled batch by batch under names aside, then renamed when it is full."""
+
+    def __init__(self, folder: Path, shard: int, shape: tuple[int, int, int], storage_dtype: str):
+        self.folder, self.shard = folder, shard
+        dtypes = (np.dtype(storage_dtype), np.int32, np.bool_, np.int32, np.int16)
+        self._arrays = {
+            array: np.lib.format.open_memmap(
+                self._partial(array),
+                mode="w+",
+                dtype=dtype,
+                shape=shape if array == "activations" else shape[:2],
+            )
+            for array, dtype in zip(ARRAYS, dtypes, strict=True)
+        }
+        for array in ARRAYS:
+            self._reserve(self._partial(array))
+        self._filled = 0
+        self.sum = np.zeros(shape[2])
+        self.sum_squared_norm = 0.0
+        self.excluded = collections.Counter()
+
+    def _partial(self, array: str) -> Path:
+        path = shard_path(self.folder, array, self.shard)
+        return path.with_name(f".partial-{path.name}")
+
+    def _reserve(self, path: Path) -> None:
+        """Take a file's space on the disk now: a write to a map that finds none kills the process.
+
+        Raises:
+            InputError: There is too little.
+        """
+        if not hasattr(os, "posix_fallocate"):  # not on Windows and macOS
+            return
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                self.discard()
+                raise InputError(
+                    f"The disk of {self.folder} is full. Make room, and run the same command again."
+                ) from error
+
+    def discard(self) -> None:
+        """Delete what was written so far."""
+        self._arrays.clear()
+        for array in ARRAYS:
+            self._partial(array).unlink(missing_ok=True)
+
+    def append(self, excluded: dict[str, int], **batch: np.ndarray) -> None:
+        """Add contexts: one array a name of `ARRAYS`, each of shape (batch, context_length, ...).
+
+        ``excluded`` counts the positions of these contexts that are not kept, by reason.
+
+        Raises:
+            InputError: An activation is not finite in the storage dtype.
+        """
+        stop = self._filled + len(batch["tokens"])
+        for array, values in batch.items():
+            self._arrays[array][self._filled : stop] = values
+        rows = batch["activations"][batch["kept"]].astype(np.float32)
+        stored = self._arrays["activations"]
+        if not np.isfinite(stored[self._filled : stop]).all():
+            self.discard()
+            raise InputError(
+                f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
+                "If they overflow, use --storage-dtype float32, with --overwrite if there are "
+                "shards already; else the model computes NaN."
+            )
+        self.sum += rows.sum(axis=0, dtype=np.float64)
+        self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
+        self.excluded.update(excluded)
+        self._filled = stop
+
+    def finish(self, crc32: dict[str, int] | None = None) -> ShardEntry:
+        """Put the shard's files in place; returns its entry for the manifest.
+
+        Raises:
+            InputError: ``crc32`` is given, and theirs is another: what was there is left alone.
+        """
+        n_kept = int(self._arrays["kept"][: self._filled].sum())
+        entry = ShardEntry(self.shard, self._filled, n_kept, crc32={})
+        for array, values in self._arrays.items():
+            values.flush()
+            if self._filled < len(values):  # the corpus ended within the shard
+                values = np.array(values[: self._filled])
+                with open(self._partial(array), "wb") as file:
+                    np.save(file, values)
+            entry.crc32[array] = checksum(self._partial(array))
+        if crc32 is not None and entry.crc32 != crc32:
+            self.discard()
+            raise InputError(
+                f"Shard {self.shard} made anew differs from the one recorded: the model, the "
+                "corpus or the machine computes otherwise than before. Delete "
+                f"{self.folder} to start anew."
+            )
+        self._arrays.clear()
+        for array in ARRAYS:
+            self._partial(array).replace(shard_path(self.folder, array, self.shard))
+        return entry
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One finished shard; ``shard["tokens"]`` is a memory-mapped array of it."""
+
+    folder: Path
+    number: int
+    contexts: int
+    crc32: dict[str, int]
+
+    @classmethod
+    def of(cls, folder: Path, entry: ShardEntry) -> "Shard":
+        """The shard that an entry of a folder's manifest tells of."""
+        return cls(folder, entry.shard, entry.contexts, entry.crc32)
+
+    def __getitem__(self, array: str) -> np.ndarray:
+        return _open_array(shard_path(self.folder, array, self.number), self.contexts)
+
+    def verify(self) -> None:
+        """Compare every array with its checksum; raises `InputError` naming a damaged file."""
+        for array in ARRAYS:
+            self[array]
+            path = shard_path(self.folder, array, self.number)
+            if checksum(path) != self.crc32[array]:
+                raise damaged_shard(path, "does not match its checksum")
+
+    def release(self) -> None:
+        """Give back the memory of what was read: it stays in the system's cache alone."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self["activations"]._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def state(self) -> str:
+        """The path, size and time of change of every file: what was checked is known by it."""
+        paths = [shard_path(self.folder, array, self.number).resolve() for array in ARRAYS]
+        return " ".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
+
+
+@functools.lru_cache(maxsize=64)  # a map holds a file descriptor, and those are few
+def _open_array(path: Path, contexts: int) -> np.ndarray:
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header raises whatever its parser runs into
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise damaged_shard(path, f"cannot be read: {error}") from error
+    if len(values) != contexts:
+        raise damaged_shard(path, f"holds {len(values)} contexts instead of {contexts}")
+    return values
+
+
+def damaged_shard(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path} {what}. To repair it, run save_activations.py again with the settings in "
+        f"{path.parent / 'settings.json'}: it makes damaged and missing shards anew."
+    )

@@ -1,0 +1,100 @@
+"""Neurons of the model's MLPs, and neurons in the place of features.
+
+A neuron is an entry of what an MLP's last product takes in: act(gate) · up in a LLaMA.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from utils.activations.store import ActivationStore
+from utils.language_model import LanguageModel, residual_at
+from utils.steering.feature_model import ActiveFeatures
+
+N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
+
+
+@contextlib.contextmanager
+def neurons_of(language_model: LanguageModel, n_blocks: int) -> Iterator[list[torch.Tensor]]:
+    """While open, a list of the neurons of the first blocks: (batch, context, d_mlp) each.
+
+    It holds those of the last forward pass, in order of block.
+    """
+    neurons: list[torch.Tensor] = []
+
+    def start(_module, _inputs):
+        neurons.clear()
+
+    def keep(_module, inputs):
+        neurons.append(inputs[0])
+
+    blocks = language_model.blocks[:n_blocks]
+    handles = [blocks[0].register_forward_pre_hook(start)]
+    handles += [block.mlp.down_proj.register_forward_pre_hook(keep) for block in blocks]
+    try:
+        yield neurons
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_neurons(
+    language_model: LanguageModel, layer: int, n_neurons: int, seed: int
+) -> np.ndarray:
+    """Numbers of neurons of a block, drawn at random."""
+    width = language_model.blocks[layer].mlp.down_proj.in_features
+    return np.random.default_rng(seed).permutation(width)[:n_neurons]
+
+
+@torch.inference_mode()
+def neuron_values(
+    language_model: LanguageModel,
+    store: ActivationStore,
+    contexts: range,
+    chosen: np.ndarray,
+    k: int,
+) -> np.ndarray:
+    """Some neurons of the block ``store.layer`` where they are among the ``k`` largest of a token.
+
+    Returns:
+        Shape (contexts, context_length, neurons), float16; 0 elsewhere, and where negative.
+    """
+    values = []
+    with neurons_of(language_model, store.layer + 1) as neurons:
+        for batch in store.batches(contexts, N_TOGETHER, "neurons"):
+            residual_at(language_model, torch.from_numpy(batch.tokens), store.layer)
+            block = neurons[-1].float()
+            least = block.topk(k, dim=-1).values[..., -1:]
+            largest = torch.where(block >= least, block.clamp_min(0), 0)[..., chosen]
+            values.append(largest.clamp_max(6e4).cpu().numpy().astype(np.float16))
+    return np.concatenate(values)
+
+
+class NeuronStore(ActivationStore):
+    """Activations whose rows are neurons, for a pass that else reads the residual stream.
+
+    Args:
+        store: Where the tokens and their sources are.
+        values: Of its first contexts, shape (contexts, context_length, neurons).
+    """
+
+    def __init__(self, store: ActivationStore, values: np.ndarray):
+        vars(self).update(vars(store))
+        self._values = values
+        self.d_model = values.shape[-1]
+
+    def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
+        return np.concatenate([self._values[c][self.read("kept", [c])[0]] for c in contexts])
+
+
+class TopNeurons:
+    """Neurons as features of a `NeuronStore`: each active where its value is positive."""
+
+    def __init__(self, n_neurons: int):
+        self.n_latents = n_neurons
+
+    def active(self, activations: np.ndarray) -> ActiveFeatures:
+        row, neuron = np.nonzero(activations > 0)
+        return ActiveFeatures(row, neuron, activations[row, neuron], activations)

@@ -1,0 +1,176 @@
+"""Places: what each feature's direction promotes, what it is near to, where it lies on a map.
+
+    promoted token    the largest of  W_dec,i · (norm weight ⊙ unembedding)
+    neighbour         the largest cosine of decoder rows
+
+Reference: "Scaling Monosemanticity", Feature Survey, whose map is a UMAP of decoder directions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from adjustText import adjust_text
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from utils.features.analysis import Analysis, Findings
+from utils.features.catalogue import N_PROMOTED, Catalogue
+from utils.features.geometry import N_NEIGHBOURS, map_directions, nearest
+from utils.language_model import LanguageModel
+from utils.plots import FONT, HALO, INK, PALE, picture
+
+# After Paul Tol's "muted" scheme: told apart under every colour blindness, and from pale grey.
+SUBSET_COLOURS = ["#332288", "#CC6677", "#117733", "#88CCEE", "#DDAA33", "#AA4499", "#44AA99"]
+SUBSET_COLOURS += ["#882255", "#999933"]
+MIXED, OTHER = "mixed (no subset has half)", "other subsets"
+
+
+@torch.inference_mode()
+def promoted_tokens(
+    language_model: LanguageModel, directions: np.ndarray, token_texts: list[str], batch: int = 512
+) -> pd.DataFrame:
+    """The tokens whose logits a feature raises and lowers most when it alone speaks.
+
+    A decoder row passes the final norm's weights and the unembedding; the norm's division is the
+    same for all tokens and left out. A token's logit is counted in standard deviations of that
+    token over all features, for otherwise rare tokens of long unembedding rows lead every list.
+
+    Args:
+        directions: Decoder rows, shape (n_latents, d_model).
+        token_texts: The text of each token.
+
+    Returns:
+        Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
+    """
+    # Some models pad their unembedding beyond the tokens there are.
+    unembedding = language_model.model.get_output_embeddings().weight[: len(token_texts)].float()
+    unembedding = unembedding * language_model.model.get_decoder().norm.weight.float()
+    rows = torch.from_numpy(directions.copy()).to(unembedding.device)
+    rows = rows - rows.mean(dim=0)
+    covariance = rows.T @ rows / len(rows)
+    deviation = (unembedding @ covariance).mul(unembedding).sum(dim=1).sqrt()
+    unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
+    text = np.array(token_texts, dtype=object)
+    promoted, suppressed = [], []
+    for some in rows.split(batch):
+        scores = some @ unembedding.T
+        promoted += text[scores.topk(N_PROMOTED).indices.cpu()].tolist()
+        suppressed += text[(-scores).topk(N_PROMOTED).indices.cpu()].tolist()
+    return pd.DataFrame({"promoted_tokens": promoted, "suppressed_tokens": suppressed})
+
+
+def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
+    """The `N_NEIGHBOURS` living features nearest to each living one, itself left out.
+
+    Args:
+        directions: Decoder rows, shape (n_latents, d_model).
+        alive: Which features were active, shape (n_latents,).
+
+    Returns:
+        Columns ``neighbours``, lists of feature numbers, the nearest first, and
+        ``neighbour_cosines``; empty lists for dead features.
+    """
+    numbers = np.flatnonzero(alive)
+    indices, cosines = nearest(directions[numbers], directions[numbers], N_NEIGHBOURS + 1)
+    table = pd.DataFrame(
+        {name: [[] for _ in alive] for name in ("neighbours", "neighbour_cosines")}
+    )
+    for own, (found, values) in enumerate(zip(indices, cosines, strict=True)):
+        others = np.flatnonzero(found != own)[:N_NEIGHBOURS]  # itself need not come first of equals
+        table.at[numbers[own], "neighbours"] = numbers[found[others]].tolist()
+        table.at[numbers[own], "neighbour_cosines"] = values[others].round(4).tolist()
+    return table
+
+
+def study(analysis: Analysis) -> Findings:
+    """Promoted and suppressed tokens, neighbours and the place on the map of every feature."""
+    settings = analysis.settings
+    directions, alive = analysis.autoencoder.directions(), ~analysis.features["dead"].to_numpy()
+    columns = dict(promoted_tokens(analysis.language_model, directions, analysis.token_texts))
+    columns |= dict(neighbour_table(directions, alive))
+    places = map_directions(directions, alive, settings.seed, settings.map_features)
+    columns["umap_x"], columns["umap_y"] = places.T
+    return Findings(None, columns=columns)
+
+
+def draw(catalogue: Catalogue) -> dict[str, Path]:
+    """The map, by its caption, if there is one."""
+    if not catalogue.features["umap_x"].notna().any():
+        return {}
+    plot_umap(catalogue.features, catalogue.folder / "umap.png")
+    return {"Features by the direction they write": catalogue.folder / "umap.png"}
+
+
+def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
+    """A map of the decoder directions, coloured by the corpus subset a feature belongs to.
+
+    Args:
+        features: Columns ``umap_x, umap_y`` (NaN where dead), ``frequency, label, top_subset,
+            top_subset_share``. Features with less than half in one subset are grey.
+        n_labels: The most labels written.
+    """
+    # Grey lowest; then the most frequent first, so that no large dot hides a small one.
+    drawn = features[features.umap_x.notna()].sort_values("frequency", ascending=False)
+    drawn = drawn.sort_values("top_subset_share", key=lambda share: share >= 0.5, kind="stable")
+    mixed = drawn.top_subset_share < 0.5
+    subsets = drawn.top_subset[~mixed].value_counts().index[: len(SUBSET_COLOURS)]
+    colours = dict(zip(subsets, SUBSET_COLOURS, strict=False)) | {OTHER: "#8D939B", MIXED: PALE}
+    group = drawn.top_subset.where(drawn.top_subset.isin(subsets), OTHER).mask(mixed, MIXED)
+    counts = group.value_counts()
+    title = (
+        f"{(~mixed).sum():,} of {len(drawn):,} features have half of their activation in one kind "
+        "of text"
+        if drawn.top_subset.nunique() > 1
+        else f"{len(drawn):,} features, all of them active in one kind of text alone"
+    )
+    with picture(path, title, (11, 8)) as (figure, axes):
+        points = drawn[["umap_x", "umap_y"]].to_numpy()
+        grown = np.clip(np.log10(drawn.frequency) / 4 + 1.25, 0, 1)  # 1 in 100,000 to 1 in 10
+        areas = np.clip(60_000 / max(1, len(drawn)), 3, 40) * (0.4 + 2.4 * grown**1.5)
+        axes.scatter(*points.T, areas, group.map(colours).tolist(), alpha=0.85, linewidths=0)
+        note = "UMAP of decoder directions by cosine; larger dots: active on more tokens"
+        axes.set(title=note, aspect="equal", adjustable="datalim")
+        axes.set_axis_off()
+        dots = [Line2D([], [], ls="", marker="o", c=colours[name]) for name in counts.index]
+        names = [rf"{name}  {n:,}".replace("$", r"\$") for name, n in counts.items()]
+        about = {"title": "Top subset, features", "alignment": "left", "labelspacing": 0.8}
+        figure.legend(dots, names, loc="outside right upper", **about)
+        _write_labels(axes, drawn, points, n_labels)
+
+
+def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels: int) -> None:
+    """Label features spread over the map, beside one another."""
+    texts = []
+    for i in _spread_features(drawn, points, n_labels):
+        axes.plot(*points[i], "o", ms=5, mfc="none", mec=INK, mew=0.8)
+        label = _short(drawn.label.iloc[i])
+        about = {"fontsize": 7.5, "parse_math": False, "path_effects": HALO}
+        texts.append(axes.text(*points[i], label, **about))
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.6}
+    # A number of rounds, not of seconds: the same picture on every machine.
+    adjust_text(texts, ax=axes, iter_lim=300, expand=(1.1, 1.4), arrowprops=line)
+
+
+def _spread_features(drawn: pd.DataFrame, points: np.ndarray, n_labels: int) -> list[int]:
+    """Places of features to label: words and the most specific first, far apart, none twice."""
+    glyphs = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    wordless = ~drawn.label.str.contains(r"[^\W\d_]{3}")
+    order = np.lexsort((-drawn.top_subset_share, wordless))
+    spacing = 0.6 * np.sqrt(np.ptp(points, axis=0).prod() / max(1, n_labels))
+    distance = np.full(len(points), np.inf)  # to the nearest that was chosen
+    places, labels = [], set()
+    for i in order:
+        label = _short(drawn.label.iloc[i])
+        can_draw = label and label not in labels and glyphs.keys() >= set(map(ord, label))
+        if len(places) < n_labels and can_draw and distance[i] >= spacing:
+            places.append(int(i))
+            labels.add(label)
+            distance = np.minimum(distance, np.hypot(*(points - points[i]).T))
+    return places
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 28 else f"{label[:27].rstrip()}…"

@@ -1,0 +1,164 @@
+"""A language model with an autoencoder in it: what everything after training is given.
+
+With raw residual stream x_raw = x / scale + center and latents f_i,
+
+    feature activation    a_i = f_i · ‖W_dec,i‖             what is reported, plotted and clamped
+    direction             d_i = W_dec,i / (‖W_dec,i‖ · scale)   raw; a_i counts it
+    reconstruction        x̂_raw = b_dec / scale + center + Σ_i a_i d_i
+    error                 x_raw − x̂_raw
+
+Shapes: residual (..., d_model) with any leading axes.
+
+Reference: "Scaling Monosemanticity", Sparse Autoencoders and Influence on Behavior.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import keras
+import numpy as np
+import torch
+from keras import ops
+from torch import nn
+
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.saved import load_autoencoder
+from utils.backend import Tensor
+from utils.language_model import LanguageModel, load_language_model, replaced_output, residual_at
+
+
+class ActiveFeatures(NamedTuple):
+    """The active features of some rows of activations, in order of row.
+
+    Attributes:
+        row: The row of each, shape (n,).
+        feature: Its number, shape (n,).
+        activation: Its feature activation, float32, shape (n,).
+        reconstruction: Of every row, raw, shape (rows, d_model).
+    """
+
+    row: np.ndarray
+    feature: np.ndarray
+    activation: np.ndarray
+    reconstruction: np.ndarray
+
+
+class FeatureEncoder:
+    """An autoencoder in reported units, on the torch backend of Keras.
+
+    Args:
+        autoencoder: Of any kind; its weights must not change any more.
+    """
+
+    def __init__(self, autoencoder: SparseAutoencoder):
+        assert keras.backend.backend() == "torch", "needs use_backend('torch')"
+        self.autoencoder = autoencoder
+        self.n_latents, self.d_model = autoencoder.n_latents, autoencoder.d_model
+        self.norms = _as_torch(autoencoder.decoder_norms())
+        self.scale = float(autoencoder.scale)
+
+    @torch.no_grad()
+    def active(self, activations: np.ndarray) -> ActiveFeatures:
+        """The active features of raw activations, shape (rows, d_model)."""
+        row, feature, latents, reconstruction = self.autoencoder.encode_active(activations)
+        norms = self.norms.cpu().numpy()
+        activation = (latents * norms[feature]).astype(np.float32)
+        return ActiveFeatures(row, feature, activation, reconstruction)
+
+    @torch.no_grad()
+    def encode(self, residual: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """Feature activations of a raw residual stream, float32, shape (..., n_latents).
+
+        Given ``features``, numbers of latents, of these alone, (..., len(features)), which is
+        cheaper.
+        """
+        rows = residual.float().reshape(-1, residual.shape[-1])
+        latents = _as_torch(self.autoencoder.encode(rows, features))
+        norms = self.norms if features is None else self.norms[features.to(self.norms.device)]
+        values = latents * norms
+        return values.reshape(*residual.shape[:-1], values.shape[-1]).to(residual.device)
+
+    @torch.no_grad()
+    def reconstruct(self, residual: torch.Tensor) -> torch.Tensor:
+        """The reconstruction of a raw residual stream, of its shape, float32."""
+        rows = residual.float().reshape(-1, residual.shape[-1])
+        return _as_torch(self.autoencoder(rows)).reshape(residual.shape).to(residual.device)
+
+    @torch.no_grad()
+    def directions(self, features: torch.Tensor) -> torch.Tensor:
+        """What a unit of each feature's activation adds to the raw residual stream.
+
+        Returns:
+            Shape (len(features), d_model), on the device of ``features``.
+        """
+        rows = _as_torch(ops.take(self.autoencoder.W_dec, features, axis=0)).to(features.device)
+        return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.scale
+
+
+class FeatureModel(FeatureEncoder):
+    """A language model with an autoencoder in its residual stream.
+
+    Args:
+        language_model: The model.
+        layer: The block whose output the autoencoder is of.
+        autoencoder: On the torch backend of Keras.
+        outlier_norm: Positions of a larger raw norm were kept out of training.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        layer: int,
+        autoencoder: SparseAutoencoder,
+        outlier_norm: float,
+    ):
+        super().__init__(autoencoder)
+        self.language_model, self.layer, self.outlier_norm = language_model, layer, outlier_norm
+
+    @classmethod
+    def load(cls, summary: dict, autoencoder_path: Path, dtype: str | None = None) -> Self:
+        """Load the model that a summary of an analysis names, and the autoencoder.
+
+        Args:
+            summary: Holds ``model_name``, ``layer``, ``dtype`` and ``outlier_norm``.
+            autoencoder_path: A ``.keras`` file.
+            dtype: Of the model; the summary's by default.
+        """
+        name, layer = summary["model_name"], summary["layer"]
+        language_model = load_language_model(name, layer, dtype or summary["dtype"])
+        autoencoder = load_autoencoder(autoencoder_path)
+        return cls(language_model, layer, autoencoder, summary["outlier_norm"])
+
+    @property
+    def block(self) -> nn.Module:
+        return self.language_model.blocks[self.layer]
+
+    def residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The raw residual stream at the layer, (batch, context, d_model); see `residual_at`."""
+        return residual_at(self.language_model, tokens, self.layer)
+
+    def replaced(
+        self, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """While open, pass the residual stream through ``replace``; see `replaced_output`."""
+        return replaced_output(self.block, replace, with_positions)
+
+    def trained_positions(self, tokens: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The positions that autoencoders are trained on: not BOS, wherever it is, no outlier.
+
+        Args:
+            tokens: Any shape.
+            residual: Raw, of that shape and d_model.
+
+        Returns:
+            Bool, of the tokens' shape.
+        """
+        is_bos = tokens.to(residual.device) == self.language_model.bos
+        return ~is_bos & (residual.float().norm(dim=-1) <= self.outlier_norm)
+
+
+def _as_torch(values: Tensor) -> torch.Tensor:
+    """A Keras tensor or weight as a torch tensor, without its history; nothing is copied."""
+    return ops.convert_to_tensor(values).detach()
