@@ -65,6 +65,7 @@ N_FOUND = 10  # features to print
 ANALYSIS_DIR = "data/analysis"  # folder to write to
 OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
 
+# --- not settings
 NOT_RECORDED = (
     "activations_dir",
     "autoencoder_dir",

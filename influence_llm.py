@@ -34,6 +34,7 @@ from utils.terminal import (
     show_record,
 )
 
+# --- what to do
 STUDY = "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
 PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
 CHAT = False  # a chat in the terminal with features turned, instead of a study
@@ -72,7 +73,7 @@ ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
 
-
+# --- not settings
 # What has a meaning for some uses alone; given for another, it is refused.
 ALL_STUDIES = ("steer", "evidence", "attribute")
 ONLY_FOR = {

@@ -37,6 +37,7 @@ TOKENS_PER_SHARD = 65_536  # a shard is written as a whole: 400 MB at d_model 3,
 CONTEXTS_PER_BATCH = 16  # raise it until the accelerator's memory is full
 OVERWRITE = False  # delete an earlier run in ACTIVATIONS_DIR that had other settings
 
+# --- not settings
 NOT_RECORDED = ("activations_dir", "overwrite")
 
 

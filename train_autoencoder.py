@@ -65,6 +65,7 @@ TENSORBOARD = False  # also log to AUTOENCODER_DIR for TensorBoard (pip install 
 BACKUP_EVERY = 50  # log lines between backups; 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
+# --- not settings
 # A sweep may be widened by more latents and learning rates.
 NOT_RECORDED = (
     "activations_dir",
