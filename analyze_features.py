@@ -18,7 +18,7 @@ from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.backend import use_backend
 from utils.features.catalogue import Catalogue
 from utils.features.search import search
-from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, as_dict, read_settings, require, require_positive, run
 from utils.terminal import in_words, show_found
 
 # --- input
@@ -179,7 +179,7 @@ def main() -> None:
         print(describe(summary, folder))
 
 
-def check(settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
@@ -217,7 +217,7 @@ def check(settings) -> None:
     )
 
 
-def check_judge(settings) -> None:
+def check_judge(settings: Settings) -> None:
     """Refuse settings of a judge that cannot be meant, or that would save a password."""
     url, price = settings.judge_url, settings.judge_price
     if url is not None:

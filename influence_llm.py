@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from utils.artifacts import make_folder, write_json
 from utils.backend import use_backend
-from utils.settings import read_settings, require, require_positive, run
+from utils.settings import Settings, read_settings, require, require_positive, run
 from utils.terminal import (
     choose_features,
     show_attribution,
@@ -249,7 +249,7 @@ def playground(settings: Any, catalogue: Any, autoencoder_path: Path) -> None:
     serve(Playground(catalogue, *load_models(catalogue, autoencoder_path)), settings)
 
 
-def use_of(settings: Any) -> str:
+def use_of(settings: Settings) -> str:
     """Which of the uses is asked for: a study, the playground or the chat.
 
     Raises:
@@ -274,7 +274,7 @@ def use_of(settings: Any) -> str:
     return use
 
 
-def check(settings: Any) -> None:
+def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is read."""
     from utils.influence.evidence import TRIAL_MARGIN
     from utils.steering.clamps import check_change

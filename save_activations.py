@@ -17,7 +17,15 @@ from utils.activations.extraction import Extraction, Ranks
 from utils.activations.store import OUTPUTS, ActivationStore, bytes_per_token
 from utils.artifacts import open_stage, read_json, require_disk_space
 from utils.language_model import load_language_model, read_config
-from utils.settings import InputError, as_dict, read_settings, require, require_positive, run
+from utils.settings import (
+    InputError,
+    Settings,
+    as_dict,
+    read_settings,
+    require,
+    require_positive,
+    run,
+)
 
 # --- model
 MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
@@ -77,7 +85,7 @@ def main() -> None:
     print(describe(folder, ranks))
 
 
-def check(settings, ranks: Ranks) -> None:
+def check(settings: Settings, ranks: Ranks) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(settings, "n_tokens", "tokens_per_shard", "contexts_per_batch")
     require(
@@ -99,7 +107,7 @@ def check(settings, ranks: Ranks) -> None:
     )
 
 
-def check_context(settings, longest: int | None) -> None:
+def check_context(settings: Settings, longest: int | None) -> None:
     """Refuse contexts that the model was not made for, if it says so."""
     require(
         longest is None or settings.context_length <= longest,

@@ -13,7 +13,7 @@ import sys
 
 from utils.artifacts import open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
-from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, as_dict, read_settings, require, require_positive, run
 
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -167,7 +167,7 @@ def main() -> None:
         print(describe(metrics))
 
 
-def check(settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(
         settings, "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale", "n_passes",

@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.settings import InputError, require
+from utils.settings import InputError, Json, require
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
@@ -40,13 +39,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Json) -> None:
     """Write ``content`` as readable JSON, atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """Read a JSON file of ours.
 
     Raises:
@@ -60,7 +59,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def append_record(log: Path, record: dict[str, Any]) -> None:
+def append_record(log: Path, record: dict[str, Json]) -> None:
     """Add a line of JSON to a log, after ending the line that a killed process left torn."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     with log.open("ab+") as file:
@@ -70,7 +69,7 @@ def append_record(log: Path, record: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Any]]:
+def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
     """The records of a log that have all the ``needed`` fields; torn lines are passed over."""
     # Not splitlines(): JSON strings may hold characters that it takes for line ends.
     for line in log.read_text("utf-8", errors="replace").split("\n"):
@@ -117,7 +116,7 @@ def missing_stage(folder: Path, what: str, script: str) -> InputError:
 @contextlib.contextmanager
 def open_stage(
     folder: str | Path,
-    settings: dict[str, Any],
+    settings: dict[str, Json],
     outputs: tuple[str, ...],
     overwrite: bool = False,
     lock_name: str = LOCK_FILE,

@@ -16,11 +16,12 @@ import tokenize
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from dotenv import load_dotenv
 
+Json = Any  # what JSON can hold
 HEADING, END = "# --- ", "# --- not settings"
 
 
@@ -28,7 +29,18 @@ class InputError(ValueError):
     """A mistake of the user's: printed as one message, without a traceback."""
 
 
-def read_settings(script: types.ModuleType, arguments: list[str] | None = None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A script's settings, an attribute each in lower case; `read_settings` makes them.
+
+    Attributes:
+        script: File name of the script.
+    """
+
+    script: ClassVar[str]
+
+
+def read_settings(script: types.ModuleType, arguments: list[str] | None = None) -> Settings:
     """Build the settings of a script from its constants and the command line.
 
     Args:
@@ -37,27 +49,25 @@ def read_settings(script: types.ModuleType, arguments: list[str] | None = None) 
         arguments: Command-line words, without the program's name; the process's own by default.
 
     Returns:
-        A frozen dataclass, one field a constant, in lower case. A wrong flag or a value of another
-        type ends the process with status 2 and a message that names the nearest flag or the rule.
+        One field a constant, in lower case, its default the constant. A wrong flag or a value of
+        another type ends the process with status 2 and a message that names the nearest flag or the
+        rule.
 
     Raises:
         InputError: A setting has no comment.
     """
-    source = Path(script.__file__).read_text(encoding="utf-8")
+    path = Path(script.__file__)
     annotations = typing.get_type_hints(script)
     fields = []
-    for name, comment in settings_block(source).items():
+    for name, comment in settings_block(path.read_text("utf-8")).items():
         value = getattr(script, name)
         kind = annotations.get(name, type(value))
         described = Annotated[kind, tyro.conf.arg(help=comment)]
         fields.append((name.lower(), described, dataclasses.field(default=value)))
-    settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
-    return tyro.cli(
-        settings,
-        args=arguments,
-        prog=Path(script.__file__).name,
-        description=script.__doc__,
+    settings = dataclasses.make_dataclass(
+        "Settings", fields, bases=(Settings,), namespace={"script": path.name}, frozen=True
     )
+    return tyro.cli(settings, args=arguments, prog=path.name, description=script.__doc__)
 
 
 def settings_block(source: str) -> dict[str, str]:
@@ -93,7 +103,7 @@ def settings_block(source: str) -> dict[str, str]:
     return described
 
 
-def as_dict(settings: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def as_dict(settings: Settings, leave_out: tuple[str, ...] = ()) -> dict[str, Json]:
     """The settings as plain JSON types (tuples become lists), without those in ``leave_out``."""
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -108,7 +118,7 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def require_positive(settings: Any, *names: str) -> None:
+def require_positive(settings: Settings, *names: str) -> None:
     """Refuse settings among ``names`` that are not greater than zero (``None`` means off)."""
     for name in names:
         value = getattr(settings, name)
