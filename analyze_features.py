@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from utils.artifacts import open_stage, read_json, require_disk_space
+from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space
 from utils.backend import use_backend
 from utils.features.catalogue import Catalogue
 from utils.features.search import search
-from utils.settings import Settings, as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, read_settings, require, require_positive, run
 from utils.terminal import in_words, show_found
 
 # --- input
@@ -117,8 +117,6 @@ def main() -> None:
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
     others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
-    recorded = {"script": "analyze_features.py", **as_dict(settings, leave_out=NOT_RECORDED)}
-    recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
     sizes = [one.n_latents for one in (autoencoder, *(other for other, _ in others))]
     require(
         len(set(sizes)) == len(sizes),
@@ -126,9 +124,15 @@ def main() -> None:
         f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
         f"{sizes[0]:,}. Leave out one of each size.",
     )
-    recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
+    record = RunRecord.of(
+        settings,
+        NOT_RECORDED,
+        activations=store.fingerprint,
+        autoencoder=trained["fingerprint"],
+        other_autoencoders=[other["fingerprint"] for _, other in others],
+    )
 
-    with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
+    with open_stage(settings.analysis_dir, record, OUTPUTS, settings.overwrite) as folder:
         if (folder / PAGE).exists():
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return

@@ -15,12 +15,11 @@ from pathlib import Path
 from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
 from utils.activations.store import OUTPUTS, ActivationStore, bytes_per_token
-from utils.artifacts import open_stage, read_json, require_disk_space
+from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space
 from utils.language_model import load_language_model, read_config
 from utils.settings import (
     InputError,
     Settings,
-    as_dict,
     read_settings,
     require,
     require_positive,
@@ -62,10 +61,9 @@ def main() -> None:
     corpus.check()
 
     # 2. Claim the folder; a finished run has its shards checked.
-    recorded = {"script": "save_activations.py", **as_dict(settings, leave_out=NOT_RECORDED)}
-    recorded["world_size"] = ranks.world_size
+    record = RunRecord.of(settings, NOT_RECORDED, world_size=ranks.world_size)
     with open_stage(
-        settings.activations_dir, recorded, OUTPUTS, settings.overwrite, ranks.lock_name
+        settings.activations_dir, record, OUTPUTS, settings.overwrite, ranks.lock_name
     ) as folder:
         extraction = Extraction(folder, settings, ranks)
         if extraction.is_finished():

@@ -11,9 +11,9 @@ import importlib.util
 import itertools
 import sys
 
-from utils.artifacts import open_stage, read_json, require_disk_space, write_json
+from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
-from utils.settings import Settings, as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, read_settings, require, require_positive, run
 
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -114,10 +114,9 @@ def main() -> None:
     sizes = settings.sweep_latents or (settings.n_latents,)
     use_devices(settings.distribution, settings.batch_size, sizes)
     store = ActivationStore(settings.activations_dir)
-    recorded = {"script": "train_autoencoder.py"}
-    recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
+    record = RunRecord.of(settings, NOT_RECORDED, activations=store.fingerprint)
 
-    with open_stage(settings.autoencoder_dir, recorded, OUTPUTS, settings.overwrite) as folder:
+    with open_stage(settings.autoencoder_dir, record, OUTPUTS, settings.overwrite) as folder:
         if (folder / "metrics.json").exists():
             (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
