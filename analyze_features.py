@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space
@@ -21,6 +22,10 @@ from utils.features.search import search
 from utils.settings import Settings, read_settings, require, require_positive, run
 from utils.terminal import in_words, show_found
 
+Study = Literal[
+    "specificity", "completeness", "neurons", "explanations", "outputs", "splitting", "directions"
+]
+
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
@@ -28,7 +33,7 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES = (
+STUDIES: tuple[Study, ...] = (
     "specificity",
     "completeness",
     "neurons",
@@ -190,8 +195,6 @@ def check(settings: Settings) -> None:
         "n_explained", "batch_size", "n_found",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
-    for study in settings.studies:
-        require(study in STUDIES, f"STUDIES must be of {', '.join(STUDIES)}; one is {study!r}.")
     require(
         not settings.other_autoencoders or {"completeness", "splitting"} & set(settings.studies),
         "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "

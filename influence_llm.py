@@ -35,7 +35,9 @@ from utils.terminal import (
 )
 
 # --- what to do
-STUDY = "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
+STUDY: Literal["steer", "evidence", "attribute"] = (
+    "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
+)
 PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
 CHAT = False  # a chat in the terminal with features turned, instead of a study
 PORT = 7_860  # of the playground
@@ -75,7 +77,6 @@ INFLUENCE_DIR = "data/influence"  # folder to write to
 
 # --- not settings
 # What has a meaning for some uses alone; given for another, it is refused.
-ALL_STUDIES = ("steer", "evidence", "attribute")
 ONLY_FOR = {
     **dict.fromkeys(("feature", "intervention", "strength", "where", "save_vector"), ("steer",)),
     "n_proposals": ("steer",),
@@ -83,7 +84,7 @@ ONLY_FOR = {
     **dict.fromkeys(("n_features", "n_tried"), ("evidence",)),
     **dict.fromkeys(("pair", "n_ablated", "n_prompts"), ("attribute",)),
     **dict.fromkeys(("prompt_tokens", "features_per_prompt"), ("attribute",)),
-    "study": ALL_STUDIES,
+    "study": ("steer", "evidence", "attribute"),
     "prompt": ("steer", "attribute", "playground"),
     "chat_template": ("steer", "attribute", "playground"),
     **dict.fromkeys(("max_new_tokens", "temperature"), ("steer", "evidence", "playground", "chat")),
@@ -253,12 +254,8 @@ def use_of(settings: Settings) -> str:
     """Which of the uses is asked for: a study, the playground or the chat.
 
     Raises:
-        InputError: There is no such study, two uses are asked for, or one is given what it has not.
+        InputError: Two uses are asked for, or one is given what it has not.
     """
-    require(
-        settings.study in ALL_STUDIES,
-        f"STUDY must be steer, evidence or attribute; it is {settings.study!r}.",
-    )
     require(
         not (settings.playground and settings.chat),
         "One of PLAYGROUND and CHAT can be on at a time.",

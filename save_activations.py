@@ -11,6 +11,7 @@ and makes damaged ones anew.
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
@@ -29,7 +30,7 @@ from utils.settings import (
 # --- model
 MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
 LAYER = 15  # take the output of this decoder block, counted from 0; the middle is a good start
-DTYPE = "auto"  # auto (bfloat16 where the device has it), bfloat16, float16, float32
+DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where it is fast
 
 # --- text
 DATASET = "monology/pile-uncopyrighted"  # hub name, a file or folder of text, or "embedded"
@@ -39,7 +40,7 @@ OUTLIER_FACTOR = 3.0  # leave out of training what has more than so many times t
 
 # --- writing
 ACTIVATIONS_DIR = "data/activations"  # folder to write to
-STORAGE_DTYPE = "float16"  # float16, or float32 if activations overflow it
+STORAGE_DTYPE: Literal["float16", "float32"] = "float16"  # float32 if activations overflow it
 TOKENS_PER_SHARD = 65_536  # a shard is written as a whole: 400 MB at d_model 3,072
 CONTEXTS_PER_BATCH = 16  # raise it until the accelerator's memory is full
 OVERWRITE = False  # delete an earlier run in ACTIVATIONS_DIR that had other settings
@@ -54,7 +55,7 @@ def main() -> None:
 
     # 1. Check the settings, the model's configuration and the first document.
     check(settings, ranks)
-    config = read_config(settings.model_name, settings.layer, settings.dtype)
+    config = read_config(settings.model_name, settings.layer)
     check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
@@ -93,10 +94,6 @@ def check(settings: Settings, ranks: Ranks) -> None:
     require(
         settings.context_length >= 2,
         f"CONTEXT_LENGTH must be at least 2, for BOS and a token; it is {settings.context_length}.",
-    )
-    require(
-        settings.storage_dtype in ("float16", "float32"),
-        f"STORAGE_DTYPE must be float16 or float32; it is {settings.storage_dtype!r}.",
     )
     require(
         not settings.overwrite or ranks.world_size == 1,

@@ -155,12 +155,45 @@ def test_importing_a_script_loads_no_framework(name):
         ("train_autoencoder", ["--learning-rate", "fast"], "--learning-rate"),
         ("influence_llm", ["--strength", "1", "a"], "--strength"),
         ("influence_llm", ["--max-new-tokens"], "--max-new-tokens"),
+        (
+            "save_activations",
+            ["--dtype", "int8"],
+            "'int8' for argument '--dtype'. Expected one of ('auto', 'bfloat16', 'float16', 'float",
+        ),
+        ("train_autoencoder", ["--backend", "tensorfow"], "'auto', 'tensorflow', 'jax', 'torch'"),
+        ("analyze_features", ["--studies", "outputs", "spelling"], "'spelling' for argument"),
+        ("influence_llm", ["--study", "prove"], "('steer', 'evidence', 'attribute')"),
     ],
 )
-def test_a_wrong_flag_or_value_is_named(run_here, name, flags, says):
+def test_a_wrong_flag_or_value_is_named(run_here, monkeypatch, name, flags, says):
+    monkeypatch.setenv("COLUMNS", "400")  # so that no message is wrapped
     ended = run_here(name, *flags, check=False)
     assert ended.returncode == 2
     assert says in ended.stdout and "Traceback" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("constant", "rule"),
+    [
+        ('Literal["linear", "cosine"] = "step"', "one of linear, cosine; it is 'step'"),
+        ('Literal["data", "model"] | None = "all"', "one of data, model or None; it is 'all'"),
+        ('tuple[Literal["a", "b"], ...] = ("a", "c")', r"a tuple, each one of a, b; it is \('a'"),
+        ('tuple[float, ...] | Literal["auto"] = "x"', "a tuple, each float or one of auto; it is"),
+        ('float | None = "fast"', "float or None; it is 'fast'"),
+        ("tuple[int | str, ...] = 5", "a tuple, each int or str; it is 5"),
+    ],
+)
+def test_a_constant_of_a_wrong_value_is_refused(tmp_path, monkeypatch, constant, rule):
+    (tmp_path / "edited.py").write_text(
+        "from typing import Literal\n"
+        "# --- group\n"
+        'RIGHT: tuple[float, ...] | Literal["auto"] | None = (1, 2.5)  # of its type\n'
+        f"SHAPE: {constant}  # of another\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited", raising=False)
+    with pytest.raises(InputError, match=f"^SHAPE must be {rule}"):
+        read_settings(importlib.import_module("edited"), [])
 
 
 def fields(**values: object) -> SimpleNamespace:

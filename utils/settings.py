@@ -54,7 +54,8 @@ def read_settings(script: types.ModuleType, arguments: list[str] | None = None) 
         rule.
 
     Raises:
-        InputError: A setting has no comment.
+        InputError: A setting has no comment, or its constant a value that its annotation does not
+            allow.
     """
     path = Path(script.__file__)
     annotations = typing.get_type_hints(script)
@@ -62,6 +63,7 @@ def read_settings(script: types.ModuleType, arguments: list[str] | None = None) 
     for name, comment in settings_block(path.read_text("utf-8")).items():
         value = getattr(script, name)
         kind = annotations.get(name, type(value))
+        require(_allows(kind, value), f"{name} must be {_in_words(kind)}; it is {value!r}.")
         described = Annotated[kind, tyro.conf.arg(help=comment)]
         fields.append((name.lower(), described, dataclasses.field(default=value)))
     settings = dataclasses.make_dataclass(
@@ -101,6 +103,30 @@ def settings_block(source: str) -> dict[str, str]:
                 )
                 described[target.id] = beside[-1].lstrip("# ").strip()
     return described
+
+
+def _allows(kind: type, value: object) -> bool:
+    """Whether an annotation of a setting allows a value, which tyro asks of flags alone."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in kinds
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_allows(kinds[0], each) for each in value)
+    if kinds:  # a union
+        return any(_allows(each, value) for each in kinds)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: type) -> str:
+    """An annotation of a setting for a message, as "one of linear, cosine" or "float or None"."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, kinds))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each {_in_words(kinds[0])}"
+    if kinds:
+        return " or ".join(map(_in_words, kinds))
+    return "None" if kind is types.NoneType else kind.__name__
 
 
 def as_dict(settings: Settings, leave_out: tuple[str, ...] = ()) -> dict[str, Json]:
