@@ -274,7 +274,6 @@ def use_of(settings: Settings) -> str:
 def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is read."""
     from utils.influence.evidence import TRIAL_MARGIN
-    from utils.steering.clamps import check_change
 
     require_positive(
         settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "n_ablated",
@@ -295,6 +294,19 @@ def check(settings: Settings) -> None:
     )
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
+        settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,
+        f"TEMPERATURE must be 0 or a finite number from 0.01 on; it is {settings.temperature}.",
+    )
+    require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
+    check_strength(settings)
+    check_saved_vector(settings)
+
+
+def check_strength(settings: Settings) -> None:
+    """Refuse a change of features that is none, or a strength that does not suit it."""
+    from utils.steering.clamps import check_change
+
+    require(
         settings.strength == "auto"
         or (len(settings.strength) > 0 and all(map(math.isfinite, settings.strength))),
         f"STRENGTH must be one finite number or several, or auto; it is {settings.strength}. "
@@ -311,27 +323,26 @@ def check(settings: Settings) -> None:
         "STRENGTH does not matter to INTERVENTION ablate; it is "
         f"{settings.strength}. Leave it out.",
     )
+
+
+def check_saved_vector(settings: Settings) -> None:
+    """Refuse to save a change of features that is not the addition of one vector."""
+    if not settings.save_vector:
+        return
     require(
-        not settings.save_vector
-        or settings.strength == "auto"
-        or (len(settings.strength) == 1 and settings.strength[0] != 0),
+        settings.strength == "auto" or (len(settings.strength) == 1 and settings.strength[0] != 0),
         f"SAVE_VECTOR needs one STRENGTH other than 0; there is {settings.strength}. Give one.",
     )
     require(
-        not settings.save_vector or settings.where == "everywhere",
+        settings.where == "everywhere",
         "SAVE_VECTOR needs WHERE everywhere, for that is where other programs add a vector; it is "
         f"{settings.where!r}.",
     )
     require(
-        not settings.save_vector or settings.intervention in ("clamp", "add"),
+        settings.intervention in ("clamp", "add"),
         "SAVE_VECTOR needs INTERVENTION clamp or add, for a vector can only be added; it is "
         f"{settings.intervention}.",
     )
-    require(
-        settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,
-        f"TEMPERATURE must be 0 or a finite number from 0.01 on; it is {settings.temperature}.",
-    )
-    require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
 
 
 def read_analysis(settings: Any) -> tuple[Any, Path]:
