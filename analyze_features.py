@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from utils.artifacts import open_stage, read_json, require_disk_space
+from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space
 from utils.backend import use_backend
 from utils.features import studies
 from utils.features.catalogue import Catalogue
 from utils.features.search import in_words, search, show_matches
-from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, read_settings, require, require_positive, run
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -28,7 +28,7 @@ AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 # --- what to look at
 N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
 N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES: tuple[str, ...] = studies.NAMES  # to make; what each is: utils/features/studies/
+STUDIES: tuple[studies.Name, ...] = studies.NAMES  # to make: utils/features/studies/ has them
 N_STUDIED = 1_000  # features drawn for specificity and neurons
 N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over, and to compare them
 N_EXPLAINED = 200  # features whose explanations are scored; all have one
@@ -56,6 +56,7 @@ N_FOUND = 10  # features to print
 ANALYSIS_DIR = "data/analysis"  # folder to write to
 OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
 
+# --- not settings
 NOT_RECORDED = (
     "activations_dir",
     "autoencoder_dir",
@@ -98,8 +99,6 @@ def main() -> None:
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
     others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
-    recorded = {"script": "analyze_features.py", **as_dict(settings, leave_out=NOT_RECORDED)}
-    recorded |= {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
     sizes = [one.n_latents for one in (autoencoder, *(other for other, _ in others))]
     require(
         len(set(sizes)) == len(sizes),
@@ -107,9 +106,15 @@ def main() -> None:
         f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
         f"{sizes[0]:,}. Leave out one of each size.",
     )
-    recorded["other_autoencoders"] = [other["fingerprint"] for _, other in others]
+    record = RunRecord.of(
+        settings,
+        NOT_RECORDED,
+        activations=store.fingerprint,
+        autoencoder=trained["fingerprint"],
+        other_autoencoders=[other["fingerprint"] for _, other in others],
+    )
 
-    with open_stage(settings.analysis_dir, recorded, OUTPUTS, settings.overwrite) as folder:
+    with open_stage(settings.analysis_dir, record, OUTPUTS, settings.overwrite) as folder:
         if (folder / PAGE).exists():
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
@@ -133,16 +138,13 @@ def main() -> None:
         print(describe(summary, folder))
 
 
-def check(settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
         "n_explained", "batch_size", "n_found",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
-    for study in settings.studies:
-        known = ", ".join(studies.NAMES)
-        require(study in studies.NAMES, f"STUDIES must be of {known}; one is {study!r}.")
     require(
         not settings.other_autoencoders or {"completeness", "splitting"} & set(settings.studies),
         "OTHER_AUTOENCODERS is for completeness and splitting, and STUDIES has neither. Leave it "
@@ -172,7 +174,7 @@ def check(settings) -> None:
     )
 
 
-def check_judge(settings) -> None:
+def check_judge(settings: Settings) -> None:
     """Refuse settings of a judge that cannot be meant, or that would save a password."""
     url, price = settings.judge_url, settings.judge_price
     if url is not None:

@@ -29,7 +29,10 @@ from utils.features.catalogue import Catalogue
 from utils.features.search import choose_features
 from utils.settings import Settings, read_settings, require, require_positive, run
 
-STUDY = "steer"  # steer: write with features changed; evidence: does it work; attribute: the reason
+Study = Literal["steer", "evidence", "attribute"]
+
+# --- what to do
+STUDY: Study = "steer"  # steer: with features changed; evidence: does it work; attribute: why
 PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
 CHAT = False  # a chat in the terminal with features turned, instead of a study
 PORT = 7_860  # of the playground
@@ -67,9 +70,8 @@ ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 INFLUENCE_DIR = "data/influence"  # folder to write to
 
-
+# --- not settings
 # What has a meaning for some uses alone; given for another, it is refused.
-ALL_STUDIES = ("steer", "evidence", "attribute")
 ONLY_FOR = {
     **dict.fromkeys(("feature", "intervention", "strength", "where", "save_vector"), ("steer",)),
     "n_proposals": ("steer",),
@@ -77,7 +79,7 @@ ONLY_FOR = {
     **dict.fromkeys(("n_features", "n_tried"), ("evidence",)),
     **dict.fromkeys(("pair", "n_ablated", "n_prompts"), ("attribute",)),
     **dict.fromkeys(("prompt_tokens", "features_per_prompt"), ("attribute",)),
-    "study": ALL_STUDIES,
+    "study": ("steer", "evidence", "attribute"),
     "prompt": ("steer", "attribute", "playground"),
     "chat_template": ("steer", "attribute", "playground"),
     **dict.fromkeys(("max_new_tokens", "temperature"), ("steer", "evidence", "playground", "chat")),
@@ -246,12 +248,8 @@ def use_of(settings: Settings) -> str:
     """Which of the uses is asked for: a study, the playground or the chat.
 
     Raises:
-        InputError: There is no such study, two uses are asked for, or one is given what it has not.
+        InputError: Two uses are asked for, or one is given what it has not.
     """
-    require(
-        settings.study in ALL_STUDIES,
-        f"STUDY must be steer, evidence or attribute; it is {settings.study!r}.",
-    )
     require(
         not (settings.playground and settings.chat),
         "One of PLAYGROUND and CHAT can be on at a time.",
@@ -270,7 +268,6 @@ def use_of(settings: Settings) -> str:
 def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is read."""
     from utils.influence.evidence import TRIAL_MARGIN
-    from utils.steering.clamps import check_change
 
     require_positive(
         settings, "max_new_tokens", "n_proposals", "n_features", "n_tried", "n_ablated",
@@ -291,6 +288,19 @@ def check(settings: Settings) -> None:
     )
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
+        settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,
+        f"TEMPERATURE must be 0 or a finite number from 0.01 on; it is {settings.temperature}.",
+    )
+    require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
+    check_strength(settings)
+    check_saved_vector(settings)
+
+
+def check_strength(settings: Settings) -> None:
+    """Refuse a change of features that is none, or a strength that does not suit it."""
+    from utils.steering.clamps import check_change
+
+    require(
         settings.strength == "auto"
         or (len(settings.strength) > 0 and all(map(math.isfinite, settings.strength))),
         f"STRENGTH must be one finite number or several, or auto; it is {settings.strength}. "
@@ -307,27 +317,26 @@ def check(settings: Settings) -> None:
         "STRENGTH does not matter to INTERVENTION ablate; it is "
         f"{settings.strength}. Leave it out.",
     )
+
+
+def check_saved_vector(settings: Settings) -> None:
+    """Refuse to save a change of features that is not the addition of one vector."""
+    if not settings.save_vector:
+        return
     require(
-        not settings.save_vector
-        or settings.strength == "auto"
-        or (len(settings.strength) == 1 and settings.strength[0] != 0),
+        settings.strength == "auto" or (len(settings.strength) == 1 and settings.strength[0] != 0),
         f"SAVE_VECTOR needs one STRENGTH other than 0; there is {settings.strength}. Give one.",
     )
     require(
-        not settings.save_vector or settings.where == "everywhere",
+        settings.where == "everywhere",
         "SAVE_VECTOR needs WHERE everywhere, for that is where other programs add a vector; it is "
         f"{settings.where!r}.",
     )
     require(
-        not settings.save_vector or settings.intervention in ("clamp", "add"),
+        settings.intervention in ("clamp", "add"),
         "SAVE_VECTOR needs INTERVENTION clamp or add, for a vector can only be added; it is "
         f"{settings.intervention}.",
     )
-    require(
-        settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,
-        f"TEMPERATURE must be 0 or a finite number from 0.01 on; it is {settings.temperature}.",
-    )
-    require(0 <= settings.seed < 2**63, f"SEED must be from 0 to 2^63 - 1; it is {settings.seed}.")
 
 
 def read_analysis(settings: Settings) -> tuple[Catalogue, Path]:

@@ -11,20 +11,28 @@ and makes damaged ones anew.
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
 from utils.activations.manifest import Manifest
 from utils.activations.shards import OUTPUTS, bytes_per_token
 from utils.activations.store import ActivationStore
-from utils.artifacts import open_stage, require_disk_space
+from utils.artifacts import RunRecord, open_stage, require_disk_space
 from utils.language_model import load_language_model, read_config
-from utils.settings import InputError, as_dict, read_settings, require, require_positive, run
+from utils.settings import (
+    InputError,
+    Settings,
+    read_settings,
+    require,
+    require_positive,
+    run,
+)
 
 # --- model
 MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
 LAYER = 15  # take the output of this decoder block, counted from 0; the middle is a good start
-DTYPE = "auto"  # auto (bfloat16 where the device has it), bfloat16, float16, float32
+DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where it is fast
 
 # --- text
 DATASET = "monology/pile-uncopyrighted"  # hub name, a file or folder of text, or "embedded"
@@ -34,11 +42,12 @@ OUTLIER_FACTOR = 3.0  # leave out of training what has more than so many times t
 
 # --- writing
 ACTIVATIONS_DIR = "data/activations"  # folder to write to
-STORAGE_DTYPE = "float16"  # float16, or float32 if activations overflow it
+STORAGE_DTYPE: Literal["float16", "float32"] = "float16"  # float32 if activations overflow it
 TOKENS_PER_SHARD = 65_536  # a shard is written as a whole: 400 MB at d_model 3,072
 CONTEXTS_PER_BATCH = 16  # raise it until the accelerator's memory is full
 OVERWRITE = False  # delete an earlier run in ACTIVATIONS_DIR that had other settings
 
+# --- not settings
 NOT_RECORDED = ("activations_dir", "overwrite")
 
 
@@ -48,17 +57,16 @@ def main() -> None:
 
     # 1. Check the settings, the model's configuration and the first document.
     check(settings, ranks)
-    config = read_config(settings.model_name, settings.layer, settings.dtype)
+    config = read_config(settings.model_name, settings.layer)
     check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
     corpus.check()
 
     # 2. Claim the folder; a finished run has its shards checked.
-    recorded = {"script": "save_activations.py", **as_dict(settings, leave_out=NOT_RECORDED)}
-    recorded["world_size"] = ranks.world_size
+    record = RunRecord.of(settings, NOT_RECORDED, world_size=ranks.world_size)
     with open_stage(
-        settings.activations_dir, recorded, OUTPUTS, settings.overwrite, ranks.lock_name
+        settings.activations_dir, record, OUTPUTS, settings.overwrite, ranks.lock_name
     ) as folder:
         extraction = Extraction(folder, settings, ranks)
         if extraction.is_finished():
@@ -78,7 +86,7 @@ def main() -> None:
     print(describe(folder, ranks))
 
 
-def check(settings, ranks: Ranks) -> None:
+def check(settings: Settings, ranks: Ranks) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(settings, "n_tokens", "tokens_per_shard", "contexts_per_batch")
     require(
@@ -90,17 +98,13 @@ def check(settings, ranks: Ranks) -> None:
         f"CONTEXT_LENGTH must be at least 2, for BOS and a token; it is {settings.context_length}.",
     )
     require(
-        settings.storage_dtype in ("float16", "float32"),
-        f"STORAGE_DTYPE must be float16 or float32; it is {settings.storage_dtype!r}.",
-    )
-    require(
         not settings.overwrite or ranks.world_size == 1,
         "OVERWRITE must be off with several processes, which would delete each other's shards. "
         f"Delete {settings.activations_dir} yourself.",
     )
 
 
-def check_context(settings, longest: int | None) -> None:
+def check_context(settings: Settings, longest: int | None) -> None:
     """Refuse contexts that the model was not made for, if it says so."""
     require(
         longest is None or settings.context_length <= longest,

@@ -10,10 +10,11 @@ goes on from its last backup.
 import importlib.util
 import itertools
 import sys
+from typing import Literal
 
-from utils.artifacts import open_stage, read_json, require_disk_space, write_json
+from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
-from utils.settings import as_dict, read_settings, require, require_positive, run
+from utils.settings import Settings, read_settings, require, require_positive, run
 
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -25,12 +26,16 @@ KIND = "topk"  # l1 (the paper's), topk, batch_topk, matryoshka, jumprelu, gated
 N_LATENTS = 65_536  # size of the dictionary; 8 to 64 times d_model
 DECODER_NORM: float | None = None  # of its rows at the start, where it is not held; None: 0.1
 UNIT_DECODER: bool | None = None  # hold its rows at norm 1; None: by kind, l1 and gated do not
-INPUT_NORMALIZER = "centered"  # E‖x‖² = d_model about the mean; scalar: not about it (paper); none
+INPUT_NORMALIZER: Literal["centered", "scalar", "none"] = (
+    "centered"  # E‖x‖² = d_model about the mean; scalar: not about it (paper)
+)
 
 # --- topk, batch_topk, matryoshka
 K = 64  # active latents per token; fewer are easier to read, more reconstruct better
 AUXK_COEFFICIENT = 1 / 32  # weight of the loss that revives dead latents; 0 turns it off
-SELECTION_DTYPE = "auto"  # of the product that chooses latents; bfloat16, float32; auto: the faster
+SELECTION_DTYPE: Literal["auto", "bfloat16", "float32"] = (
+    "auto"  # of the product that chooses latents; auto: the faster
+)
 PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # matryoshka: shares of the latents, rising to 1
 
 # --- l1, gated, jumprelu
@@ -46,7 +51,7 @@ BATCH_SIZE = 4_096  # tokens per step
 LEARNING_RATE: float | None = None  # peak; None: by kind and size, see README
 LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
-LEARNING_RATE_SHAPE = "linear"  # of the fall; linear (the paper's) or cosine
+LEARNING_RATE_SHAPE: Literal["linear", "cosine"] = "linear"  # of the fall; linear: the paper's
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
 WEIGHT_AVERAGING: float | None = None  # decay of a moving average that is kept instead, as 0.999
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
@@ -58,13 +63,14 @@ SWEEP_STEPS: tuple[int, ...] = ()  # numbers of steps, rising; as 64 128 256 512
 SWEEP_LEARNING_RATES: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors, at the best sizes
 
 # --- running
-BACKEND = "auto"  # tensorflow, jax, torch; auto: one that sees an accelerator, else the fastest
-DISTRIBUTION: str | None = None  # over several devices (jax): data splits batches, model latents
+BACKEND: Literal["auto", "tensorflow", "jax", "torch"] = "auto"  # auto: the fastest on this machine
+DISTRIBUTION: Literal["data", "model"] | None = None  # over devices (jax): of batches, of latents
 LOG_EVERY = 100  # steps between lines of the log
 TENSORBOARD = False  # also log to AUTOENCODER_DIR for TensorBoard (pip install tensorboard)
 BACKUP_EVERY = 50  # log lines between backups; 25 bytes for each weight of W_dec
 OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other settings
 
+# --- not settings
 # A sweep may be widened by more latents and learning rates.
 NOT_RECORDED = (
     "activations_dir",
@@ -76,11 +82,6 @@ NOT_RECORDED = (
     "sweep_latents",
     "sweep_learning_rates",
 )
-CHOICES = {
-    "input_normalizer": ("centered", "scalar", "none"),
-    "selection_dtype": ("auto", "bfloat16", "float32"),
-    "learning_rate_shape": ("linear", "cosine"),
-}
 N_VALIDATION_TOKENS = 8_192
 LONGEST_IDLE = 2**30
 OUTPUTS = (
@@ -113,10 +114,9 @@ def main() -> None:
     sizes = settings.sweep_latents or (settings.n_latents,)
     use_devices(settings.distribution, settings.batch_size, sizes)
     store = ActivationStore(settings.activations_dir)
-    recorded = {"script": "train_autoencoder.py"}
-    recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
+    record = RunRecord.of(settings, NOT_RECORDED, activations=store.fingerprint)
 
-    with open_stage(settings.autoencoder_dir, recorded, OUTPUTS, settings.overwrite) as folder:
+    with open_stage(settings.autoencoder_dir, record, OUTPUTS, settings.overwrite) as folder:
         if (folder / "metrics.json").exists():
             (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
             print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
@@ -166,7 +166,7 @@ def main() -> None:
         print(describe(metrics))
 
 
-def check(settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(
         settings, "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale", "n_passes",
@@ -193,9 +193,6 @@ def check(settings) -> None:
             share is None or 0 < share < 1,
             f"{name.upper()} must be between 0 and 1; it is {share}.",
         )
-    for name, choices in CHOICES.items():
-        value = getattr(settings, name)
-        require(value in choices, f"{name.upper()} must be {', '.join(choices)}; it is {value!r}.")
     require(
         not settings.tensorboard or importlib.util.find_spec("tensorboard") is not None,
         "TENSORBOARD needs a package that is not installed: pip install tensorboard.",

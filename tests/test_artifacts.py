@@ -1,5 +1,6 @@
 """A stage's folder: atomic files, one run in it, one process at a time."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from utils.artifacts import (
+    RunRecord,
     fingerprint,
     open_stage,
     read_json,
@@ -16,7 +18,7 @@ from utils.artifacts import (
     require_disk_space,
     write_json,
 )
-from utils.settings import InputError
+from utils.settings import InputError, read_settings
 
 OUTPUTS = ("*.npy", "summary.json")
 SETTINGS = {"layer": 1, "names": ["a"]}
@@ -24,7 +26,7 @@ SETTINGS = {"layer": 1, "names": ["a"]}
 
 def make(folder: Path, settings: dict = SETTINGS, **options) -> None:
     """A run that writes one output."""
-    with open_stage(folder, settings, OUTPUTS, **options) as opened:
+    with open_stage(folder, RunRecord(settings), OUTPUTS, **options) as opened:
         (opened / "a.npy").write_text(json.dumps(settings))
 
 
@@ -97,7 +99,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_a_folder_without_outputs_takes_any_settings(tmp_path):
-    with pytest.raises(RuntimeError), open_stage(tmp_path, SETTINGS, OUTPUTS):
+    with pytest.raises(RuntimeError), open_stage(tmp_path, RunRecord(SETTINGS), OUTPUTS):
         raise RuntimeError("before anything was written")
     make(tmp_path, {"layer": 2})
     assert read_json(tmp_path / "settings.json") == {"layer": 2}
@@ -111,14 +113,15 @@ def test_overwrite_deletes_the_outputs_alone(tmp_path):
     (tmp_path / "own" / "a.npy").write_text("the user's")
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "index.html").write_text("an output that is a folder")
-    with open_stage(tmp_path, {"layer": 2}, (*OUTPUTS, "page"), overwrite=True):
+    record = RunRecord({"layer": 2})
+    with open_stage(tmp_path, record, (*OUTPUTS, "page"), overwrite=True):
         assert names(tmp_path) == {"settings.json", "notes.txt", "own"}
     assert (tmp_path / "own" / "a.npy").read_text() == "the user's"
 
 
 def test_overwrite_goes_on_with_the_same_settings(tmp_path):
     make(tmp_path)
-    with open_stage(tmp_path, SETTINGS, OUTPUTS, overwrite=True):
+    with open_stage(tmp_path, RunRecord(SETTINGS), OUTPUTS, overwrite=True):
         assert names(tmp_path) == {"a.npy", "settings.json"}
 
 
@@ -149,13 +152,84 @@ def test_damaged_settings_are_refused_until_overwritten(tmp_path):
     assert read_json(tmp_path / "settings.json") == SETTINGS
 
 
+# --------------------------------------------------------------------- runs of earlier versions
+
+# What commit d597169, before the first setting was retired, records of runs at its defaults.
+EARLIER = [
+    {
+        "script": "save_activations.py", "model_name": "meta-llama/Llama-3.2-3B", "layer": 15,
+        "dtype": "auto", "dataset": "monology/pile-uncopyrighted", "n_tokens": 100_000_000,
+        "context_length": 1024, "outlier_factor": 3.0, "storage_dtype": "float16",
+        "tokens_per_shard": 65_536, "contexts_per_batch": 16, "world_size": 1,
+    },
+    {
+        "script": "train_autoencoder.py", "held_out": 0.05, "kind": "topk", "n_latents": 65_536,
+        "decoder_norm": None, "unit_decoder": None, "input_normalizer": "centered", "k": 64,
+        "auxk_coefficient": 0.03125, "selection_dtype": "auto",
+        "prefixes": [0.0625, 0.125, 0.25, 0.5, 1.0], "sparsity_coefficient": 2.0,
+        "sparsity_warmup": None, "bandwidth": 2.0, "tanh_scale": 1.0,
+        "preactivation_coefficient": 3e-06, "n_passes": 3.0, "batch_size": 4096,
+        "learning_rate": None, "learning_rate_warmup": 0.0, "learning_rate_decay": 0.2,
+        "learning_rate_shape": "linear", "gradient_clip_norm": 1.0, "weight_averaging": None,
+        "dead_after": 10_000_000, "seed": 0, "sweep_steps": [], "backend": "auto",
+        "log_every": 100, "activations": "2c2cda582458f97f",
+    },
+    {
+        "script": "analyze_features.py", "n_tokens": 10_000_000, "n_loss_tokens": 16_384,
+        "studies": [
+            "specificity", "completeness", "neurons", "explanations", "outputs", "splitting",
+            "directions",
+        ],
+        "n_studied": 1000, "n_neuron_tokens": 65_536, "n_explained": 200, "sentence_model": None,
+        "map_features": True, "n_reported": 30, "batch_size": 8192, "seed": 0, "judge": None,
+        "n_described": 5, "bytes_per_feature": 20_000, "page": "browser/index.html",
+        "outputs": [
+            "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json",
+            "*.png", "browser",
+        ],
+        "activations": "2c2cda582458f97f", "autoencoder": "760f3e2e661fa5cd",
+        "other_autoencoders": ["a58a9fe9f5964b87"],
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("earlier", EARLIER, ids=lambda earlier: earlier["script"])
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, earlier, overwrite):
+    make(tmp_path, earlier)
+    script = importlib.import_module(earlier["script"].removesuffix(".py"))
+    names_of_facts = ("world_size", "activations", "autoencoder", "other_autoencoders")
+    facts = {name: earlier[name] for name in names_of_facts if name in earlier}
+    record = RunRecord.of(read_settings(script, []), script.NOT_RECORDED, **facts)
+    with open_stage(tmp_path, record, OUTPUTS, overwrite):
+        assert names(tmp_path) == {"a.npy", "settings.json"}
+    assert read_json(tmp_path / "settings.json") == earlier
+    other = RunRecord(record.content | {"world_size": 2}, record.defaults)
+    rule = "WORLD_SIZE: [1N].* there, 2 now"
+    with pytest.raises(InputError, match=rule), open_stage(tmp_path, other, OUTPUTS):
+        pass
+
+
+def test_settings_that_one_version_does_not_have_count_as_their_defaults():
+    record = RunRecord({"script": "analyze_features.py", "seed": 0, "new": 1}, {"new": 1})
+    earlier = {"script": "analyze_features.py", "seed": 0, "sentence_model": None}
+    assert record.differences(earlier) == []
+    changed = RunRecord(record.content | {"new": 2}, record.defaults)
+    assert changed.differences(earlier) == ["  NEW: 1 there, 2 now"]
+    assert record.differences(earlier | {"sentence_model": "embedded", "gone": 3}) == [
+        "  SENTENCE_MODEL: 'embedded' there, which this version lacks",
+        "  GONE: 3 there, None now",
+    ]
+    assert RunRecord({"script": "one.py", "seed": 0}).differences(earlier)  # not retired there
+
+
 # -------------------------------------------------------------------------------- one process
 
 
 def held_by_another_process(folder: Path, lock_name: str) -> subprocess.Popen:
     code = (
-        "import sys; from utils.artifacts import open_stage\n"
-        f"with open_stage({str(folder)!r}, {{'layer': 1}}, (), lock_name={lock_name!r}):\n"
+        "import sys; from utils.artifacts import RunRecord, open_stage\n"
+        f"with open_stage({str(folder)!r}, RunRecord({{}}), (), lock_name={lock_name!r}):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -170,7 +244,7 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
     with held_by_another_process(tmp_path, ".lock") as other:
         with pytest.raises(InputError, match="Another process is writing to"):
             make(tmp_path)
-        with open_stage(tmp_path, {"layer": 1}, (), lock_name=".lock-1"):
+        with open_stage(tmp_path, RunRecord({}), (), lock_name=".lock-1"):
             pass  # ranks of a run hold locks of different names
         other.kill()
     make(tmp_path)

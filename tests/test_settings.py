@@ -1,45 +1,121 @@
 """Constants that are flags: help, types, typing errors, and imports without side effects."""
 
+import ast
 import importlib
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SCRIPTS, environment
 
+from tests.structure import files_of
 from utils.settings import (
     InputError,
     as_dict,
     read_settings,
     require_positive,
     run,
-    trailing_comments,
+    settings_block,
 )
 
+FLAGS = {
+    "save_activations": """
+        --model-name --layer --dtype --dataset --n-tokens --context-length --outlier-factor
+        --activations-dir --storage-dtype --tokens-per-shard --contexts-per-batch --overwrite
+    """,
+    "train_autoencoder": """
+        --activations-dir --autoencoder-dir --held-out --kind --n-latents --decoder-norm
+        --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype --prefixes
+        --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
+        --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
+        --learning-rate-decay --learning-rate-shape --gradient-clip-norm --weight-averaging
+        --dead-after --seed --sweep-latents --sweep-steps --sweep-learning-rates --backend
+        --distribution --log-every --tensorboard --backup-every --overwrite
+    """,
+    "analyze_features": """
+        --activations-dir --autoencoder-dir --n-tokens --n-loss-tokens --studies --n-studied
+        --n-neuron-tokens --n-explained --sentence-model --other-autoencoders --map-features
+        --n-reported --batch-size --seed --judge --judge-url --judge-price --search --search-like
+        --search-prompt --search-not --search-token --search-classifier --n-found --analysis-dir
+        --overwrite
+    """,
+    "influence_llm": """
+        --study --playground --chat --port --prompt --chat-template --max-new-tokens --temperature
+        --seed --feature --intervention --strength --where --save-vector --n-proposals --n-features
+        --n-tried --max-perplexity --pair --n-ablated --n-prompts --prompt-tokens
+        --features-per-prompt --activations-dir --analysis-dir --autoencoder-dir --influence-dir
+    """,
+}
+BLOCK = '''"""Docstring # no comment"""
+import os  # not a constant
+BEFORE = 1  # stands under no heading
+# --- group
+SIZE = 4  # how large
+NAME: str | None = None  # a name; None: no name
+TEXT = "a # b"  # in the middle
+PAIR = (
+    1,
+    2,
+)  # at the end of several lines
+lower = 6  # not in capitals
+# --- another group
+LONG: str = (
+    "of a line"  # within several lines
+)
+# --- not settings
+AFTER = 5  # how many
+PLAIN = 5
+def main():
+    INSIDE = 7  # not of the module
+'''
 
-def test_trailing_comments_known_answer():
-    source = (
-        '"""Docstring # no comment"""\n'
-        "import os  # not a constant\n"
-        "# --- group\n"
-        "SIZE = 4  # how large\n"
-        "NAME: str | None = None  # a name; None: no name\n"
-        'TEXT = "a # b"  # in the middle\n'
-        "PAIR = (\n    1,\n    2,\n)  # at the end of several lines\n"
-        "PLAIN = 5\n"
-        "lower = 6  # not in capitals\n"
-        "def main():\n    INSIDE = 7  # not of the module\n"
-    )
-    assert trailing_comments(source) == {
+
+def test_settings_block_known_answer():
+    assert settings_block(BLOCK) == {
         "SIZE": "how large",
         "NAME": "a name; None: no name",
         "TEXT": "in the middle",
         "PAIR": "at the end of several lines",
+        "LONG": "within several lines",
     }
+
+
+def test_a_setting_without_a_comment_is_named():
+    with pytest.raises(InputError, match=r"^SIZE must have a comment at the end of its line"):
+        settings_block(BLOCK.replace("  # how large", ""))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags(name, run_here):
+    printed = run_here(name, "--help").stdout
+    assert re.findall(r"^[│ ] (--[a-z-]+)", printed, re.MULTILINE) == FLAGS[name].split()
+
+
+def names_read(node: ast.AST) -> Iterator[str]:
+    """Settings that code takes by name, outside of functions that merely check them.
+
+    The options of a kind of autoencoder are the arguments of its constructor.
+    """
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("check"):
+        return
+    if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+        yield from (argument.arg for argument in node.args.args)
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("settings"):
+        yield node.attr
+    for child in ast.iter_child_nodes(node):
+        yield from names_read(child)
+
+
+def test_every_setting_is_read_somewhere():
+    read = {name for path in files_of(ROOT) for name in names_read(ast.parse(path.read_text()))}
+    for name in SCRIPTS:
+        settings = settings_block((ROOT / f"{name}.py").read_text())
+        assert not {setting.lower() for setting in settings} - read, name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -48,9 +124,7 @@ def test_help_shows_every_constant_with_its_comment_and_default(name, run_here, 
     options = run_here(name, "--help").stdout.split(" options ")[1]
     options = " ".join(options.replace("│", "").split())
     script = importlib.import_module(name)
-    comments = trailing_comments((ROOT / f"{name}.py").read_text())
-    assert len(comments) >= 8
-    for constant, comment in comments.items():
+    for constant, comment in settings_block((ROOT / f"{name}.py").read_text()).items():
         flag = "--" + constant.lower().replace("_", "-")
         default = getattr(script, constant)
         values = default if isinstance(default, tuple) else [default]
@@ -81,12 +155,45 @@ def test_importing_a_script_loads_no_framework(name):
         ("train_autoencoder", ["--learning-rate", "fast"], "--learning-rate"),
         ("influence_llm", ["--strength", "1", "a"], "--strength"),
         ("influence_llm", ["--max-new-tokens"], "--max-new-tokens"),
+        (
+            "save_activations",
+            ["--dtype", "int8"],
+            "'int8' for argument '--dtype'. Expected one of ('auto', 'bfloat16', 'float16', 'float",
+        ),
+        ("train_autoencoder", ["--backend", "tensorfow"], "'auto', 'tensorflow', 'jax', 'torch'"),
+        ("analyze_features", ["--studies", "outputs", "spelling"], "'spelling' for argument"),
+        ("influence_llm", ["--study", "prove"], "('steer', 'evidence', 'attribute')"),
     ],
 )
-def test_a_wrong_flag_or_value_is_named(run_here, name, flags, says):
+def test_a_wrong_flag_or_value_is_named(run_here, monkeypatch, name, flags, says):
+    monkeypatch.setenv("COLUMNS", "400")  # so that no message is wrapped
     ended = run_here(name, *flags, check=False)
     assert ended.returncode == 2
     assert says in ended.stdout and "Traceback" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("constant", "rule"),
+    [
+        ('Literal["linear", "cosine"] = "step"', "one of linear, cosine; it is 'step'"),
+        ('Literal["data", "model"] | None = "all"', "one of data, model or None; it is 'all'"),
+        ('tuple[Literal["a", "b"], ...] = ("a", "c")', r"a tuple, each one of a, b; it is \('a'"),
+        ('tuple[float, ...] | Literal["auto"] = "x"', "a tuple, each float or one of auto; it is"),
+        ('float | None = "fast"', "float or None; it is 'fast'"),
+        ("tuple[int | str, ...] = 5", "a tuple, each int or str; it is 5"),
+    ],
+)
+def test_a_constant_of_a_wrong_value_is_refused(tmp_path, monkeypatch, constant, rule):
+    (tmp_path / "edited.py").write_text(
+        "from typing import Literal\n"
+        "# --- group\n"
+        'RIGHT: tuple[float, ...] | Literal["auto"] | None = (1, 2.5)  # of its type\n'
+        f"SHAPE: {constant}  # of another\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited", raising=False)
+    with pytest.raises(InputError, match=f"^SHAPE must be {rule}"):
+        read_settings(importlib.import_module("edited"), [])
 
 
 def fields(**values: object) -> SimpleNamespace:

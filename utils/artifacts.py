@@ -5,6 +5,7 @@ rather than mixed in.
 """
 
 import contextlib
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -13,14 +14,62 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.settings import InputError, require
+from utils.settings import InputError, Json, Settings, as_dict, require
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
+
+# What folders of earlier versions have recorded and a script no longer has, with its default then.
+RETIRED: dict[str, dict[str, Json]] = {
+    "train_autoencoder.py": {"weight_averaging": None},
+    "analyze_features.py": {
+        "sentence_model": None,
+        "n_described": 5,
+        "bytes_per_feature": 20_000,
+        "page": "browser/index.html",
+        "outputs": [
+            "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json",
+            "*.png", "browser",
+        ],
+    },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """All that decides what a run writes, kept beside it to know the run again.
+
+    Attributes:
+        content: The script, its settings, and other facts, such as fingerprints of its inputs.
+        defaults: Of the settings.
+    """
+
+    content: dict[str, Json]
+    defaults: dict[str, Json] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: Settings, leave_out: tuple[str, ...], **facts: Json) -> "RunRecord":
+        """The record of a script's run; ``leave_out`` names the settings that decide nothing."""
+        recorded = {"script": settings.script, **as_dict(settings, leave_out), **facts}
+        return cls(recorded, as_dict(type(settings)(), leave_out))
+
+    def differences(self, earlier: dict[str, Json]) -> list[str]:
+        """How the content that an earlier run recorded differs, a line for each name.
+
+        A setting that one of the two versions does not have counts as its default.
+        """
+        retired = RETIRED.get(self.content.get("script"), {})
+        there, here = retired | self.defaults | earlier, retired | self.content
+        lines = []
+        for name in dict.fromkeys([*earlier, *self.content]):
+            if there.get(name) != here.get(name):
+                is_retired = name in retired and name not in self.content
+                now = "which this version lacks" if is_retired else f"{here.get(name)!r} now"
+                lines.append(f"  {name.upper()}: {there.get(name)!r} there, {now}")
+        return lines
 
 
 @contextlib.contextmanager
@@ -40,13 +89,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Json) -> None:
     """Write ``content`` as readable JSON, atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """Read a JSON file of ours.
 
     Raises:
@@ -60,7 +109,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def append_record(log: Path, record: dict[str, Any]) -> None:
+def append_record(log: Path, record: dict[str, Json]) -> None:
     """Add a line of JSON to a log, after ending the line that a killed process left torn."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     with log.open("ab+") as file:
@@ -70,7 +119,7 @@ def append_record(log: Path, record: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Any]]:
+def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
     """The records of a log that have all the ``needed`` fields; torn lines are passed over."""
     # Not splitlines(): JSON strings may hold characters that it takes for line ends.
     for line in log.read_text("utf-8", errors="replace").split("\n"):
@@ -117,7 +166,7 @@ def missing_stage(folder: Path, what: str, script: str) -> InputError:
 @contextlib.contextmanager
 def open_stage(
     folder: str | Path,
-    settings: dict[str, Any],
+    record: RunRecord,
     outputs: tuple[str, ...],
     overwrite: bool = False,
     lock_name: str = LOCK_FILE,
@@ -126,7 +175,7 @@ def open_stage(
 
     Args:
         folder: Where the stage writes; made if it is not there.
-        settings: All that decides the content of the outputs, as plain JSON types.
+        record: What decides the content of the outputs; other runs are refused.
         outputs: Patterns of the files and folders that the stage writes.
         overwrite: Delete the outputs of an earlier run with other settings. One with the same
             settings is gone on with, so that a command that was killed can be given again as it is.
@@ -143,7 +192,7 @@ def open_stage(
         with FileLock(folder / f"{LOCK_FILE}-settings"):  # ranks take turns
             if overwrite:
                 _refuse_other_holders(folder, lock_name)
-            _claim(folder, settings, outputs, overwrite)
+            _claim(folder, record, outputs, overwrite)
         yield folder
 
 
@@ -155,17 +204,17 @@ def _refuse_other_holders(folder: Path, lock_name: str) -> None:
                 pass
 
 
-def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bool) -> None:
-    """Record ``settings`` in a folder without outputs; compare them in one that has some."""
+def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite: bool) -> None:
+    """Write ``record`` to a folder without outputs; compare it in one that has some."""
     recorded = folder / SETTINGS_FILE
-    if overwrite and not _holds_run_of(recorded, settings):
+    if overwrite and not _holds_run_of(recorded, record):
         _remove_outputs(folder, (*outputs, SETTINGS_FILE))
     begun = _matching(folder, outputs)
     if recorded.exists():
-        other = read_json(recorded).get("script")
+        other, script = read_json(recorded).get("script"), record.content.get("script")
         require(
-            other == settings.get("script"),
-            f"{folder} is the folder of {other}. Name another folder for {settings.get('script')}.",
+            other == script,
+            f"{folder} is the folder of {other}. Name another folder for {script}.",
         )
     require(
         not begun or recorded.exists(),
@@ -174,14 +223,19 @@ def _claim(folder: Path, settings: dict, outputs: tuple[str, ...], overwrite: bo
         "another folder.",
     )
     if begun:
-        _refuse_other_settings(folder, read_json(recorded), settings)
+        differing = "\n".join(record.differences(read_json(recorded)))
+        require(
+            not differing,
+            f"{folder} holds a run with other settings:\n{differing}\n"
+            "Pass --overwrite to delete that run, or name another folder for this one.",
+        )
     else:
-        write_json(recorded, settings)
+        write_json(recorded, record.content)
 
 
-def _holds_run_of(recorded: Path, settings: dict) -> bool:
+def _holds_run_of(recorded: Path, record: RunRecord) -> bool:
     try:
-        return read_json(recorded) == settings
+        return not record.differences(read_json(recorded))
     except (InputError, FileNotFoundError):
         return False
 
@@ -202,20 +256,6 @@ def _hold(folder: Path, lock_name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _refuse_other_settings(folder: Path, found: dict, wanted: dict) -> None:
-    differing = [
-        f"  {name.upper()}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in dict.fromkeys([*found, *wanted])
-        if found.get(name) != wanted.get(name)
-    ]
-    require(
-        not differing,
-        f"{folder} holds a run with other settings:\n"
-        + "\n".join(differing)
-        + "\nPass --overwrite to delete that run, or name another folder for this one.",
-    )
 
 
 def _remove_outputs(folder: Path, outputs: tuple[str, ...]) -> None:

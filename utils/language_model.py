@@ -25,8 +25,6 @@ from transformers import (
 from utils import embedded
 from utils.settings import InputError, hub_token, require
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -78,18 +76,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
 
 
-def read_config(name: str, layer: int, dtype: str = "auto") -> PreTrainedConfig:
-    """The configuration of a model, once ``layer`` and ``dtype`` are known to fit; no weights.
+def read_config(name: str, layer: int) -> PreTrainedConfig:
+    """The configuration of a model, once ``layer`` is known to fit; no weights.
 
     Args:
         name: A hub name, a folder in the hub's layout, or ``"embedded"``.
         layer: The layer to be used.
-        dtype: One of `DTYPES`.
 
     Raises:
-        InputError: No access to the model, a layer out of range, or an unknown dtype.
+        InputError: No access to the model, or a layer out of range.
     """
-    require(dtype in DTYPES, f"DTYPE must be one of {', '.join(DTYPES)}; it is {dtype!r}.")
     try:
         config = AutoConfig.from_pretrained(_source(name), token=hub_token())
     except (OSError, ValueError) as error:
@@ -108,7 +104,7 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     Raises:
         InputError: As for `read_config`.
     """
-    config = read_config(name, layer, dtype)
+    config = read_config(name, layer)
     device = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
@@ -159,7 +155,7 @@ def pick_device() -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn a name of `DTYPES` into a torch dtype for a device."""
+    """Turn the name of a dtype, or ``"auto"``, into a torch dtype for a device."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":

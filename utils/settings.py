@@ -1,8 +1,9 @@
 """Settings: the constants in capitals at the top of a script, each of them also a flag.
 
 ``N_LATENTS = 65_536  # size of the dictionary`` in a script becomes ``--n-latents INT`` with that
-default and that help text. Nothing is executed and nothing is declared twice: the names, values and
-annotations come from the imported script, the comments from its source.
+default and that help text. Settings stand under headings, ``# --- name``; the heading
+``# --- not settings`` ends them. Nothing is executed and nothing is declared twice: the names,
+values and annotations come from the imported script, the comments from its source.
 """
 
 import ast
@@ -15,67 +16,120 @@ import tokenize
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from dotenv import load_dotenv
+
+Json = Any  # what JSON can hold
+HEADING, END = "# --- ", "# --- not settings"
 
 
 class InputError(ValueError):
     """A mistake of the user's: printed as one message, without a traceback."""
 
 
-def read_settings(script: types.ModuleType, arguments: list[str] | None = None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A script's settings, an attribute each in lower case; `read_settings` makes them.
+
+    Attributes:
+        script: File name of the script.
+    """
+
+    script: ClassVar[str]
+
+
+def read_settings(script: types.ModuleType, arguments: list[str] | None = None) -> Settings:
     """Build the settings of a script from its constants and the command line.
 
     Args:
-        script: The script's module; every module-level constant in capitals with a comment at the
-            end of its line is a setting. One whose value does not show its type (``None``, a
-            tuple) carries an annotation.
+        script: The script's module; each constant that `settings_block` finds is a setting. One
+            whose value does not show its type (``None``, a tuple) carries an annotation.
         arguments: Command-line words, without the program's name; the process's own by default.
 
     Returns:
-        A frozen dataclass, one field a constant, in lower case. A wrong flag or a value of another
-        type ends the process with status 2 and a message that names the nearest flag or the rule.
+        One field a constant, in lower case, its default the constant. A wrong flag or a value of
+        another type ends the process with status 2 and a message that names the nearest flag or the
+        rule.
+
+    Raises:
+        InputError: A setting has no comment, or its constant a value that its annotation does not
+            allow.
     """
-    source = Path(script.__file__).read_text(encoding="utf-8")
-    comments = trailing_comments(source)
+    path = Path(script.__file__)
     annotations = typing.get_type_hints(script)
     fields = []
-    for name in comments:
+    for name, comment in settings_block(path.read_text("utf-8")).items():
         value = getattr(script, name)
         kind = annotations.get(name, type(value))
-        described = Annotated[kind, tyro.conf.arg(help=comments[name])]
+        require(_allows(kind, value), f"{name} must be {_in_words(kind)}; it is {value!r}.")
+        described = Annotated[kind, tyro.conf.arg(help=comment)]
         fields.append((name.lower(), described, dataclasses.field(default=value)))
-    settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
-    return tyro.cli(
-        settings,
-        args=arguments,
-        prog=Path(script.__file__).name,
-        description=script.__doc__,
+    settings = dataclasses.make_dataclass(
+        "Settings", fields, bases=(Settings,), namespace={"script": path.name}, frozen=True
     )
+    return tyro.cli(settings, args=arguments, prog=path.name, description=script.__doc__)
 
 
-def trailing_comments(source: str) -> dict[str, str]:
-    """Map each module-level constant in capitals to the comment at the end of its line.
+def settings_block(source: str) -> dict[str, str]:
+    """Map each constant in capitals between a script's first heading and `END` to its comment.
 
-    Constants without such a comment are the script's own affair, not settings.
+    The comment is at the end of a line of the constant, the last one where it has several.
+
+    Raises:
+        InputError: A constant has no comment.
     """
-    lines = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0]] = token.string.lstrip("# ").strip()
-    comments = {}
+    comments = {
+        token.start[0]: token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    headings = [line for line, comment in comments.items() if comment.startswith(HEADING)]
+    begin = min(headings, default=math.inf)
+    end = min((line for line in headings if comments[line] == END), default=math.inf)
+    described = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
             is_constant = isinstance(target, ast.Name) and target.id.isupper()
-            if is_constant and node.end_lineno in lines:
-                comments[target.id] = lines[node.end_lineno]
-    return comments
+            if is_constant and begin < node.lineno < end:
+                lines = range(node.lineno, node.end_lineno + 1)
+                beside = [comments[line] for line in lines if line in comments]
+                require(
+                    bool(beside),
+                    f"{target.id} must have a comment at the end of its line, which --help shows. "
+                    f"Add one, or move {target.id} below the line `{END}`.",
+                )
+                described[target.id] = beside[-1].lstrip("# ").strip()
+    return described
 
 
-def as_dict(settings: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def _allows(kind: type, value: object) -> bool:
+    """Whether an annotation of a setting allows a value, which tyro asks of flags alone."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in kinds
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_allows(kinds[0], each) for each in value)
+    if kinds:  # a union
+        return any(_allows(each, value) for each in kinds)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: type) -> str:
+    """An annotation of a setting for a message, as "one of linear, cosine" or "float or None"."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, kinds))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each {_in_words(kinds[0])}"
+    if kinds:
+        return " or ".join(map(_in_words, kinds))
+    return "None" if kind is types.NoneType else kind.__name__
+
+
+def as_dict(settings: Settings, leave_out: tuple[str, ...] = ()) -> dict[str, Json]:
     """The settings as plain JSON types (tuples become lists), without those in ``leave_out``."""
     return {
         name: list(value) if isinstance(value, tuple) else value
@@ -90,7 +144,7 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def require_positive(settings: Any, *names: str) -> None:
+def require_positive(settings: Settings, *names: str) -> None:
     """Refuse settings among ``names`` that are not greater than zero (``None`` means off)."""
     for name in names:
         value = getattr(settings, name)

@@ -385,12 +385,6 @@ def test_options_at_their_default_and_of_the_kind_pass(kind):
         ("--learning-rate-decay -0.1", "LEARNING_RATE_DECAY must be a share from 0 to 1"),
         ("--weight-averaging 1", "WEIGHT_AVERAGING must be between 0 and 1; it is 1.0"),
         ("--held-out 0", "HELD_OUT must be between 0 and 1; it is 0.0"),
-        (
-            "--input-normalizer mean",
-            "INPUT_NORMALIZER must be centered, scalar, none; it is",
-        ),
-        ("--selection-dtype half", "SELECTION_DTYPE must be auto, bfloat16, float32; it is 'half'"),
-        ("--learning-rate-shape step", "LEARNING_RATE_SHAPE must be linear, cosine; it is 'step'"),
         ("--prefixes 0.5 0.25 1", r"PREFIXES must be shares that rise to 1; they are \(0.5, 0.25"),
         ("--prefixes 0.5 0.75", r"PREFIXES must be shares that rise to 1; they are \(0.5, 0.75\)"),
         ("--prefixes 0 1", "PREFIXES must be shares that rise to 1"),

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from utils.steering.evaluation import as_torch
 
 from utils.artifacts import append_record
 from utils.features.catalogue import Catalogue
@@ -16,7 +17,6 @@ from utils.influence.texts import SCORES, Texts
 from utils.language_model import residual_at
 from utils.settings import InputError
 from utils.steering.clamps import encode, prompt_tokens
-from utils.steering.evaluation import as_torch
 
 
 def test_repetition_known_answers():
@@ -263,7 +263,6 @@ def test_a_strength_is_found_for_several_features(run_here, tiny_run, tmp_path):
         (["--intervention", "push"], "INTERVENTION must be one of clamp, add, scale, ablate"),
         (["--where", "nowhere"], "WHERE must be everywhere or generated, or positions"),
         (["--strength", "nan"], "STRENGTH must be one finite number or several, or auto"),
-        (["--study", "prove"], "STUDY must be steer, evidence or attribute; it is 'prove'"),
         (["--study", "evidence", "--n-features", 0], "N_FEATURES must be greater than 0"),
         (["--study", "evidence", "--strength", 2], "STRENGTH is for steer; this is evidence"),
         (["--study", "attribute", "--feature", 3], "FEATURE is for steer; this is attribute"),

@@ -22,9 +22,8 @@ import zstandard
 from transformers import PreTrainedTokenizerBase
 
 from utils import embedded
-from utils.settings import Json
 from utils.language_model import separator_token
-from utils.settings import InputError, hub_token, require
+from utils.settings import InputError, Json, hub_token, require
 
 Record = Json | Exception  # a record of a dataset, or why it has none
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy

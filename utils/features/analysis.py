@@ -15,13 +15,13 @@ import torch
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, replacing, write_json
-from utils.settings import Json
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import loss_recovered
 from utils.features import catalogue, studies
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, open_judge
 from utils.language_model import LanguageModel, load_language_model, token_texts
+from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 

@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from utils.artifacts import replacing
-from utils.settings import Json
 from utils.features.catalogue import Catalogue
+from utils.settings import Json
 
 PAGE = Path(__file__).parent / "browser_page"
 PER_FILE = 32  # features whose details are in one file: some 250 kB

@@ -22,7 +22,6 @@ from dotenv import load_dotenv
 from tqdm import tqdm
 
 from utils.artifacts import append_record, records_of
-from utils.settings import Json
 from utils.features.questions import (
     GRADES_TOKENS,
     LABEL_TOKENS,
@@ -36,7 +35,7 @@ from utils.features.questions import (
     show,
 )
 from utils.language_model import LanguageModel, load_language_model
-from utils.settings import InputError, require
+from utils.settings import InputError, Json, require
 
 LOCAL_TOKENS = 8_192  # of prompts answered together by a local judge
 AT_ONCE = 8  # requests to an endpoint under way together

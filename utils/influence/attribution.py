@@ -22,11 +22,10 @@ import torch
 from tqdm import tqdm
 
 from utils.activations.store import ActivationStore, Contexts
-from utils.settings import Json
 from utils.features.sampling import draw_again, interval
 from utils.language_model import LanguageModel
 from utils.plots import BLUE, GREY, ORANGE, picture
-from utils.settings import require
+from utils.settings import Json, require
 from utils.steering.feature_model import FeatureModel
 from utils.terminal import one_line
 

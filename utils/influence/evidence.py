@@ -19,11 +19,10 @@ from matplotlib import ticker
 from scipy import stats
 from tqdm import tqdm
 
-from utils.settings import Json
 from utils.features.sampling import mean_and_interval
 from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, Writer
 from utils.plots import BLUE, GREY, INK, ORANGE, picture
-from utils.settings import require
+from utils.settings import Json, require
 from utils.steering.clamps import Clamp, change_by
 
 TRIAL_PROMPTS = ("I think that", "She opened the letter and", "The best way to")

@@ -27,10 +27,9 @@ import torch
 from safetensors.torch import save_file
 
 from utils.artifacts import replacing
-from utils.settings import Json
 from utils.autoencoder.saved import load_autoencoder
 from utils.language_model import read_config
-from utils.settings import require
+from utils.settings import Json, require
 from utils.steering.clamps import Clamp, change_by
 from utils.steering.feature_model import FeatureEncoder
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from utils.artifacts import append_record, make_folder, records_of
-from utils.settings import Json
 from utils.features.catalogue import Catalogue
-from utils.settings import require
+from utils.settings import Json, require
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import generate, prompt_tokens

@@ -31,9 +31,9 @@ import pandas as pd
 import torch
 
 from utils.artifacts import append_record
-from utils.settings import Json
 from utils.features.catalogue import Catalogue, words_of
 from utils.influence.generations import key, read_records
+from utils.settings import Json
 from utils.steering.clamps import Clamp, change_by, changed
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import decode, generate_tokens, prompt_tokens

@@ -17,7 +17,7 @@ caption. To add one, write its file and add its name to `NAMES`.
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from utils.features.analysis import Analysis, Findings
@@ -33,6 +33,7 @@ NAMES = (
     "splitting",
     "directions",
 )
+Name = Literal[*NAMES]
 
 
 class Study(Protocol):

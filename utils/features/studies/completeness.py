@@ -21,13 +21,13 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
 from utils.activations.store import ActivationStore
-from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.concepts import CONCEPTS
 from utils.features.feature_pass import Encoder
 from utils.features.sampling import draw_again, interval
 from utils.plots import BLUE, GREY, ORANGE, picture
+from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
 COVERED = 0.5

@@ -19,12 +19,12 @@ from scipy import stats
 from tqdm import tqdm
 
 from utils.activations.store import ActivationStore, ContextBatch, Contexts, spread
-from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.sampling import draw_features, mean_and_interval
 from utils.language_model import load_language_model
 from utils.plots import BLUE, GREY, ORANGE, picture
+from utils.settings import Json
 from utils.steering.feature_model import FeatureModel
 
 DIRECTIONS = ("feature", "covariance", "random")

@@ -24,7 +24,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils.activations.store import ActivationStore, ContextBatch
-from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue, example_table
 from utils.features.examples import (
@@ -48,6 +47,7 @@ from utils.features.questions import (
 )
 from utils.features.sampling import mean_and_interval
 from utils.plots import GREY, INK, ORANGE, picture
+from utils.settings import Json
 
 N_SILENT = 200  # texts that non-activating examples are drawn from
 LEAST = 5  # examples to take a phrase from, and to score it on

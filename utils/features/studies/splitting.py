@@ -16,7 +16,6 @@ import pandas as pd
 from keras import ops
 
 from utils.activations.store import ActivationStore
-from utils.settings import Json
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.examples import BestPerGroup
@@ -24,6 +23,7 @@ from utils.features.feature_pass import Encoder
 from utils.features.geometry import map_directions, nearest
 from utils.features.labels import make_label
 from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
+from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
 CLOSE = 0.5  # cosine to a parent; that of unrelated rows is below 0.2 in hundreds of dimensions
