@@ -155,7 +155,8 @@ def main() -> None:
 
         # 5. Measure on tokens held out, and save.
         fidelity = measure_fidelity(
-            autoencoder, store.batches(held_out_contexts, settings.batch_size)
+            autoencoder,
+            (batch.rows for batch in store.batches(held_out_contexts, settings.batch_size)),
         )
         save_autoencoder(autoencoder, folder / "autoencoder.keras")
         log = training.read_log(folder / "training_log.csv")

@@ -118,7 +118,7 @@ class Sweep:
         contexts, held_out = store.split(settings.held_out)
         self.batches = ShuffledBatches(store, contexts, settings.batch_size, settings.seed)
         held_out = held_out[: max(1, N_HELD_OUT_TOKENS // store.context_length)]
-        batches = store.batches(held_out, settings.batch_size)
+        batches = (batch.rows for batch in store.batches(held_out, settings.batch_size))
         even = (rows[: len(rows) // n_shares() * n_shares()] for rows in batches)
         self.held_out = [rows for rows in even if len(rows)]
         self.finished: dict[Run, dict] = {}
