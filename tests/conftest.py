@@ -30,8 +30,8 @@ import numpy as np  # noqa: E402
 from tiny_llama import save_tiny_llama  # noqa: E402
 
 from utils import embedded  # noqa: E402
-from utils.activations.store import ShardWriter, new_manifest  # noqa: E402
-from utils.artifacts import write_json  # noqa: E402
+from utils.activations.manifest import Manifest  # noqa: E402
+from utils.activations.shards import ShardWriter  # noqa: E402
 
 SUBSETS = {
     "Garden": "rose tulip spade rain seed bloom soil leaf".split(),
@@ -100,25 +100,22 @@ def write_activations(
 ) -> None:
     """Write a finished folder of activations, a shard at a time, a context at a time.
 
-    ``arrays`` has an array for each of `store.ARRAYS`; the subsets are "a" and "b".
+    ``arrays`` has an array for each of `shards.ARRAYS`; the subsets are "a" and "b".
     """
     n_contexts, context_length, d_model = arrays["activations"].shape
-    manifest = new_manifest(
+    manifest = Manifest(
         model_name="m", revision=None, layer=1, dtype="float32", d_model=d_model,
-        context_length=context_length, dataset="d", world_size=1,
+        context_length=context_length, dataset="d", subsets=["a", "b"], outlier_norm=50.0,
+        finished=True,
     )  # fmt: skip
-    manifest |= {"subsets": ["a", "b"], "outlier_norm": 50.0, "finished": True}
     for shard, first in enumerate(range(0, n_contexts, per_shard)):
         writer = ShardWriter(folder, shard, (per_shard, context_length, d_model), storage_dtype)
         for context in range(first, min(first + per_shard, n_contexts)):
             one = {name: values[context : context + 1] for name, values in arrays.items()}
             writer.append(excluded_of(one), **one)
-        manifest["shards"].append(writer.finish())
-        manifest["sum"] = (np.asarray(manifest["sum"]) + writer.sum).tolist()
-        manifest["sum_squared_norm"] += writer.sum_squared_norm
-        for reason, count in writer.excluded.items():
-            manifest["excluded"][reason] += count
-    write_json(folder / "manifest.json", manifest)
+        entry = writer.finish()
+        manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
+    manifest.write(folder / "manifest.json")
 
 
 # ------------------------------------------------------------------------------ running scripts

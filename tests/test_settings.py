@@ -14,14 +14,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, environment
 
 from tests.structure import files_of
-from utils.settings import (
-    InputError,
-    as_dict,
-    read_settings,
-    require_positive,
-    run,
-    settings_block,
-)
+from utils.settings import InputError, as_dict, read_settings, require_positive, run, settings_block
 
 FLAGS = {
     "save_activations": """

@@ -12,15 +12,8 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.activations.corpus import (
-    Corpus,
-    Document,
-    Position,
-    pack_contexts,
-    read_hub,
-    separator_token,
-    tokenize,
-)
+from utils.activations.corpus import Corpus, Document, Position, pack_contexts, read_hub, tokenize
+from utils.language_model import separator_token
 from utils.settings import InputError
 
 TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]

@@ -15,7 +15,8 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.activations.corpus import Corpus
-from utils.activations.store import ARRAYS, ActivationStore, _open_array
+from utils.activations.shards import ARRAYS, _open_array
+from utils.activations.store import ActivationStore
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def tokenizer(tiny_model):
 
 
 def array(store: ActivationStore, name: str) -> np.ndarray:
-    return np.stack([store[name][context] for context in range(store.n_contexts)])
+    return store.read(name, range(store.n_contexts))
 
 
 def test_activations_are_the_hidden_states_after_the_block(store, tiny_model):
@@ -58,9 +59,8 @@ def test_every_token_can_be_traced_to_its_text(store, tokenizer):
     texts = make_texts()
     seen = set()
     for context in range(store.n_contexts):
-        tokens, documents = store["tokens"][context], store["documents"][context]
-        names = store.locate(context)[0].subset_names
-        subsets = np.array(names)[store["subsets"][context]]
+        (tokens,), (documents,) = (store.read(name, [context]) for name in ("tokens", "documents"))
+        subsets = np.array(store.subset_names)[store.read("subsets", [context])[0]]
         for document in np.unique(documents):
             of_document = documents == document
             text, subset = texts[document]

@@ -10,9 +10,11 @@ import pytest
 from conftest import excluded_of, write_activations
 
 from tests.benchmarks.gpu import write_store
-from utils.activations import store as activations
+from utils.activations import store as module
 from utils.activations.batches import ShuffledBatches
-from utils.activations.store import ARRAYS, CHECKED, ActivationStore, Shard, shard_path
+from utils.activations.manifest import Manifest
+from utils.activations.shards import ARRAYS, Shard, shard_path
+from utils.activations.store import CHECKED, ActivationStore
 from utils.artifacts import write_json
 from utils.settings import InputError
 
@@ -71,10 +73,8 @@ def test_what_is_written_is_read(store, arrays, tmp_path):
     assert store.n_contexts == 10 and store.context_length == CONTEXT
     for name in ARRAYS:
         for context in range(10):
-            assert np.array_equal(store[name][context], arrays[name][context]), (name, context)
-    assert store["activations"][0].dtype == np.float16
-    shard, row = store.locate(7)
-    assert (shard.number, row) == (2, 1) and shard.subset_names == ("a", "b")
+            assert np.array_equal(store.read(name, [context])[0], arrays[name][context])
+    assert store.storage_dtype == np.float16 and store.subset_names == ["a", "b"]
     assert not list(tmp_path.glob(".partial-*"))
     store.verify(tmp_path)
 
@@ -87,10 +87,54 @@ def test_counts_scale_and_mean_are_of_the_kept_rows(store, arrays):
     assert np.square(rows * store.scale).sum(axis=1).mean() == pytest.approx(D_MODEL)
     np.testing.assert_allclose(store.mean, rows.mean(axis=0), rtol=1e-5)
     assert np.array_equal(store.kept_rows(range(10)), rows)
-    batches = list(store.batches(range(2, 9), 3 * CONTEXT))
-    expected = arrays["activations"][2:9][arrays["kept"][2:9]]
-    assert len(batches) == 3 and batches[0].dtype == np.float32
-    assert np.array_equal(np.concatenate(batches), expected)
+
+
+@pytest.mark.parametrize("contexts", [range(2, 9), [8, 3, 4, 0]])
+def test_batches_hold_contexts_in_order(store, arrays, contexts):
+    batches = list(store.batches(contexts, 3 * CONTEXT + 1))
+    sizes = [3, 3, 1] if len(contexts) == 7 else [3, 1]
+    assert [len(batch.contexts) for batch in batches] == sizes
+    for name in ("tokens", "kept", "documents", "subsets"):
+        values = np.concatenate([getattr(batch, name) for batch in batches])
+        assert np.array_equal(values, arrays[name][contexts]), name
+    rows = np.concatenate([batch.rows for batch in batches])
+    kept = arrays["kept"][contexts]
+    assert rows.dtype == np.float32 and np.array_equal(rows, arrays["activations"][contexts][kept])
+    context, position = batches[0].places(np.arange(len(batches[0].rows)))
+    numbers = np.array(batches[0].contexts)[context]
+    assert np.array_equal(arrays["activations"][numbers, position], batches[0].rows)
+
+
+def test_windows(store, arrays):
+    contexts, starts = np.array([9, 0, 4]), np.array([CONTEXT - 2, 3, 0])
+    windows = store.windows("tokens", contexts, starts, 4)
+    assert windows[0].tolist() == [*arrays["tokens"][9, -2:], -1, -1]
+    assert np.array_equal(windows[1:], [arrays["tokens"][0, 3:7], arrays["tokens"][4, :4]])
+
+
+def test_subsets_of_several_processes_are_numbered_alike(arrays, tmp_path):
+    write_activations(tmp_path, arrays)
+    manifest = Manifest.read(tmp_path / "manifest.json")
+    last = manifest.shards.pop()
+    manifest.world_size = 2
+    manifest.write(tmp_path / "manifest-00000.json")
+    manifest.shards, manifest.subsets = [last], ["b", "c"]
+    manifest.write(tmp_path / "manifest-00001.json")
+    (tmp_path / "manifest.json").unlink()
+    store = ActivationStore(tmp_path)
+    assert store.subset_names == ["a", "b", "c"]
+    assert np.array_equal(store.read("subsets", [8]), arrays["subsets"][[8]])
+    assert np.array_equal(store.read("subsets", [9]), arrays["subsets"][[9]] + 1)
+
+
+def test_a_damaged_manifest_is_named(store, tmp_path):
+    path = tmp_path / "manifest.json"
+    written = json.loads(path.read_text())
+    torn = {**written, "shards": [{"shard": 0}]}
+    for content in (torn, {"finished": True}, [1], {**written, "x": 1}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"manifest\.json is damaged .*Delete"):
+            Manifest.read(path)
 
 
 def test_first_and_split(store):
@@ -112,7 +156,7 @@ def test_float16_overflow_is_refused_with_the_remedy(arrays, tmp_path):
     assert not (tmp_path / "activations-00001.npy").exists()
     write_activations(tmp_path, large, storage_dtype="float32")
     store = ActivationStore(tmp_path)
-    assert store["activations"][4][2, 1] == 70_000
+    assert store.read("activations", [4])[0, 2, 1] == 70_000
 
 
 # ----------------------------------------------------------------------------------------- damage
@@ -276,7 +320,7 @@ def test_what_was_read_is_not_held(tmp_path, monkeypatch):
         assert np.array_equal(found, rows[start : start + 100].reshape(-1, 512))
     assert mapped() - before < 40
     # Neither in one reading of places all over.
-    monkeypatch.setattr(activations, "SPANS_MAPPED", 100)
+    monkeypatch.setattr(module, "SPANS_MAPPED", 100)
     seen = []
 
     def spans():

@@ -31,7 +31,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from utils.activations.batches import ShuffledBatches
-from utils.activations.store import ActivationStore, ShardWriter, new_manifest
+from utils.activations.manifest import Manifest
+from utils.activations.shards import ShardWriter
+from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, write_json
 from utils.backend import peak_memory, use_backend
 
@@ -266,12 +268,14 @@ def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
     arrays["tokens"] = np.random.default_rng(0).integers(0, 2**15, shape[:2])
     writer = ShardWriter(folder, 0, shape, "float16")
     writer.append({}, activations=activations, kept=np.ones(shape[:2], bool), **arrays)
-    facts = dict.fromkeys(("model_name", "revision", "layer", "dtype", "dataset"), "made up")
-    facts |= {"context_length": shape[1], "d_model": shape[2], "world_size": 1}
-    found = {"sum": writer.sum.tolist(), "sum_squared_norm": writer.sum_squared_norm}
-    found |= {"shards": [writer.finish()], "outlier_norm": 0.0, "finished": True}
-    found |= {"subsets": ["made up"]}
-    write_json(folder / "manifest.json", new_manifest(**facts) | found)
+    entry = writer.finish()
+    names = dict.fromkeys(("model_name", "dtype", "dataset"), "made up")
+    manifest = Manifest(
+        **names, revision=None, layer=0, d_model=shape[2], context_length=shape[1],
+        outlier_norm=0.0, subsets=["made up"], finished=True,
+    )  # fmt: skip
+    manifest.add(entry, writer.sum, writer.sum_squared_norm, {})
+    manifest.write(folder / "manifest.json")
     return ActivationStore(folder)
 
 

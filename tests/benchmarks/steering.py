@@ -16,7 +16,8 @@ use_backend("torch")
 
 from utils.features.catalogue import Catalogue  # noqa: E402
 from utils.influence.generations import load_models  # noqa: E402
-from utils.steering.clamps import Clamp, generate_tokens, prompt_tokens, steered  # noqa: E402
+from utils.steering.clamps import Clamp, steered  # noqa: E402
+from utils.steering.generation import generate_tokens, prompt_tokens  # noqa: E402
 
 N_TOKENS = 60
 

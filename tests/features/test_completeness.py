@@ -8,6 +8,7 @@ from utils.activations.store import ActivationStore
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features.studies import completeness
 from utils.features.studies.completeness import OTHER, find_features, find_occurrences, fit_sigmoid
+from utils.steering.feature_model import FeatureEncoder
 
 PIECES = [" gold", " Ir", "on", " the", " he", ".", " garden"]
 GOLD, IR, ON, THE, HE, STOP, GARDEN = range(7)
@@ -68,7 +69,7 @@ def test_other_words_are_drawn_evenly_over_log_frequency(monkeypatch):
 
 def test_words_get_the_features_that_are_planted(store, identity):
     found = find_occurrences(store, range(12), PIECES, seed=0)
-    table, n_alive = find_features(identity, store, range(12), found, batch_size=24)
+    table, n_alive = find_features(FeatureEncoder(identity), store, range(12), found, batch_size=24)
     assert n_alive == 3
     table = table.set_index("word")
     assert table.n.to_dict() == {"gold": 6, "iron": 12, "the": 12, "garden": 12}

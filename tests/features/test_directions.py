@@ -9,7 +9,8 @@ from tiny_llama import D_MODEL, WORDS, tiny_language_model
 from utils.activations.store import ActivationStore
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features.studies.directions import draw_directions, measure_directions, summarise
-from utils.language_model import replaced_output, residual_at
+from utils.language_model import residual_at
+from utils.steering.feature_model import FeatureModel
 
 LAYER, CONTEXT, N_CONTEXTS = 3, 24, 12
 IGNORED = 8  # dimensions that the unembedding does not read
@@ -51,14 +52,12 @@ def planted(tmp_path_factory):
     autoencoder.center.assign(mean)
     autoencoder.W_dec.assign(rows)
     autoencoder.W_enc.assign(torch.linalg.pinv(rows.T))  # each row of the six is 1 on its token
-    store = ActivationStore(folder)
-    store.layer = LAYER
-    return model, autoencoder, store
+    return FeatureModel(model, LAYER, autoencoder, 1e9), ActivationStore(folder)
 
 
 def test_what_the_model_computes_with_costs_more(planted):
-    model, autoencoder, store = planted
-    table = measure_directions(model, autoencoder, store, range(N_CONTEXTS), np.arange(7), seed=0)
+    model, store = planted
+    table = measure_directions(model, store, range(N_CONTEXTS), np.arange(7), seed=0)
     assert len(table) == 7 * 3 * 2
     used, ignored = (
         {(row["change"], row["direction"]): row for row in summarise(own, seed=0)}
@@ -76,17 +75,19 @@ def test_what_the_model_computes_with_costs_more(planted):
 
 
 def test_the_rise_is_that_of_the_changed_stream(planted):
-    model, autoencoder, store = planted
-    table = measure_directions(model, autoencoder, store, range(N_CONTEXTS), np.array([2]), seed=0)
+    model, store = planted
+    table = measure_directions(model, store, range(N_CONTEXTS), np.array([2]), seed=0)
     own = table[(table.direction == "feature") & (table.change == "ablated")].iloc[0]
-    tokens = torch.from_numpy(store["tokens"][own.context].astype(np.int64))[None]
-    latents = autoencoder.encode(store["activations"][own.context])[:, 2].detach()
+    autoencoder = model.autoencoder
+    tokens = torch.from_numpy(store.read("tokens", [own.context])).long()
+    (activations,) = store.read("activations", [own.context])
+    latents = autoencoder.encode(activations)[:, 2].detach()
     latents[0] = 0
     change = -latents[:, None] * torch.tensor(autoencoder.directions()[2])
 
     def predict(change) -> torch.Tensor:
-        with replaced_output(model.blocks[LAYER], lambda residual: residual + change):
-            return model.model(tokens).logits[0, :-1].log_softmax(dim=-1)
+        with model.replaced(lambda residual: residual + change):
+            return model.language_model.model(tokens).logits[0, :-1].log_softmax(dim=-1)
 
     untouched, changed = predict(torch.zeros_like(change)), predict(change)
     assert own.n == int((latents > 0).sum())

@@ -9,29 +9,22 @@ import torch
 from conftest import write_activations
 from reader import Reader
 from tiny_llama import tiny_language_model
-from utils.features.likeness import compare_contexts, open_embedder
-from utils.features.phrases import explain, phrase, words_around
 
 from utils.activations.store import ActivationStore
-from utils.features.feature_pass import WINDOW, FeaturePass
+from utils.features.examples import WINDOW, unused_examples, used_for_label
+from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers
+from utils.features.labels import Concept, explain, phrase, words_around
+from utils.features.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values, neurons_of
 from utils.features.studies.explanations import (
     SCORED,
-    Quiet,
+    RandomTexts,
     auc,
-    draw_quiet,
+    draw_texts,
     make_trials,
     score_group,
     summarise,
 )
-from utils.features.studies.neurons import (
-    NeuronStore,
-    TopNeurons,
-    draw_neurons,
-    neuron_values,
-    neurons_of,
-)
-from utils.features.studies.specificity import Concept, held_out, used_for_label
 from utils.language_model import residual_at
 
 PIECES = [" the", " rose", " tide", " garden", " harbour", " of", " is", " roses", "."]
@@ -62,12 +55,12 @@ def examples() -> pd.DataFrame:
 
 
 @pytest.fixture
-def quiet() -> Quiet:
+def random_texts() -> RandomTexts:
     """Of 24 texts the first is one that feature 0 is active in."""
-    texts = pd.DataFrame({"token_texts": [[" the", " of", " is", "."]] * 24, "peak": 1})
+    texts = pd.DataFrame({"token_texts": [[" the", " of", " is", "."]] * 24})
     active = np.zeros((24, 2), bool)
     active[0, 0] = True
-    return Quiet(texts.assign(subset=["Garden", "Harbour"] * 12), active)
+    return RandomTexts(texts.assign(subset=["Garden", "Harbour"] * 12), active)
 
 
 # ---------------------------------------------------------------------------------------- phrases
@@ -113,8 +106,8 @@ def test_held_out_examples_share_no_context_with_the_source(examples):
     assert not held.duplicated(["feature", "context"]).any() and not used_for_label(held).any()
 
 
-def test_trials(examples, quiet):
-    trials = make_trials(unused_examples(examples), quiet, seed=0)
+def test_trials(examples, random_texts):
+    trials = make_trials(unused_examples(examples), random_texts, seed=0)
     counts = trials.groupby(["feature", "kind", "truth"]).size()
     assert (counts == 19).all() and len(counts) == 8
     marked = trials[trials["kind"] == "fuzzing"]
@@ -128,11 +121,11 @@ def test_trials(examples, quiet):
     assert not trials["truth"].is_monotonic_increasing
 
 
-def test_features_with_too_little_to_ask_are_left_out(examples, quiet):
-    quiet.active[:20, 1] = True
+def test_features_with_too_little_to_ask_are_left_out(examples, random_texts):
+    random_texts.active[:20, 1] = True
     few = examples[(examples["feature"] == 1) | (examples["rank"] < 8)]
-    assert make_trials(held_out(few), quiet, seed=0).empty
-    none = score_group(make_analysis(), few, quiet, 2)
+    assert make_trials(unused_examples(few), random_texts, seed=0).empty
+    none = score_group(make_analysis(), few, random_texts, 2)
     assert none.empty and list(none.columns) == list(SCORED)
     assert summarise(none, none.assign(group="features"), 0) == {}
 
@@ -149,20 +142,20 @@ def test_scores_are_balanced_accuracies_of_answers_of_yes_and_no():
 
 
 def make_analysis(judge=None) -> SimpleNamespace:
-    settings = SimpleNamespace(seed=0, sentence_model=None)
+    settings = SimpleNamespace(seed=0)
     return SimpleNamespace(settings=settings, judge=judge, token_texts=PIECES, subset_shares=SHARES)
 
 
-def test_planted_features_are_explained_by_words(examples, quiet):
-    table = score_group(make_analysis(), examples, quiet, 2).set_index("feature")
+def test_planted_features_are_explained_by_words(examples, random_texts):
+    table = score_group(make_analysis(), examples, random_texts, 2).set_index("feature")
     assert table["explanation"].tolist() == ["“rose”", "“tide”"]
-    assert (table[["detection", "fuzzing", "score", "likeness"]] == 1).all(axis=None)
-    assert (table["random"] == 0.5).all() and (table["random_likeness"] <= 0.75).all()
+    assert (table[["detection", "fuzzing", "score"]] == 1).all(axis=None)
+    assert (table["random"] == 0.5).all()
 
 
-def test_planted_features_are_explained_by_a_judge(examples, quiet, tmp_path, capsys):
+def test_planted_features_are_explained_by_a_judge(examples, random_texts, tmp_path, capsys):
     judge = Answers(Reader(), tmp_path / "judge.jsonl")
-    table = score_group(make_analysis(judge), examples, quiet, 2).set_index("feature")
+    table = score_group(make_analysis(judge), examples, random_texts, 2).set_index("feature")
     assert table["explanation"].tolist() == ["rose", "tide"]
     assert (table["score"] == 1).all() and (table["random"] == 0.5).all()
     questions = 2 * 2 * 8  # own and random labels, two features, 38 texts in fives
@@ -172,7 +165,7 @@ def test_planted_features_are_explained_by_a_judge(examples, quiet, tmp_path, ca
     assert said.startswith("To explain 2 features: 2 labels, and twice") and "32 questions" in said
 
 
-def test_a_judge_without_sense_leaves_scores_out(examples, quiet, tmp_path):
+def test_a_judge_without_sense_leaves_scores_out(examples, random_texts, tmp_path):
     class Mumbler:
         name = "mumbler"
 
@@ -180,7 +173,7 @@ def test_a_judge_without_sense_leaves_scores_out(examples, quiet, tmp_path):
             return ((place, "well") for place in range(len(prompts)))
 
     judge = Answers(Mumbler(), tmp_path / "judge.jsonl")
-    table = score_group(make_analysis(judge), examples, quiet, 2)
+    table = score_group(make_analysis(judge), examples, random_texts, 2)
     assert table["explanation"].tolist() == ["well", "well"] and table["score"].isna().all()
     assert judge.unparsed == {"labels": 0, "detection": 32, "fuzzing": 32}
     assert summarise(table, table.assign(group="features"), 0) == {}
@@ -189,7 +182,7 @@ def test_a_judge_without_sense_leaves_scores_out(examples, quiet, tmp_path):
 def test_summary_tests_features_against_chance_and_neurons():
     draw = np.random.default_rng(0)
     scored = pd.DataFrame({"score": draw.uniform(0.7, 0.9, 50), "random": 0.5})
-    for name in ("detection", "fuzzing", "likeness", "random_likeness"):
+    for name in ("detection", "fuzzing"):
         scored[name] = 0.6
     low = scored.assign(score=draw.uniform(0.5, 0.7, 50), group="neurons")
     compared = pd.concat([scored.assign(group="features, same tokens"), low])
@@ -232,27 +225,9 @@ def test_quiet_texts_and_neurons_in_the_place_of_latents(tmp_path):
     assert found.uses.tolist() == (masked > 0).sum(axis=(0, 1)).tolist()
     np.testing.assert_allclose(found.maxima, masked.max(axis=(0, 1)))
 
-    quiet = draw_quiet(neurons, rows, range(12), [f"w{i}" for i in range(300)], seed=0)
-    assert quiet.active.tolist() == (masked > 0).any(axis=1).tolist()  # a window holds a context
-    assert quiet.table["subset"].tolist() == ["a"] * 6 + ["b"] * 6
-    assert quiet.table["token_texts"][3] == [f"w{token}" for token in tokens[3]]
-    assert quiet.table["peak"].between(1, 7).all()
-
-
-def test_contexts_alike_in_words(examples, quiet):
-    source = examples[used_for_label(examples)]
-    other = {0: 1, 1: 0}
-    found = compare_contexts(
-        open_embedder(None), source, unused_examples(examples), quiet.table, quiet.active, other
-    )
-    assert (found["likeness"] == 1).all()
-
-
-def test_contexts_alike_in_meaning():
-    texts = ["The cat sat on the mat.", "A kitten lay upon a rug, purring softly all afternoon.",
-             "The court dismissed the appeal."]  # fmt: skip
-    embed = open_embedder("embedded")
-    vectors = embed(texts)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert vectors[0] @ vectors[1] > 0.3 > vectors[0] @ vectors[2]
-    np.testing.assert_allclose(embed(texts[:1])[0], vectors[0], atol=1e-4)  # padding is no matter
+    random_texts = draw_texts(neurons, rows, range(12), [f"w{i}" for i in range(300)], seed=0)
+    assert (
+        random_texts.active.tolist() == (masked > 0).any(axis=1).tolist()
+    )  # a window holds a context
+    assert random_texts.table["subset"].tolist() == ["a"] * 6 + ["b"] * 6
+    assert random_texts.table["token_texts"][3] == [f"w{token}" for token in tokens[3]]

@@ -8,28 +8,30 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LAYER, write_activations
-from utils.steering.evaluation import loss_recovered, measure_losses
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder.autoencoder import SparseAutoencoder
-from utils.autoencoder.fidelity import Fidelity
+from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.autoencoder.saved import load_autoencoder
-from utils.features import catalogue, tables
-from utils.features.feature_pass import (
+from utils.features import catalogue
+from utils.features.examples import (
     AROUND,
-    N_BINS,
     N_BUCKETS,
     N_PER_BUCKET,
     N_TOP,
     WINDOW,
     BestPerGroup,
-    FeaturePass,
-    Histograms,
     text_around,
 )
-from utils.language_model import load_language_model
+from utils.features.feature_pass import N_BINS, FeaturePass, Histograms
+from utils.features.geometry import map_directions
+from utils.features.labels import make_label
+from utils.features.studies.cross_entropy import measure_losses
+from utils.features.studies.places import promoted_tokens
+from utils.language_model import load_language_model, token_texts
+from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6
 NORM = 2.0  # of the decoder rows: what is reported is twice the latent
@@ -77,7 +79,7 @@ def found(store) -> FeaturePass:
     autoencoder = L1Autoencoder(d_model=N_FEATURES, n_latents=N_FEATURES)
     autoencoder.W_enc.assign(np.eye(N_FEATURES))
     autoencoder.W_dec.assign(NORM * np.eye(N_FEATURES))
-    found = FeaturePass(autoencoder, store, seed=0)
+    found = FeaturePass(FeatureEncoder(autoencoder), store, seed=0)
     found.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
     return found
 
@@ -169,7 +171,7 @@ def test_random_examples_lie_in_their_buckets(found, reported):
 
 
 def test_windows_are_the_activations_around_the_peak(found, planted, reported):
-    table = tables.example_table(found, found.store).to_pandas()
+    table = catalogue.example_table(found.examples(), found.store).to_pandas()
     assert len(table) > 5 * N_TOP
     for example in table.itertuples():
         position = np.flatnonzero(
@@ -186,7 +188,7 @@ def test_windows_are_the_activations_around_the_peak(found, planted, reported):
 
 
 def test_a_pass_depends_on_its_seed_alone(found, store):
-    again = FeaturePass(found.autoencoder, store, seed=0)
+    again = FeaturePass(found.encoder, store, seed=0)
     again.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
     first, second = found.examples(), again.examples()
     assert all(np.array_equal(first[name], second[name]) for name in first)
@@ -264,10 +266,12 @@ class Nothing(Identity):
 def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
     store = ActivationStore(tiny_run.folder / "activations")
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
+
+    def in_place(autoencoder):
+        return FeatureModel(language_model, LAYER, autoencoder, store.outlier_norm)
+
     measured = {
-        cls: measure_losses(
-            language_model, cls(d_model=32, n_latents=32), store, range(100, 200), 640
-        )
+        cls: measure_losses(in_place(cls(d_model=32, n_latents=32)), store, range(100, 200), 640)
         for cls in (Identity, Nothing)
     }
     subsets = measured[Nothing].loc[["Garden", "Harbour"]]
@@ -282,7 +286,7 @@ def test_losses_of_identity_and_nothing(tiny_run, tiny_model):
     assert loss_recovered(nothing) == 0
     assert nothing["reconstruction"] == nothing["zero_ablated"] != nothing["untouched"]
 
-    tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in range(100, 200, 5)])).long()
+    tokens = torch.from_numpy(store.read("tokens", range(100, 200, 5))).long()
     with torch.no_grad():
         likelihoods = language_model.model(tokens).logits[:, :-1].log_softmax(dim=-1)
     losses = -likelihoods.gather(-1, tokens[:, 1:, None])[..., 0]
@@ -302,16 +306,16 @@ def test_loss_recovered_known_answer():
 @pytest.fixture(scope="module")
 def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
     folder = tmp_path_factory.mktemp("catalogue")
-    examples = tables.example_table(found, store)
+    examples = catalogue.example_table(found.examples(), store)
     promoted = pd.DataFrame(
         {
             "promoted_tokens": [[" sail"]] * 5 + [[" rose"]],
             "suppressed_tokens": [[" x"]] * 6,
         }
     )
-    features = tables.feature_table(found, examples, PIECES).join(promoted)
-    tables.save_tables(folder, examples, PIECES)
-    tables.save_features(folder / "features.parquet", features)
+    features = catalogue.feature_table(found.statistics(), examples, PIECES).join(promoted)
+    catalogue.save_tables(folder, examples, PIECES)
+    catalogue.save_features(folder / "features.parquet", features)
     write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
 
@@ -356,23 +360,26 @@ def test_proposals_are_neither_rare_nor_everywhere(saved, monkeypatch):
 
 def test_promoted_tokens_are_those_a_direction_speaks_for(tiny_model):
     language_model = load_language_model(str(tiny_model), LAYER, "float32")
-    token_texts = tables.vocabulary(language_model.tokenizer)
-    assert len(token_texts) == len(language_model.tokenizer)
+    texts = token_texts(language_model.tokenizer)
+    assert len(texts) == len(language_model.tokenizer)
     directions = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     unembedding = language_model.model.get_output_embeddings().weight.float().numpy()
-    tokens = [token_texts.index(" anchor"), token_texts.index(" rain")]
+    tokens = [texts.index(" anchor"), texts.index(" rain")]
     directions[0], directions[1] = 3 * unembedding[tokens[0]], -3 * unembedding[tokens[1]]
-    promoted = tables.promoted_tokens(language_model, directions, token_texts, batch=10)
+    promoted = promoted_tokens(language_model, directions, texts, batch=10)
     assert len(promoted) == 64
     assert promoted["promoted_tokens"][0][0] == " anchor"
     assert promoted["suppressed_tokens"][1][0] == " rain"
 
 
-def test_the_map_leaves_out_dead_features(tiny_run):
-    directions = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
-    alive = np.arange(10) < 3
-    assert np.isnan(tables.map_directions(directions, alive, seed=0)).all()
-    assert np.isnan(tables.map_directions(directions, ~alive, seed=0, wanted=False)).all()
+def test_the_map_leaves_out_dead_features():
+    directions = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    alive = np.arange(40) % 4 > 0
+    places = map_directions(directions, alive, seed=0)
+    assert np.isfinite(places[alive]).all() and np.isnan(places[~alive]).all()
+    assert np.ptp(places[alive], axis=0).min() > 0.1
+    for few, wanted in ((np.arange(40) < 3, True), (alive, False)):  # too few to have neighbours
+        assert np.isnan(map_directions(directions, few, 0, wanted)).all()
 
 
 def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
@@ -391,4 +398,4 @@ def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
 
 
 def test_a_label_names_each_word_once():
-    assert tables.make_label([" king", "King", " Queen", "\n\n", " ", "x"]) == "king, Queen, ↵"
+    assert make_label([" king", "King", " Queen", "\n\n", " ", "x"]) == "king, Queen, ↵"

@@ -201,7 +201,7 @@ def test_labels_and_grades_of_features(server, tmp_path):
     assert ask_labels(examples, answers) == {4: "ships"}
     features = pd.Series([4, 7, 9, 4, 7])
     shown, labels = ["yes", "yes", "yes", "no", "?"], {4: "ships", 7: "tides"}
-    grades = ask_grades(DETECTION, "detection", features, labels, shown, 1, answers)
+    grades = ask_grades(DETECTION, features, labels, shown, answers)
     np.testing.assert_array_equal(grades, [1, np.nan, np.nan, 0, np.nan])
     assert answers.unparsed == {"labels": 0, "detection": 1}
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_llama import tiny_language_model
 
-from utils.features.studies.neurons import Correlations, draw_features, neurons_of, summarise
+from utils.features.neurons import neurons_of
+from utils.features.sampling import draw_features
+from utils.features.studies.neurons import Correlations, summarise
 from utils.language_model import residual_at
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import LAYER, ROOT
+from keras import ops
 
 from utils.artifacts import write_json
 from utils.autoencoder.saved import load_autoencoder
@@ -14,7 +15,7 @@ from utils.features.catalogue import Catalogue
 from utils.features.search import by_classifier, by_presence, find_like, pool_prompts
 from utils.language_model import load_language_model, residual_at
 from utils.settings import InputError
-from utils.steering.clamps import encode, prompt_tokens
+from utils.steering.generation import prompt_tokens
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,8 @@ def test_prompts_are_pooled_over_positions_or_at_a_token(tiny_run, tiny_model):
     tokens = prompt_tokens(language_model, prompts[0])
     residual = residual_at(language_model, tokens, LAYER)[0]
     residual = residual[1:][residual[1:].norm(dim=-1) <= catalogue.summary["outlier_norm"]]
-    expected = encode(autoencoder, residual).numpy() * np.linalg.norm(
-        autoencoder.directions(), axis=1
-    )
+    norms = np.linalg.norm(autoencoder.directions(), axis=1)
+    expected = ops.convert_to_numpy(autoencoder.encode(residual)) * norms
     pooled = pool_prompts(catalogue, path, prompts, None)
     assert pooled.shape == (2, 128)
     np.testing.assert_allclose(pooled[0], expected.mean(axis=0), rtol=1e-4, atol=1e-5)
@@ -97,7 +97,7 @@ def test_searching_words_imports_no_framework(catalogue):
         "import sys, analyze_features\n"
         f"sys.argv = ['analyze_features.py', '--analysis-dir', {str(catalogue.folder)!r}, "
         "'--search', 'zebra']\n"
-        "analyze_features.show_found = lambda *_: 'found'\n"
+        "analyze_features.show_matches = lambda *_: 'found'\n"
         "analyze_features.main()\n"
         "assert not {'torch', 'keras', 'transformers', 'sklearn'} & set(sys.modules)"
     )

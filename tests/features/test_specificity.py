@@ -6,15 +6,13 @@ import pytest
 from reader import Reader
 
 from utils.features.judge import Answers
+from utils.features.labels import Concept, find_concept, word_at
 from utils.features.studies.specificity import (
-    Concept,
     by_level,
-    find_concept,
     judge_specificity,
     measure_specificity,
     of_features,
     score,
-    word_at,
 )
 
 SHARES = {"Garden": 0.5, "Harbour": 0.5}

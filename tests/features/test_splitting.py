@@ -8,6 +8,7 @@ from conftest import write_activations
 from utils.activations.store import ActivationStore
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features.studies.splitting import choose_family, find_parents, label_features, summarise
+from utils.steering.feature_model import FeatureEncoder
 
 D_MODEL = 64
 PIECES = [" rose", " tulip", " spade", " ship"]
@@ -79,6 +80,6 @@ def test_labels_are_the_tokens_that_a_feature_peaks_at(tmp_path):
     autoencoder = L1Autoencoder(d_model=4, n_latents=5)
     autoencoder.W_enc.assign(np.eye(5, 4))
     store = ActivationStore(tmp_path)
-    found = label_features(autoencoder, store, range(20), PIECES, 64)
+    found = label_features(FeatureEncoder(autoencoder), store, range(20), PIECES, 64)
     assert found.word.tolist() == ["rose", "tulip", "spade", "ship", ""]  # the last never active
     assert found.label.tolist() == found.word.tolist()

@@ -1,19 +1,25 @@
 """Attribution and ablation, on a random LLaMA of four blocks and random autoencoders."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from keras import ops
+from pictures import drawn, share_of
 from tiny_llama import LAYER, PROMPT, tiny_language_model
-from utils.steering.evaluation import as_torch
 
 from utils.autoencoder.kinds import KINDS
+from utils.influence import attribution
 from utils.influence.attribution import ablate, attribute, correlations, of_features, token_pair
-from utils.language_model import replaced_output, residual_at
+from utils.language_model import residual_at
+from utils.plots import ORANGE
 from utils.settings import InputError
-from utils.steering.clamps import Clamp, encode, prompt_tokens, steered
+from utils.steering.clamps import Clamp, steered
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens
 
 D_MODEL, N_LATENTS = 32, 64
 
@@ -30,55 +36,54 @@ def tokens(language_model):
 
 @pytest.fixture(scope="module", params=["topk", "l1"])
 def model(request, language_model, tokens):
-    """Language model, layer and autoencoder."""
     rows = residual_at(language_model, tokens, LAYER)[0].float()
     options = {"k": 8} if request.param == "topk" else {}
     made = KINDS[request.param](d_model=D_MODEL, n_latents=N_LATENTS, **options)
     mean = rows.mean(0)
     scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
     made.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
-    return language_model, LAYER, made
+    return FeatureModel(language_model, LAYER, made, math.inf)
 
 
-def difference(language_model, tokens, pair, change=None) -> float:
+def difference(model, tokens, pair, change=None) -> float:
     """ΔL, with something added to the residual stream at the layer."""
 
     def add(residual):
         return residual if change is None else residual + change
 
-    with replaced_output(language_model.blocks[LAYER], add), torch.no_grad():
-        logits = language_model.model(tokens, use_cache=False).logits[0, -1]
+    with model.replaced(add), torch.no_grad():
+        logits = model.language_model.model(tokens, use_cache=False).logits[0, -1]
     return float(logits[pair[0]] - logits[pair[1]])
 
 
 def test_the_pair_is_the_likeliest_two_if_none_is_given(model, tokens):
-    found = attribute(*model, tokens, None, math.inf)
-    logits = model[0].model(tokens).logits[0, -1]
+    found = attribute(model, tokens, None)
+    logits = model.language_model.model(tokens).logits[0, -1]
     assert found.pair == tuple(logits.argsort(descending=True)[:2].tolist())
-    assert found.difference == pytest.approx(difference(model[0], tokens, found.pair)) and (
+    assert found.difference == pytest.approx(difference(model, tokens, found.pair)) and (
         found.difference > 0
     )
 
 
 def test_the_gradient_is_that_of_finite_differences(model, tokens):
-    found = attribute(*model, tokens, (7, 20), math.inf)
+    found = attribute(model, tokens, (7, 20))
     draw = torch.Generator().manual_seed(0)
     for _ in range(5):
         direction = torch.randn(found.gradient.shape, generator=draw, dtype=torch.float64)
         step = 1e-3 * direction  # the norms compute in float32
-        up = difference(model[0], tokens, found.pair, step)
-        down = difference(model[0], tokens, found.pair, -step)
+        up = difference(model, tokens, found.pair, step)
+        down = difference(model, tokens, found.pair, -step)
         expected = float((found.gradient * direction).sum())
         assert (up - down) / 2e-3 == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
 def test_attributions_are_activations_times_the_gradient_along_their_rows(model, tokens):
-    found = attribute(*model, tokens, (7, 20), math.inf)
-    autoencoder = model[2]
-    latents = encode(autoencoder, residual_at(model[0], tokens, LAYER)[0]).double()
+    found = attribute(model, tokens, (7, 20))
+    residual = model.residual(tokens)[0].float()
+    latents = ops.convert_to_tensor(model.autoencoder.encode(residual)).detach().double()
     latents[0] = 0  # BOS
-    W_dec, scale = as_torch(autoencoder.W_dec).double(), float(autoencoder.scale)
-    expected = latents * (found.gradient @ W_dec.T) / scale
+    W_dec = ops.convert_to_tensor(model.autoencoder.W_dec).detach().double()
+    expected = latents * (found.gradient @ W_dec.T) / float(model.autoencoder.scale)
     dense = np.zeros(expected.shape)
     dense[found.places.position, found.places.feature] = found.places.attribution
     np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-6)
@@ -88,36 +93,35 @@ def test_attributions_are_activations_times_the_gradient_along_their_rows(model,
 
 def test_attribution_is_one_pass_forward_and_one_back(model, tokens, monkeypatch):
     forward, backward = [], []
-    handle = model[0].model.register_forward_hook(lambda *_: forward.append(1))
+    handle = model.language_model.model.register_forward_hook(lambda *_: forward.append(1))
     once = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: backward.append(1) or once(*args))
-    found = attribute(*model, tokens, None, math.inf)
+    found = attribute(model, tokens, None)
     handle.remove()
     assert len(of_features(found)) > 1  # of all features together
     assert (len(forward), len(backward)) == (1, 1)
 
 
 def test_ablation_is_a_clamp_at_0(model, tokens):
-    found = attribute(*model, tokens, (7, 20), math.inf)
+    found = attribute(model, tokens, (7, 20))
     features = of_features(found).feature.to_numpy()[:40]  # more than are ablated together
-    effects = ablate(*model, found, features, math.inf)
+    effects = ablate(model, found, features)
     for feature, effect in list(zip(features, effects, strict=True))[::13]:
-        with steered(*model, [Clamp(int(feature), 0.0, 1.0)], math.inf):
-            left = difference(model[0], tokens, found.pair)
+        with steered(model, [Clamp(int(feature), 0.0, 1.0)]):
+            left = difference(model, tokens, found.pair)
         assert effect == pytest.approx(found.difference - left, abs=1e-5)
 
 
 def test_positions_of_outlying_norm_are_left_alone(model, tokens):
-    norms = residual_at(model[0], tokens, LAYER)[0].norm(dim=-1)
+    norms = model.residual(tokens)[0].norm(dim=-1)
     limit = float(norms.sort().values[-2:].mean())
-    everywhere, found = (attribute(*model, tokens, (7, 20), at) for at in (math.inf, limit))
+    strict = FeatureModel(model.language_model, LAYER, model.autoencoder, limit)
+    everywhere, within = (attribute(each, tokens, (7, 20)) for each in (model, strict))
     outlier = int(norms.argmax())
-    assert outlier in set(everywhere.places.position) - set(found.places.position)
-    only_there = set(everywhere.places.feature) - set(found.places.feature)
-    if only_there:
-        assert ablate(*model, found, np.array(list(only_there)), limit) == pytest.approx(
-            0, abs=1e-9
-        )
+    assert outlier in set(everywhere.places.position) - set(within.places.position)
+    only_there = sorted(set(everywhere.places.feature) - set(within.places.feature))
+    effects = ablate(strict, within, np.array(only_there, int))
+    assert len(effects) == len(only_there) and effects == pytest.approx(0, abs=1e-9)
 
 
 def test_correlations_known_answer():
@@ -136,3 +140,19 @@ def test_pairs_of_tokens(language_model):
         token_pair(language_model, ("w7 w8", "w9"))
     with pytest.raises(InputError, match="two tokens, or none; it is 1"):
         token_pair(language_model, ("w7",))
+
+
+def test_attribution_of_a_long_prompt_shows_the_tokens_that_count(tmp_path):
+    def shown(n: int, strong: int | None):
+        values = np.where(np.arange(n) == strong, 2.0, 0.001)
+        places = pd.DataFrame({"position": range(n), "feature": range(n), "attribution": values})
+        found = SimpleNamespace(difference=1.0, places=places)
+        labels = pd.Series([f"label {i}" for i in range(n)])
+        words = ["a", "b", *(f"w{i}" for i in range(n))]
+        attribution.plot_attribution(found, words, labels, tmp_path / "attribution.png")
+        return drawn(tmp_path / "attribution.png")
+
+    long, short = shown(200, 150), shown(attribution.N_POSITIONS, None)
+    assert len(long) <= 1.05 * len(short)
+    orange = [share_of(picture, ORANGE) for picture in (long, shown(200, None))]
+    assert orange[0] > 0.002 and orange[0] < orange[1]  # one bar, not thirty of equal length

@@ -135,7 +135,7 @@ def test_an_answer_cannot_command_the_terminal():
 def test_ctrl_c_before_the_first_token_does_not_end_the_chat(monkeypatch, capsys):
     class Interrupted(Chat):
         def __init__(self):
-            self.language_model, self.how = SimpleNamespace(name="m"), (1,)
+            self.model, self.how = SimpleNamespace(language_model=SimpleNamespace(name="m")), (1,)
 
         def answer(self, line):
             raise KeyboardInterrupt

@@ -1,22 +1,21 @@
 """Evidence for steering: known answers, and the study on the tiny run."""
 
 import json
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from utils.steering.evaluation import as_torch
+from keras import ops
 
 from utils.artifacts import append_record
 from utils.features.catalogue import Catalogue
 from utils.influence import evidence, generations, texts
-from utils.influence.texts import SCORES, Texts
-from utils.language_model import residual_at
+from utils.influence.texts import SCORES, Texts, Writer
 from utils.settings import InputError
-from utils.steering.clamps import encode, prompt_tokens
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens
 
 
 def test_repetition_known_answers():
@@ -114,42 +113,48 @@ def test_curves_are_means_over_features():
 def loaded(tiny_run):
     catalogue = Catalogue(tiny_run.folder / "analysis")
     path = tiny_run.folder / "autoencoder" / "autoencoder.keras"
-    return catalogue, generations.load_models(catalogue, path)
+    return catalogue, FeatureModel.load(catalogue.summary, path)
 
 
-def test_texts_are_read_as_by_the_untouched_model_alone(loaded):
-    catalogue, models = loaded
-    language_model, autoencoder = models
-    layer, feature = catalogue.summary["layer"], int(catalogue.propose(1)["feature"].item())
+def test_texts_are_scored_as_by_the_untouched_model_alone(loaded):
+    catalogue, model = loaded
+    language_model = model.language_model
+    feature = int(catalogue.propose(1)["feature"].item())
     prompts = [prompt_tokens(language_model, words) for words in ("rose tulip", "ship")]
     written = [torch.tensor([40, 50, 60]), torch.tensor([70])]
-    found = texts.read_again(models, layer, math.inf, prompts, written, feature)
-    for prompt, text, perplexity, activation in zip(prompts, written, *found, strict=True):
+    scores = texts.score_texts(model, prompts, written, feature)
+    for prompt, text, perplexity, activation in zip(prompts, written, *scores, strict=True):
         tokens = torch.cat([prompt[0], text])[None]
         logp = language_model.model(tokens).logits[0].float().log_softmax(-1)
         n = prompt.shape[1]
-        own = logp[torch.arange(n - 1, n - 1 + len(text)), text]
-        assert perplexity == pytest.approx(float(torch.exp(-own.mean())), rel=1e-4)
-        latents = encode(autoencoder, residual_at(language_model, tokens, layer)[0])[n:, feature]
-        norm = as_torch(autoencoder.W_dec)[feature].norm()
+        of_text = logp[torch.arange(n - 1, n - 1 + len(text)), text]
+        assert perplexity == pytest.approx(float(torch.exp(-of_text.mean())), rel=1e-4)
+        latents = model.autoencoder.encode(model.residual(tokens)[0].float())[n:, feature]
+        norm = ops.norm(model.autoencoder.W_dec[feature])
         assert activation == pytest.approx(float((latents * norm).mean()), rel=1e-4, abs=1e-5)
 
 
 def test_vectors_have_the_norm_of_the_clamp_and_one_direction(loaded):
-    catalogue, models = loaded
+    catalogue, model = loaded
     feature = int(catalogue.propose(1)["feature"].item())
     maximum = float(catalogue.features.loc[feature, "max_activation"])
-    residual = torch.zeros(3, 4, models[0].d_model)
+    writer = Writer(model, catalogue, SimpleNamespace(seed=0))
+    strengths = [0.5, 1.0, 2.0]
+    expected = torch.tensor(strengths) * maximum / float(model.autoencoder.scale)
+    expected = expected[:, None].expand(3, 4)
     for method in ("mean difference", "random"):
-        change = texts.change_of(models, catalogue, method, feature, [0.5, 1.0, 2.0], seed=0)
-        added = change(residual)
-        expected = torch.tensor([0.5, 1.0, 2.0]) * maximum / float(models[1].scale)
-        torch.testing.assert_close(added.norm(dim=-1), expected[:, None].expand(3, 4))
+        change = writer.change_by_method(method, feature, strengths)
+        added = change(torch.zeros(3, 4, model.d_model))
+        torch.testing.assert_close(added.norm(dim=-1), expected)
         torch.testing.assert_close(added[0] * 4, added[2])
-    clamp = texts.change_of(models, catalogue, "feature", feature, [0.5, 1.0, 2.0], seed=0)
-    silent = as_torch(models[1].center).expand(3, 4, -1)
-    if not encode(models[1], silent)[..., feature].any():
-        torch.testing.assert_close(clamp(silent).norm(dim=-1), expected[:, None].expand(3, 4))
+    # Where the feature is silent the clamp's change is as long: its row turned away makes it so.
+    silent = ops.convert_to_tensor(model.autoencoder.center).detach() - 1e3 * model.directions(
+        torch.tensor([feature])
+    )
+    silent = silent[0].expand(3, 4, -1)
+    assert not model.encode(silent)[..., feature].any()
+    clamp = writer.change_by_method("feature", feature, strengths)
+    torch.testing.assert_close(clamp(silent).norm(dim=-1), expected)
 
 
 class MadeTexts(Texts):
@@ -193,7 +198,7 @@ def test_texts_of_another_analysis_are_written_anew(monkeypatch, tmp_path):
             self._recorded[generations.key(request)] = record
             append_record(self.log, record)
 
-    monkeypatch.setattr(Texts, "_write", write)
+    monkeypatch.setattr(Texts, "_write_missing", write)
     log = tmp_path / "log.jsonl"
     log.touch()
 

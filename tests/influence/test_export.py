@@ -9,21 +9,21 @@ from safetensors import safe_open
 from utils.autoencoder.kinds import KINDS
 from utils.autoencoder.saved import load_autoencoder
 from utils.influence.export import require_exportable, save_vector, steering_vector
-from utils.language_model import load_language_model, residual_at
+from utils.language_model import load_language_model
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, changed, steered
-from utils.steering.evaluation import as_torch
+from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 CLAMPS = [Clamp(3, 2.0, 4.0), Clamp(1, -1.0, 6.0)]
 
 
 @pytest.fixture
-def autoencoder():
+def encoder():
     made = KINDS["l1"](d_model=8, n_latents=4)
     rng = np.random.default_rng(0)
     made.initialize(0.1, rng.random(8), rng.random(8), decoder_norm=0.5, seed=0)
     made.W_dec.assign(rng.standard_normal((4, 8)))
-    return made
+    return FeatureEncoder(made)
 
 
 def test_known_answer():
@@ -31,18 +31,21 @@ def test_known_answer():
     made.W_dec.assign([[2.0, 0.0], [0.0, 5.0]])
     made.scale.assign(0.1)
     # 3 × a maximum of 8 along a unit direction is 24 in normalised units, 240 in raw ones.
-    assert steering_vector(made, [Clamp(1, 3.0, maximum=8.0)]).tolist() == [0.0, 240.0]
+    assert steering_vector(FeatureEncoder(made), [Clamp(1, 3.0, maximum=8.0)]).tolist() == [
+        0.0,
+        240.0,
+    ]
 
 
-def test_norm_of_one_feature(autoencoder):
-    vector = steering_vector(autoencoder, CLAMPS[:1])
+def test_norm_of_one_feature(encoder):
+    vector = steering_vector(encoder, CLAMPS[:1])
     torch.testing.assert_close(vector.norm(), torch.tensor(2.0 * 4.0 / 0.1))
-    cosine = vector @ as_torch(autoencoder.W_dec)[3]
-    torch.testing.assert_close(cosine, vector.norm() * as_torch(autoencoder.W_dec)[3].norm())
+    row = torch.from_numpy(encoder.autoencoder.directions()[3])
+    torch.testing.assert_close(vector @ row, vector.norm() * row.norm())
 
 
-def test_control_vector_is_read_by_the_format_s_own_reader(autoencoder, tmp_path):
-    vector = steering_vector(autoencoder, CLAMPS)
+def test_control_vector_is_read_by_the_format_s_own_reader(encoder, tmp_path):
+    vector = steering_vector(encoder, CLAMPS)
     save_vector(tmp_path / "v.gguf", vector, CLAMPS, "a model", "llama", 15)
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -74,16 +77,16 @@ def test_the_script_s_safetensors_added_is_the_intervention_add(tiny_run, run_he
     language_model = load_language_model(settings["model_name"], layer, "float32")
     autoencoder = load_autoencoder(tiny_run.folder / "autoencoder" / "autoencoder.keras")
     tokens = torch.tensor([[0, 5, 9, 70, 40]])
-    untouched = residual_at(language_model, tokens, layer)
-    norms = untouched.norm(dim=-1, keepdim=True)
-    outlier_norm = float(norms.sort(dim=1).values[0, -2, 0])  # the largest alone is above it
-    clamp = Clamp(int(feature), 3.0, maximum, how="add")
-    with steered(language_model, layer, autoencoder, [clamp], outlier_norm):
-        expected = residual_at(language_model, tokens, layer)
-    with changed(language_model, layer, lambda x: vector.expand(x.shape), outlier_norm):
-        found = residual_at(language_model, tokens, layer)
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, untouched)
+    untouched = FeatureModel(language_model, layer, autoencoder, 0.0).residual(tokens)
+    norms = untouched.norm(dim=-1)
+    outlier_norm = float(norms.sort().values[0, -2])  # the largest alone is above it
+    model = FeatureModel(language_model, layer, autoencoder, outlier_norm)
+    with steered(model, [Clamp(int(feature), 3.0, maximum, how="add")]):
+        expected = model.residual(tokens)
+    with changed(model, lambda x: vector.expand(x.shape)):
+        moved = model.residual(tokens)
+    assert torch.equal(moved, expected)
+    assert not torch.equal(moved, untouched)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path, tiny_run, run_here):

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, command, environment
+from keras import ops
 from playwright.sync_api import Page, expect, sync_playwright
 
 from utils.features.catalogue import Catalogue
-from utils.influence.generations import load_models
+from utils.influence.generations import load_model
 from utils.influence.playground import HOST, N_FOUND, Playground
-from utils.language_model import residual_at
-from utils.steering.clamps import encode, prompt_tokens
-from utils.steering.evaluation import as_torch
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import prompt_tokens
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -30,7 +30,7 @@ SECONDS = 60_000  # milliseconds; a page waits for what it expects at most so lo
 def playground(tiny_run):
     catalogue = Catalogue(tiny_run.folder / "analysis")
     path = tiny_run.folder / "autoencoder" / "autoencoder.keras"
-    return Playground(catalogue, *load_models(catalogue, path))
+    return Playground(catalogue, load_model(catalogue, path))
 
 
 def free_port() -> int:
@@ -130,7 +130,7 @@ def test_search_turn_generate(visit, playground):
     texts = finished(page)
     assert texts.untouched != texts.steered
     strengths = {strongest(playground): 10.0}
-    *_, expected = playground.write(PROMPT, False, 100, 0.0, 0, strengths)
+    *_, expected = playground.write(PROMPT, False, strengths, 100)
     assert (texts.untouched, texts.steered) == expected
     page.click("#remove-0")
     expect(page.locator("#slider-0")).to_be_hidden(timeout=SECONDS)
@@ -165,7 +165,7 @@ STOP_AT_FIRST_WORDS = """() => {
 
 @needs_chromium
 def test_stop_ends_the_text_where_it_is(visit, playground):
-    *_, (whole, _) = playground.write(PROMPT, False, 240, 0.0, 0, {})
+    *_, (whole, _) = playground.write(PROMPT, False, {}, 240)
     lengths = []
     for _ in range(3):  # so small a model may be done before the click arrives
         page = visit()
@@ -214,11 +214,11 @@ def test_a_prompt_with_html_stays_text(visit):
 
 
 def test_features_of_a_token_are_the_largest_of_its_latents(playground):
-    model = playground.language_model
-    tokens = prompt_tokens(model, PROMPT)
-    residual = residual_at(model, tokens, playground.layer)[0]
-    latents = encode(playground.autoencoder, residual)
-    expected = latents * as_torch(playground.autoencoder.decoder_norms())
+    model = playground.model
+    tokens = prompt_tokens(model.language_model, PROMPT)
+    residual = model.residual(tokens)[0]
+    latents = ops.convert_to_tensor(model.autoencoder.encode(residual)).detach()
+    expected = latents * ops.norm(model.autoencoder.W_dec, axis=1).detach()
     for position in range(1, tokens.shape[1]):
         found = playground.features_at(PROMPT, False, position)
         assert 0 < len(found) <= N_FOUND
@@ -227,9 +227,9 @@ def test_features_of_a_token_are_the_largest_of_its_latents(playground):
         torch.testing.assert_close(values, expected[position, numbers])
         assert values.tolist() == sorted(values.tolist(), reverse=True)
         assert values[0] == pytest.approx(expected[position].max().item(), rel=1e-5)
-    of_outliers = Playground(playground.catalogue, model, playground.autoencoder)
-    of_outliers.outlier_norm = 0.0  # every position is above it
-    assert of_outliers.features_at(PROMPT, False, 2) == []
+    # Every position is above a norm of 0.
+    strict = FeatureModel(model.language_model, model.layer, model.autoencoder, 0.0)
+    assert Playground(playground.catalogue, strict).features_at(PROMPT, False, 2) == []
 
 
 def test_dead_and_missing_features_are_not_found(playground):

@@ -8,21 +8,15 @@ import math
 
 import pytest
 import torch
+from keras import ops
 from tiny_llama import CONTEXT, D_MODEL, LAYER, PROMPT, tiny_language_model
 
 from utils.autoencoder.kinds import KINDS
-from utils.language_model import replaced_residual, residual_at
+from utils.language_model import residual_at
 from utils.settings import InputError
-from utils.steering.clamps import (
-    Clamp,
-    change_by,
-    encode,
-    generate,
-    generate_tokens,
-    prompt_tokens,
-    steered,
-)
-from utils.steering.evaluation import as_torch, split_reconstruction
+from utils.steering.clamps import Clamp, change_by, steered
+from utils.steering.feature_model import FeatureEncoder, FeatureModel
+from utils.steering.generation import generate, generate_tokens, prompt_tokens
 
 N_LATENTS = 64
 
@@ -55,23 +49,42 @@ def autoencoder(request, residual):
 
 
 @pytest.fixture(scope="module")
+def model(language_model, autoencoder):
+    return in_place(language_model, autoencoder)
+
+
+@pytest.fixture(scope="module")
 def features(autoencoder, residual):
     """Features by how strongly they are active on the prompt, the strongest first."""
-    return encode(autoencoder, residual)[0].sum(0).argsort(descending=True).tolist()
+    latents = as_torch(autoencoder.encode(residual[0]))
+    return latents.sum(0).argsort(descending=True).tolist()
 
 
 def logits(language_model, tokens):
     return language_model.model(tokens).logits
 
 
-def steered_residual(language_model, tokens, *arguments):
-    with steered(language_model, LAYER, *arguments):
-        return residual_at(language_model, tokens, LAYER)
+def in_place(language_model, autoencoder, outlier_norm=math.inf):
+    return FeatureModel(language_model, LAYER, autoencoder, outlier_norm)
+
+
+def steered_residual(model, tokens, clamps):
+    with steered(model, clamps):
+        return model.residual(tokens)
+
+
+def encoded(autoencoder, residual, features=None):
+    return FeatureEncoder(autoencoder).encode(residual, features)
+
+
+def as_torch(weight):
+    return ops.convert_to_tensor(weight).detach()
 
 
 def direction(autoencoder, feature):
-    """Raw change of the residual stream for each unit of a latent."""
-    return as_torch(autoencoder.W_dec)[feature] / as_torch(autoencoder.scale)
+    """Raw change of the residual stream for each unit of a feature's activation, by hand."""
+    row = as_torch(autoencoder.W_dec)[feature]
+    return row / row.norm() / as_torch(autoencoder.scale)
 
 
 # ------------------------------------------------------------------------------- what a clamp does
@@ -84,36 +97,35 @@ def test_known_answer():
     made.W_dec.assign([[2.0, 0.0], [0.0, 2.0]])
     made.scale.assign(0.1)
     # A reported maximum of 8 is a latent of 4: it grows by 1, x by 2, the raw residual by 20.
-    change = change_by(made, [Clamp(0, 1.0, maximum=8.0)])(torch.tensor([[30.0, 7.0]]))
+    change = change_by(FeatureEncoder(made), [Clamp(0, 1.0, maximum=8.0)])(
+        torch.tensor([[30.0, 7.0]])
+    )
     torch.testing.assert_close(change, torch.tensor([[20.0, 0.0]]))
-    change = change_by(made, [Clamp(0, -1.0, maximum=8.0)])(torch.tensor([[30.0, 7.0]]))
+    change = change_by(FeatureEncoder(made), [Clamp(0, -1.0, maximum=8.0)])(
+        torch.tensor([[30.0, 7.0]])
+    )
     torch.testing.assert_close(change, torch.tensor([[-140.0, 0.0]]))
 
 
-def test_steered_residual_moves_to_the_target(
-    language_model, autoencoder, tokens, residual, features
-):
+def test_steered_residual_moves_to_the_target(model, autoencoder, tokens, residual, features):
     feature = features[0]
-    norm = as_torch(autoencoder.decoder_norms())[feature]
-    changed = steered_residual(
-        language_model, tokens, autoencoder, [Clamp(feature, 2.0, 3.0)], math.inf
-    )
-    latent = encode(autoencoder, residual)[..., feature, None]
-    expected = (2.0 * 3.0 / norm - latent) * direction(autoencoder, feature)
+    changed = steered_residual(model, tokens, [Clamp(feature, 2.0, 3.0)])
+    norm = as_torch(autoencoder.W_dec)[feature].norm()
+    present = as_torch(autoencoder.encode(residual[0]))[None, :, feature, None] * norm
+    expected = (2.0 * 3.0 - present) * direction(autoencoder, feature)
     expected[:, 0] = 0  # BOS
     torch.testing.assert_close(changed - residual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_present_activation_changes_nothing(language_model, autoencoder, tokens, features):
+def test_present_activation_changes_nothing(model, language_model, autoencoder, tokens):
     # One position, because the present activation differs between positions; not BOS.
     first = tokens[:, 1:2]
-    activations = encode(autoencoder, residual_at(language_model, first, LAYER))[0, 0]
-    activations = activations * as_torch(autoencoder.decoder_norms())
+    activations = encoded(autoencoder, residual_at(language_model, first, LAYER))[0, 0]
     feature = int(activations.argmax())
     assert activations[feature] > 0
     untouched = logits(language_model, first)
     clamp = Clamp(feature, 1.0, float(activations[feature]))
-    with steered(language_model, LAYER, autoencoder, [clamp], math.inf):
+    with steered(model, [clamp]):
         torch.testing.assert_close(logits(language_model, first), untouched, rtol=1e-5, atol=1e-5)
 
 
@@ -126,16 +138,13 @@ def test_present_activation_changes_nothing(language_model, autoencoder, tokens,
         ("add", -1.5, lambda present: present - 1.5 * 5.0),
     ],
 )
-def test_interventions(
-    language_model, autoencoder, tokens, residual, features, how, strength, target
-):
+def test_interventions(model, autoencoder, tokens, residual, features, how, strength, target):
     feature = features[0]
     clamps = [Clamp(feature, strength, 5.0, how)]
-    changed = steered_residual(language_model, tokens, autoencoder, clamps, math.inf)
-    norm = as_torch(autoencoder.decoder_norms())[feature]
-    present = encode(autoencoder, residual)[..., feature, None] * norm
+    changed = steered_residual(model, tokens, clamps)
+    present = encoded(autoencoder, residual)[..., feature, None]
     assert (present > 0).any()
-    expected = (target(present) - present) * direction(autoencoder, feature) / norm
+    expected = (target(present) - present) * direction(autoencoder, feature)
     expected[:, 0] = 0  # BOS
     torch.testing.assert_close(changed - residual, expected, rtol=1e-5, atol=1e-5)
 
@@ -143,41 +152,39 @@ def test_interventions(
 def test_some_latents_are_those_of_all(autoencoder, residual, features):
     chosen = torch.tensor([features[0], features[-1], features[5], features[0]])
     several = torch.cat([residual[0] * size for size in (0.3, 1, 3)])
-    dense = encode(autoencoder, several)[:, chosen]
-    alone = encode(autoencoder, several, chosen)
+    dense = encoded(autoencoder, several)[:, chosen]
+    alone = encoded(autoencoder, several, chosen)
     assert torch.equal(dense > 0, alone > 0) and (dense > 0).any() and (dense == 0).any()
     torch.testing.assert_close(alone, dense, rtol=1e-6, atol=1e-6)
 
 
-def test_each_row_of_a_batch_has_clamps_of_its_own(language_model, autoencoder, tokens, features):
+def test_each_row_of_a_batch_has_clamps_of_its_own(model, tokens, features):
     batch = tokens.expand(3, -1)
     rows = [
         [Clamp(features[0], 2.0, 3.0), Clamp(features[1], 0.0, 3.0, "ablate")],
         [Clamp(features[1], -1.0, 3.0, "add")],
         [],
     ]
-    together = steered_residual(language_model, batch, autoencoder, rows, math.inf)
+    together = steered_residual(model, batch, rows)
     for clamps, row in zip(rows, together, strict=True):
-        alone = steered_residual(language_model, tokens, autoencoder, clamps, math.inf)
+        alone = steered_residual(model, tokens, clamps)
         torch.testing.assert_close(row, alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_ablation_changes_no_bit_where_the_feature_is_silent(
-    language_model, autoencoder, tokens, residual, features
+    model, autoencoder, tokens, residual, features
 ):
-    active = encode(autoencoder, residual)[0] > 0
+    active = encoded(autoencoder, residual)[0] > 0
     active[0] = False  # BOS is never changed
     partly = [i for i in features if active[:, i].any() and not active[:, i].all()]
-    changed = steered_residual(
-        language_model, tokens, autoencoder, [Clamp(partly[0], 0.0, 5.0)], math.inf
-    )
+    changed = steered_residual(model, tokens, [Clamp(partly[0], 0.0, 5.0)])
     assert torch.equal((changed != residual)[0].any(dim=-1), active[:, partly[0]])
 
 
-def test_two_clamps_add_up(language_model, autoencoder, tokens, residual, features):
+def test_two_clamps_add_up(model, tokens, residual, features):
     clamps = [Clamp(features[0], 1.5, 4.0), Clamp(features[1], -1.0, 3.0)]
     changes = [
-        steered_residual(language_model, tokens, autoencoder, chosen, math.inf) - residual
+        steered_residual(model, tokens, chosen) - residual
         for chosen in (clamps, clamps[:1], clamps[1:])
     ]
     torch.testing.assert_close(changes[0], changes[1] + changes[2], rtol=1e-5, atol=1e-4)
@@ -186,43 +193,28 @@ def test_two_clamps_add_up(language_model, autoencoder, tokens, residual, featur
 def test_outliers_are_left_alone(language_model, autoencoder, tokens, residual, features):
     norms = residual.norm(dim=-1)
     limit = float(norms.median())
-    changed = steered_residual(
-        language_model, tokens, autoencoder, [Clamp(features[0], 2.0, 3.0)], limit
-    )
+    strict = in_place(language_model, autoencoder, limit)
+    changed = steered_residual(strict, tokens, [Clamp(features[0], 2.0, 3.0)])
     same = (changed == residual).all(dim=-1)
     is_bos = tokens == language_model.bos
     assert (same & ~is_bos).any()
     assert torch.equal(same, (norms > limit) | is_bos)
 
 
-def test_bos_within_a_text_is_left_alone(language_model, autoencoder, tokens, features):
+def test_bos_within_a_text_is_left_alone(model, tokens, features):
     twice = torch.cat([tokens, tokens], dim=1)
-    residual = residual_at(language_model, twice, LAYER)
-    clamps = [Clamp(features[0], 2.0, 3.0)]
-    changed = steered_residual(language_model, twice, autoencoder, clamps, math.inf)
-    same = (changed == residual).all(dim=-1)
-    assert torch.equal(same, twice == language_model.bos) and same.sum() == 2
-
-
-def test_reconstruction_and_error_are_the_residual(autoencoder, residual):
-    reconstruction, error = split_reconstruction(autoencoder, residual)
-    torch.testing.assert_close(reconstruction + error, residual, rtol=0, atol=1e-6)
-    scale, center = as_torch(autoencoder.scale), as_torch(autoencoder.center)
-    x = (residual[0] - center) * scale
-    decoded = encode(autoencoder, residual)[0] @ as_torch(autoencoder.W_dec)
-    expected = (decoded + as_torch(autoencoder.b_dec)) / scale + center
-    torch.testing.assert_close(reconstruction[0], expected, rtol=1e-4, atol=1e-5)
-    assert error.norm() < (residual - residual.mean()).norm()
-    assert x.square().sum(-1).mean() == pytest.approx(D_MODEL, rel=1e-4)
+    changed = steered_residual(model, twice, [Clamp(features[0], 2.0, 3.0)])
+    same = (changed == model.residual(twice)).all(dim=-1)
+    assert torch.equal(same, twice == model.language_model.bos) and same.sum() == 2
 
 
 # ------------------------------------------------------------------------------ around the model
 
 
-def test_batch_is_its_rows(language_model, autoencoder, tokens, features):
+def test_batch_is_its_rows(model, language_model, tokens, features):
     batch = torch.cat([tokens, tokens.flip(1)])
     clamps = [Clamp(features[0], 2.0, 3.0)]
-    with steered(language_model, LAYER, autoencoder, clamps, math.inf):
+    with steered(model, clamps):
         together = logits(language_model, batch)
         apart = torch.cat([logits(language_model, row[None]) for row in batch])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
@@ -233,9 +225,9 @@ def test_half_precision_models(dtype, autoencoder, tokens, features):
     half = tiny_language_model(dtype)
     untouched = residual_at(half, tokens, LAYER)
     clamps = [Clamp(features[0], 2.0, 3.0)]
-    changed = steered_residual(half, tokens, autoencoder, clamps, math.inf)
+    changed = steered_residual(in_place(half, autoencoder), tokens, clamps)
     assert changed.dtype == dtype
-    expected = untouched.float() + change_by(autoencoder, clamps)(untouched)
+    expected = untouched.float() + change_by(FeatureEncoder(autoencoder), clamps)(untouched)
     expected[:, 0] = untouched[:, 0]  # BOS
     assert torch.equal(changed, expected.to(dtype))
 
@@ -243,21 +235,21 @@ def test_half_precision_models(dtype, autoencoder, tokens, features):
 def test_strength_that_overflows_is_refused(autoencoder, tokens, features):
     half = tiny_language_model(torch.float16)
     with pytest.raises(InputError, match="STRENGTH must keep the residual stream finite"):
-        steered_residual(half, tokens, autoencoder, [Clamp(features[0], 1e6, 3.0)], math.inf)
+        steered_residual(in_place(half, autoencoder), tokens, [Clamp(features[0], 1e6, 3.0)])
 
 
-def test_hook_comes_off(language_model, autoencoder, tokens, features):
+def test_hook_comes_off(model, language_model, tokens, features):
     untouched = logits(language_model, tokens)
     clamps = [Clamp(features[0], 5.0, 3.0)]
     with pytest.raises(RuntimeError, match="midway"):  # noqa: SIM117
-        with steered(language_model, LAYER, autoencoder, clamps, math.inf):
+        with steered(model, clamps):
             assert not torch.equal(logits(language_model, tokens), untouched)
             raise RuntimeError("midway")
     assert torch.equal(logits(language_model, tokens), untouched)
     assert not language_model.blocks[LAYER]._forward_hooks
 
 
-def test_clamps_are_checked(language_model, autoencoder):
+def test_clamps_are_checked(model):
     for clamps, where, rule in [
         ([Clamp(N_LATENTS, 1.0, 1.0)], "everywhere", "between 0 and 63"),
         ([Clamp(3, 1.0, 1.0), Clamp(3, 2.0, 1.0)], "everywhere", "clamped once"),
@@ -272,7 +264,7 @@ def test_clamps_are_checked(language_model, autoencoder):
     ]:
         with (
             pytest.raises(InputError, match=rule),
-            steered(language_model, LAYER, autoencoder, clamps, math.inf, where),
+            steered(model, clamps, where),
         ):
             pass
 
@@ -280,10 +272,10 @@ def test_clamps_are_checked(language_model, autoencoder):
 # ------------------------------------------------------------------------------------- generation
 
 
-def test_cache_does_not_change_steered_text(language_model, autoencoder, features):
+def test_cache_does_not_change_steered_text(model, language_model, features):
     clamps = [Clamp(features[0], 3.0, 4.0), Clamp(features[1], -1.0, 4.0)]
     untouched = generate(language_model, PROMPT, 20)
-    with steered(language_model, LAYER, autoencoder, clamps, math.inf):
+    with steered(model, clamps):
         cached = generate(language_model, PROMPT, 20, use_cache=True)
         whole = generate(language_model, PROMPT, 20, use_cache=False)
     assert cached == whole
@@ -291,7 +283,7 @@ def test_cache_does_not_change_steered_text(language_model, autoencoder, feature
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_places(language_model, autoencoder, features, use_cache):
+def test_places(model, language_model, features, use_cache):
     """Which positions are changed, seen from the residual stream after the change."""
     clamps = [Clamp(features[0], 3.0, 4.0, "add")]
     prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8")]  # 7 and 3 tokens
@@ -307,28 +299,27 @@ def test_places(language_model, autoencoder, features, use_cache):
             for own, at, row in zip(seen, positions.expand(2, -1), moved, strict=True):
                 own |= set(at[row].tolist())
 
-        block = language_model.blocks[LAYER]
         with (
-            replaced_residual(block, before.append),
-            steered(language_model, LAYER, autoencoder, clamps, math.inf, where),
-            replaced_residual(block, after, with_positions=True),
+            model.replaced(before.append),
+            steered(model, clamps, where),
+            model.replaced(after, with_positions=True),
         ):
             generate_tokens(language_model, prompts, 3, use_cache)
         assert tuple(map(sorted, seen)) == expected
 
 
-def test_a_padded_batch_says_what_its_prompts_say_alone(language_model, autoencoder, features):
+def test_a_padded_batch_says_what_its_prompts_say_alone(model, language_model, features):
     clamps = [Clamp(features[0], 3.0, 4.0)]
     prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8", "w9")]
     for where in ("everywhere", "generated"):
         said = []
         for some in (prompts, *([prompt] for prompt in prompts)):
-            with steered(language_model, LAYER, autoencoder, clamps, math.inf, where):
+            with steered(model, clamps, where):
                 said.append([row.tolist() for row in generate_tokens(language_model, some, 12)])
         assert said[0] == said[1] + said[2] + said[3]
 
 
-def test_chat_is_put_into_the_models_template(language_model, monkeypatch):
+def test_chat_is_put_into_the_models_template(model, language_model, monkeypatch):
     with pytest.raises(
         InputError, match="CHAT_TEMPLATE need a model with a chat template; tiny has none"
     ):
@@ -354,7 +345,7 @@ def test_drawing_depends_on_the_seed_alone(language_model):
     assert drawn[0] != drawn[1]
 
 
-def test_generation_ignores_the_models_own_settings(language_model, monkeypatch):
+def test_generation_ignores_the_models_own_settings(model, language_model, monkeypatch):
     expected = generate(language_model, PROMPT, 10, temperature=1.0)
     greedy = generate(language_model, PROMPT, 10)
     own = language_model.model.generation_config
@@ -364,7 +355,7 @@ def test_generation_ignores_the_models_own_settings(language_model, monkeypatch)
     assert generate(language_model, PROMPT, 10) == greedy
 
 
-def test_generation_stops_at_the_end_of_the_text(language_model, monkeypatch):
+def test_generation_stops_at_the_end_of_the_text(model, language_model, monkeypatch):
     words = generate(language_model, PROMPT, 10).split()
     stop = language_model.tokenizer.convert_tokens_to_ids(words[4])
     monkeypatch.setattr(language_model.model.generation_config, "eos_token_id", stop)

@@ -80,9 +80,9 @@ class Manifest:
         """
         content = read_json(path)
         try:
-            entries = [ShardEntry(**entry) for entry in content.pop("shards")]
-            return cls(**content, shards=entries)
-        except (TypeError, KeyError, AttributeError) as error:
+            entries = [ShardEntry(**entry) for entry in content["shards"]]
+            return cls(**{**content, "shards": entries})
+        except (TypeError, KeyError) as error:
             raise InputError(
                 f"{path} is damaged ({error}). Delete {path.parent} and make it anew."
             ) from error

@@ -26,6 +26,7 @@ from utils.settings import require
 SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
 EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
 N_PROMOTED = 10  # tokens listed as promoted, as suppressed, as peaks
+N_NEIGHBOURS = 10  # of each feature, that are kept
 ROWS_PER_GROUP = 4_096  # of examples.parquet, whose row groups are read one at a time
 
 

@@ -6,7 +6,6 @@ from tqdm import tqdm
 
 from utils.language_model import pick_device
 
-N_NEIGHBOURS = 10  # of each feature, that are kept
 PAIRS_TOGETHER = 2**26  # cosines in memory: 256 MiB
 
 

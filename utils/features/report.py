@@ -20,7 +20,7 @@ def make_report(folder: Path, n_selected: int, seed: int) -> None:
     """Draw the pictures of a saved catalogue and write its browser, the last files of a run."""
     catalogue = Catalogue(folder)
     shown = {
-        "random": draw_features(catalogue.features, seed),
+        "random": draw_random(catalogue.features, seed),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
@@ -28,7 +28,7 @@ def make_report(folder: Path, n_selected: int, seed: int) -> None:
     write_browser(folder / "browser", catalogue, summary, draw_pictures(catalogue), shown)
 
 
-def draw_features(features: pd.DataFrame, seed: int) -> list[int]:
+def draw_random(features: pd.DataFrame, seed: int) -> list[int]:
     """Living features drawn at random, all alike."""
     alive = features[~features["dead"]]["feature"].to_numpy(copy=True)
     drawn = np.random.default_rng(seed).permutation(alive)[:N_RANDOM]

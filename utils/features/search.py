@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from utils.features.catalogue import Catalogue
+from utils.features.catalogue import N_NEIGHBOURS, Catalogue
 from utils.settings import require
 from utils.terminal import mark_peak, one_line
 
@@ -61,10 +61,9 @@ def find_like(catalogue: Catalogue, feature: int, n: int) -> pd.DataFrame:
         f"SEARCH_LIKE must be a living feature from 0 to {len(features) - 1}; it is {feature}.",
     )
     row = features.loc[feature]
-    n_kept = len(row["neighbours"])
     require(
-        n <= n_kept,
-        f"N_FOUND must be at most {n_kept} with SEARCH_LIKE: so many are kept; it is {n}.",
+        n <= N_NEIGHBOURS,
+        f"N_FOUND must be at most {N_NEIGHBOURS} with SEARCH_LIKE: so many are kept; it is {n}.",
     )
     return features.loc[row["neighbours"][:n]].assign(match=row["neighbour_cosines"][:n])
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from utils.features.analysis import Analysis, Findings
-from utils.features.catalogue import N_PROMOTED, Catalogue
-from utils.features.geometry import N_NEIGHBOURS, map_directions, nearest
+from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
+from utils.features.geometry import map_directions, nearest
 from utils.language_model import LanguageModel
 from utils.plots import FONT, HALO, INK, PALE, picture
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from utils.features.bootstrap import draw_again, interval, mean_and_interval
+from utils.features.sampling import draw_again, interval, mean_and_interval
 
 
 def test_the_interval_of_a_mean_is_the_normal_one():

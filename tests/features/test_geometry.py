@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from utils.features import neighbours
+from utils.features import geometry
 from utils.features.catalogue import N_NEIGHBOURS
-from utils.features.neighbours import nearest, neighbour_table
+from utils.features.geometry import nearest
+from utils.features.studies.places import neighbour_table
 
 
 def test_known_answer():
@@ -21,7 +22,7 @@ def test_blocks_do_not_change_what_is_found(monkeypatch):
     directions, queries = draw.normal(size=(50, 8)), draw.normal(size=(23, 8))
     units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (directions, queries)]
     expected = units[1] @ units[0].T
-    monkeypatch.setattr(neighbours, "PAIRS_TOGETHER", 200)  # four queries a block, and three last
+    monkeypatch.setattr(geometry, "PAIRS_TOGETHER", 200)  # four queries a block, and three last
     indices, cosines = nearest(directions, queries, 5)
     np.testing.assert_array_equal(indices, np.argsort(-expected, axis=1)[:, :5])
     np.testing.assert_allclose(cosines, -np.sort(-expected, axis=1)[:, :5], atol=1e-6)

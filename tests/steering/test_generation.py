@@ -10,8 +10,9 @@ from conftest import LAYER
 from utils.autoencoder.kinds import KINDS
 from utils.language_model import load_language_model
 from utils.settings import InputError
-from utils.steering.clamps import Clamp, change_by, changed, generate, prompt_tokens, steered
-from utils.steering.streaming import choose, stream
+from utils.steering.clamps import Clamp, change_by, changed, steered
+from utils.steering.feature_model import FeatureModel
+from utils.steering.generation import choose, generate, prompt_tokens, stream
 
 PROMPT = "rose tulip ship"
 CLAMPS = [Clamp(3, 8.0, 4.0), Clamp(5, -2.0, 4.0)]
@@ -23,29 +24,29 @@ def language_model(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def autoencoder():
+def model(language_model):
     made = KINDS["l1"](d_model=32, n_latents=16)
     zeros = torch.zeros(32).numpy()
     made.initialize(1.0, zeros, zeros, decoder_norm=0.5, seed=0)
-    return made
+    return FeatureModel(language_model, LAYER, made, 1e9)
 
 
 def last(texts):
     return list(texts)[-1]
 
 
-def both(language_model, autoencoder):
+def both(model):
     """A change of the second row of two, opened anew for every token."""
-    change = change_by(autoencoder, [[], CLAMPS])
-    return lambda: changed(language_model, LAYER, change, 1e9)
+    change = change_by(model, [[], CLAMPS])
+    return lambda: changed(model, change)
 
 
-def test_both_rows_are_what_generation_at_once_gives(language_model, autoencoder):
+def test_both_rows_are_what_generation_at_once_gives(language_model, model):
     untouched = generate(language_model, PROMPT, 30)
-    with steered(language_model, LAYER, autoencoder, CLAMPS, 1e9):
+    with steered(model, CLAMPS):
         turned = generate(language_model, PROMPT, 30)
     tokens = prompt_tokens(language_model, PROMPT).expand(2, -1)
-    texts = list(stream(language_model, tokens, both(language_model, autoencoder), 30))
+    texts = list(stream(language_model, tokens, both(model), 30))
     # A last character that is not whole is not shown.
     assert texts[-1] == [untouched.rstrip("�"), turned.rstrip("�")]
     assert untouched != turned
@@ -53,12 +54,12 @@ def test_both_rows_are_what_generation_at_once_gives(language_model, autoencoder
         assert all(b.startswith(a) for a, b in zip(earlier, later, strict=True))
 
 
-def test_texts_written_in_turns_do_not_reach_one_another(language_model, autoencoder):
+def test_texts_written_in_turns_do_not_reach_one_another(language_model, model):
     tokens = prompt_tokens(language_model, PROMPT)
     alone = last(stream(language_model, tokens, contextlib.nullcontext, 20))
 
     def turned():
-        return steered(language_model, LAYER, autoencoder, CLAMPS, 1e9)
+        return steered(model, CLAMPS)
 
     turned_alone = last(stream(language_model, tokens, turned, 20))
     one = stream(language_model, tokens, contextlib.nullcontext, 20)
