@@ -39,10 +39,11 @@ def mentions_any(annotation: ast.AST | None) -> bool:
     return any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(annotation))
 
 
-def folder_of(module: str, checkout: Path, path: Path | None = None) -> str:
-    """The folder of a dotted module of utils; the module itself in a flat utils/."""
-    is_flat = not any((checkout / "utils").glob("*/__init__.py"))
-    return module if is_flat else ".".join(module.split(".")[:-1])
+def folder_of(module: str, checkout: Path) -> str:
+    """utils, or the folder of it that a dotted module is in; the module itself in a flat utils/."""
+    if not any((checkout / "utils").glob("*/__init__.py")):
+        return module
+    return ".".join(module.split(".")[:2]) if module.count(".") > 1 else "utils"
 
 
 def imported(path: Path, checkout: Path) -> Iterator[tuple[str, str]]:
@@ -77,7 +78,7 @@ def across_borders(checkout: Path) -> list[tuple[str, str, str]]:
 
 
 def counts(checkout: Path) -> dict[str, int]:
-    """What the issue of a house counts."""
+    """Sizes, and what crosses borders, by name."""
     trees = {path: ast.parse(path.read_text()) for path in files_of(checkout)}
     functions = [function for tree in trees.values() for function in functions_of(tree)]
     lines = {path: path.read_text().count("\n") for path in trees}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPTS
 
-from tests.structure import files_of, imported, module_of
+from tests.structure import files_of, folder_of, imported, module_of
 
 # A folder imports from those before it, and from the modules directly in utils/.
 ORDER = ("utils", *(f"utils.{name}" for name in
@@ -20,11 +20,6 @@ MODULES = {
 FILES = files_of(ROOT)
 
 
-def folder_of(module: str) -> str:
-    """The folder of `ORDER` that a module of utils lies in."""
-    return ".".join(module.split(".")[:2]) if module.count(".") > 1 else "utils"
-
-
 def imports(path: Path) -> set[str]:
     """The project's own modules that a file imports, inside functions too."""
     source = path.read_text()
@@ -35,14 +30,14 @@ def imports(path: Path) -> set[str]:
 
 
 def test_few_modules_lie_directly_in_utils():
-    assert sum(folder_of(module) == "utils" for module in MODULES) <= 8
-    assert {folder_of(module) for module in MODULES} == set(ORDER)
+    assert sum(folder_of(module, ROOT) == "utils" for module in MODULES) <= 8
+    assert {folder_of(module, ROOT) for module in MODULES} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_folder_imports_only_from_those_before_it(module):
-    place = ORDER.index(folder_of(module))
-    assert {folder_of(other) for other in imports(MODULES[module])} <= set(ORDER[: place + 1])
+    place = ORDER.index(folder_of(module, ROOT))
+    assert {folder_of(other, ROOT) for other in imports(MODULES[module])} <= set(ORDER[: place + 1])
 
 
 def test_no_modules_import_one_another_in_a_circle():

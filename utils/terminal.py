@@ -1,14 +1,16 @@
 """Text for the terminal: lines of a width, two texts side by side, a token marked in its line."""
 
 import itertools
-import textwrap
-import unicodedata
 from collections.abc import Sequence
+
+from rich.cells import set_cell_size
+from rich.console import Console
+from rich.text import Text
 
 
 def mark_peak(token_texts: Sequence[str], peak: int, width: int) -> str:
     """One line of the text around the token ``token_texts[peak]``, which is put in « »."""
-    token_texts = [one_line(piece) for piece in token_texts]
+    token_texts = [one_line(text) for text in token_texts]
     left, right = "".join(token_texts[:peak]), "".join(token_texts[peak + 1 :])
     word = token_texts[peak].lstrip() or token_texts[peak]
     left += token_texts[peak][: len(token_texts[peak]) - len(word)]
@@ -43,7 +45,7 @@ def side_by_side(
         rows = [*blocks[0], "", *blocks[1]]
     else:
         pairs = itertools.zip_longest(*blocks, fillvalue="")
-        rows = [f"{left}{' ' * (column - cells(left))} │ {right}" for left, right in pairs]
+        rows = [f"{set_cell_size(left, column)} │ {right}" for left, right in pairs]
     return "\n".join(rows)
 
 
@@ -51,14 +53,5 @@ def wrap(text: str, width: int) -> list[str]:
     """Lines that take at most ``width`` columns of a terminal; line breaks of the text are kept."""
     lines = []
     for line in map(one_line, text.strip().split("\n")):
-        # A NUL after each wide character makes the length of a line its width; a character cut
-        # from its NUL at the end of a line takes the column that is left for it.
-        spaced = "".join(c + "\0" if cells(c) == 2 else c for c in line)
-        wrapped = textwrap.wrap(spaced, width - ("\0" in spaced))
-        lines += [row.replace("\0", "") for row in wrapped] or [""]
+        lines += [row.plain.rstrip() for row in Text(line).wrap(Console(width=width), width)]
     return lines if any(lines) else ["(nothing: the text ends)"]
-
-
-def cells(text: str) -> int:
-    """Columns of a terminal that a text takes: a wide character (Chinese, emoji) takes two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

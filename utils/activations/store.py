@@ -1,6 +1,5 @@
 """The store: all activations of a folder, in batches of contexts with their tokens and sources."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +25,8 @@ def spread(contexts: Contexts, n: int) -> Contexts:
     return contexts[:: max(1, len(contexts) // n)][:n]
 
 
-@dataclasses.dataclass(frozen=True)
 class ContextBatch:
-    """Some contexts of a store; each array is read when it is first asked for.
+    """Some contexts of a store.
 
     Attributes:
         contexts: Their numbers.
@@ -36,30 +34,17 @@ class ContextBatch:
         kept: Whether a position counts: neither BOS nor a norm outlier; bool, of that shape.
         documents: Number of the document of each position, int32, of that shape.
         subsets: Number of its corpus subset in the store's ``subset_names``, of that shape.
-        rows: Raw activations of the kept positions, float32, shape (rows, d_model).
     """
 
-    store: "ActivationStore"
-    contexts: Contexts
-
-    @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        return self.store.read("tokens", self.contexts)
-
-    @functools.cached_property
-    def kept(self) -> np.ndarray:
-        return self.store.read("kept", self.contexts)
-
-    @functools.cached_property
-    def documents(self) -> np.ndarray:
-        return self.store.read("documents", self.contexts)
-
-    @functools.cached_property
-    def subsets(self) -> np.ndarray:
-        return self.store.read("subsets", self.contexts)
+    def __init__(self, store: "ActivationStore", contexts: Contexts):
+        self.store, self.contexts = store, contexts
+        self.tokens, self.kept, self.documents, self.subsets = (
+            store.read(array, contexts) for array in ("tokens", "kept", "documents", "subsets")
+        )
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
+        """Raw activations of the kept positions, float32, shape (rows, d_model)."""
         return self.store.kept_rows(self.contexts).astype(np.float32)
 
     def places(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

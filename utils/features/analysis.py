@@ -19,13 +19,13 @@ from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import loss_recovered
 from utils.features import catalogue, studies
 from utils.features.feature_pass import FeaturePass
-from utils.features.judge import Answers, open_judge
+from utils.features.judge import Answers, JudgeSettings, open_judge
 from utils.language_model import LanguageModel, load_language_model, token_texts
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 
-class AnalysisSettings(Protocol):
+class AnalysisSettings(JudgeSettings, Protocol):
     """What an analysis and its studies read of the settings of analyze_features.py."""
 
     n_tokens: int | None
@@ -36,9 +36,6 @@ class AnalysisSettings(Protocol):
     map_features: bool
     batch_size: int
     seed: int
-    judge: str | None
-    judge_url: str | None
-    judge_price: tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)

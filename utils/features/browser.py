@@ -35,6 +35,26 @@ PLACES = ("umap_x", "umap_y")
 NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
 
 
+# What the numbers of the summary table mean.
+MEANINGS = {
+    "Tokens analysed": "Tokens of {dataset} on which the features were counted.",
+    "Live features": "Features active at least once on these tokens, of the dictionary's size.",
+    "Dead latents": "The rest: directions that were learnt but never used here.",
+    "L0": "Features active on a token, on average. Few are easier to understand than many.",
+    "Variance explained": "How much of what distinguishes activations the features rebuild; FVU is "
+    "what is left.",
+    "Cosine similarity": "Between an activation and its reconstruction; 1 is the same direction.",
+    "Cross-entropy, untouched": "How badly the model itself predicts the next token; lower is "
+    "better.",
+    "Cross-entropy, reconstructed": "The same when the features alone stand in for {layer}.",
+    "Cross-entropy, zero-ablated": "The same when zeros stand in for {layer}.",
+    "Loss recovered": "Where the reconstruction lies between zeros (0%) and the untouched model "
+    "(100%).",
+    "Excluded positions": "Positions left out of training and analysis, by reason, of all that "
+    "were saved.",
+}
+
+
 def write_browser(
     folder: Path,
     catalogue: Catalogue,
@@ -191,64 +211,23 @@ def _held_out(summary: dict) -> str:
     return f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
 
 
-def facts(summary: dict) -> list[tuple[str, str, str]]:
+def facts(summary: dict[str, Json]) -> list[tuple[str, str, str]]:
     """Rows of the summary table: a name, its value, what it means in plain words."""
-    cross_entropy = summary["cross_entropy"]
+    losses, layer = summary["cross_entropy"], f"layer {summary['layer']}"
     excluded = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in summary["excluded"].items()]
-    return [
-        (
-            "Tokens analysed",
-            f"{summary['n_tokens']:,}",
-            f"Tokens of {summary['dataset']} on which the features were counted.",
-        ),
-        (
-            "Live features",
-            f"{summary['n_alive']:,} of {summary['n_latents']:,}",
-            "Features active at least once on these tokens, and the size of the dictionary.",
-        ),
-        (
-            "Dead latents",
-            f"{summary['dead_fraction']:.1%}",
-            "The rest: directions that were learnt but never used here.",
-        ),
-        (
-            "L0",
-            f"{summary['l0']:,.1f}",
-            "Features active on a token, on average. Few are easier to understand than many.",
-        ),
-        (
-            "Variance explained",
-            f"{1 - summary['fvu']:.1%}" + _held_out(summary),
-            "How much of what distinguishes activations the features rebuild; FVU is what is left.",
-        ),
-        (
-            "Cosine similarity",
-            f"{summary['cosine']:.3f}",
-            "Between an activation and its reconstruction; 1 is the same direction.",
-        ),
-        (
-            "Cross-entropy, untouched",
-            f"{cross_entropy['untouched']:.3f} nats",
-            "How badly the model itself predicts the next token; lower is better.",
-        ),
-        (
-            "Cross-entropy, reconstructed",
-            f"{cross_entropy['reconstruction']:.3f} nats",
-            f"The same when the features alone stand in for layer {summary['layer']}.",
-        ),
-        (
-            "Cross-entropy, zero-ablated",
-            f"{cross_entropy['zero_ablated']:.3f} nats",
-            f"The same when zeros stand in for layer {summary['layer']}.",
-        ),
-        (
-            "Loss recovered",
-            f"{summary['loss_recovered']:.1%}",
-            "Where the reconstruction lies between zeros (0%) and the untouched model (100%).",
-        ),
-        (
-            "Excluded positions",
-            "; ".join(excluded) or "none",
-            "Positions left out of training and analysis, by reason, of all that were saved.",
-        ),
-    ]
+    explained = f"{1 - summary['fvu']:.1%}{_held_out(summary)}"
+    values = {
+        "Tokens analysed": f"{summary['n_tokens']:,}",
+        "Live features": f"{summary['n_alive']:,} of {summary['n_latents']:,}",
+        "Dead latents": f"{summary['dead_fraction']:.1%}",
+        "L0": f"{summary['l0']:,.1f}",
+        "Variance explained": explained,
+        "Cosine similarity": f"{summary['cosine']:.3f}",
+        "Cross-entropy, untouched": f"{losses['untouched']:.3f} nats",
+        "Cross-entropy, reconstructed": f"{losses['reconstruction']:.3f} nats",
+        "Cross-entropy, zero-ablated": f"{losses['zero_ablated']:.3f} nats",
+        "Loss recovered": f"{summary['loss_recovered']:.1%}",
+        "Excluded positions": "; ".join(excluded) or "none",
+    }
+    about = {"dataset": summary["dataset"], "layer": layer}
+    return [(name, value, MEANINGS[name].format(**about)) for name, value in values.items()]

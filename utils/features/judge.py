@@ -17,7 +17,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 import openai
 import pandas as pd
-import torch
 from dotenv import load_dotenv
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from utils.features.questions import (
 )
 from utils.language_model import LanguageModel, load_language_model
 from utils.settings import InputError, Json, require
+from utils.steering.generation import decode, generate_tokens, prompt_tokens
 
 LOCAL_TOKENS = 8_192  # of prompts answered together by a local judge
 AT_ONCE = 8  # requests to an endpoint under way together
@@ -76,36 +76,15 @@ class LocalJudge:
             )
         return self._loaded
 
-    @torch.inference_mode()
     def ask(self, prompts: list[str], max_tokens: int) -> Iterator[tuple[int, str]]:
         judge = self._load()
-        tokenizer = judge.tokenizer
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for prompt in prompts
-        ]
-        plain = {"add_special_tokens": False}  # the template has them
-        lengths = [len(tokens) for tokens in tokenizer(texts, **plain)["input_ids"]]
-        waiting = sorted(range(len(texts)), key=lambda i: -lengths[i])
+        asked = [prompt_tokens(judge, prompt, chat=True) for prompt in prompts]
+        waiting = sorted(range(len(asked)), key=lambda i: -asked[i].shape[1])
         while waiting:
-            n = max(1, LOCAL_TOKENS // (lengths[waiting[0]] + max_tokens))
+            n = max(1, LOCAL_TOKENS // (asked[waiting[0]].shape[1] + max_tokens))
             some, waiting = waiting[:n], waiting[n:]
-            pad = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            tokens = tokenizer([texts[i] for i in some], **plain, **pad).to(judge.device)
-            written = judge.model.generate(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, tokens["input_ids"].shape[1] :]
-            yield from zip(
-                some, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
-            )
+            answers = generate_tokens(judge, [asked[i] for i in some], max_tokens)
+            yield from ((i, decode(judge, answer)) for i, answer in zip(some, answers, strict=True))
 
 
 class EndpointJudge:

@@ -7,11 +7,11 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
+from utils import plots
 from utils.embedded import TITLES
 from utils.features import studies
 from utils.features.browser import write_browser
 from utils.features.catalogue import Catalogue
-from utils.plots import BLUE, HALO, ORANGE, picture
 
 N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
 
@@ -66,10 +66,10 @@ def plot_density_histogram(frequency: np.ndarray, n_tokens: int, path: Path) -> 
     n, alive = len(frequency), np.array([share for share in frequency if share > 0])
     often = f"1 token in {1 / np.median(alive):,.0f}" if len(alive) else "no token"
     title = f"The median live feature is active on {often} (n = {len(alive):,} of {n:,} features)"
-    with picture(path, title, (7.5, 4.4)) as (_, axes):
+    with plots.picture(path, title, (7.5, 4.4)) as (_, axes):
         lowest, highest = np.log10([1 / n_tokens, alive.max(initial=10 / n_tokens)])
         edges = 10 ** np.arange(lowest - 1 / 16, highest + 1 / 8, 1 / 8)
-        axes.hist(alive, edges, color=BLUE, edgecolor="white", linewidth=0.5)
+        axes.hist(alive, edges, color=plots.BLUE, edgecolor="white", linewidth=0.5)
         _mark(axes, 1 / n_tokens, f"one token of {n_tokens:,}")
         note = f"{n - len(alive):,} ({1 - len(alive) / n:.1%}) never active, not drawn"
         axes.set(title=note, xscale="log", ylim=(0, None), ylabel="features")
@@ -79,9 +79,9 @@ def plot_density_histogram(frequency: np.ndarray, n_tokens: int, path: Path) -> 
 
 def _mark(axes: Axes, x: float, text: str) -> None:
     """A dashed vertical line with its meaning beside it, at the top."""
-    axes.axvline(x, color=ORANGE, linestyle="--", linewidth=1.2)
+    axes.axvline(x, color=plots.ORANGE, linestyle="--", linewidth=1.2)
     place = {"transform": axes.get_xaxis_transform(), "va": "top"}
-    axes.text(x, 0.99, f"  {text}", color=ORANGE, path_effects=HALO, **place)
+    axes.text(x, 0.99, f"  {text}", color=plots.ORANGE, path_effects=plots.HALO, **place)
 
 
 def plot_l0_histogram(l0_counts: np.ndarray, path: Path) -> None:
@@ -98,8 +98,8 @@ def plot_l0_histogram(l0_counts: np.ndarray, path: Path) -> None:
     edges = np.arange(max(0, low - 5 * width), high + 6 * width, width) - 0.5
     bars, _ = np.histogram(l0, edges, weights=percent)
     title = f"A token has {mean:,.1f} active features on average"
-    with picture(path, f"{title} (n = {n_tokens:,} tokens)", (7.5, 4.4)) as (_, axes):
-        axes.bar(edges[:-1], bars, width, align="edge", color=BLUE, edgecolor="white")
+    with plots.picture(path, f"{title} (n = {n_tokens:,} tokens)", (7.5, 4.4)) as (_, axes):
+        axes.bar(edges[:-1], bars, width, align="edge", color=plots.BLUE, edgecolor="white")
         _mark(axes, mean, f"mean {mean:,.1f}")
         note, outside = f"exactly {mode:,} on {percent[mode]:.1f}% of tokens", 100 - bars.sum()
         note += f"; {outside:.2f}% not drawn" if outside > 0.005 else ""

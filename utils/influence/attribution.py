@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from utils import plots
 from utils.activations.store import ActivationStore, Contexts
 from utils.features.sampling import draw_again, interval
 from utils.language_model import LanguageModel
-from utils.plots import BLUE, GREY, ORANGE, picture
 from utils.settings import Json, require
 from utils.steering.feature_model import FeatureModel
 from utils.terminal import one_line
@@ -258,19 +258,19 @@ def plot_attribution(
         len(prompt) > N_POSITIONS
     )
     height = 1.2 + 0.34 * len(positions)
-    with picture(path, title, (9, height)) as (_, axes):
+    with plots.picture(path, title, (9, height)) as (_, axes):
         for position, token in enumerate(positions):
             own = places[places.position == token].head(N_SHOWN)
             ends = {True: 0.0, False: 0.0}
             for value in own.attribution:
-                colour = ORANGE if value > 0 else BLUE
+                colour = plots.ORANGE if value > 0 else plots.BLUE
                 axes.barh(position, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
                 ends[value > 0] += value
             named = [f"{feature} “{str(labels[feature])[:18]}”" for feature in own.feature]
             place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
             text = "; ".join(named[:2]).replace("$", r"\$")
-            axes.text(1.02, position, text, color=GREY, **place)
-        axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.text(1.02, position, text, color=plots.GREY, **place)
+        axes.axvline(0, color=plots.GREY, linewidth=0.8)
         shown = [prompt[token].replace("$", r"\$") for token in positions]
         axes.set_yticks(range(len(shown)), shown)
         axes.set(xlabel="attribution (logits); orange adds, blue takes away")

@@ -19,9 +19,9 @@ from matplotlib import ticker
 from scipy import stats
 from tqdm import tqdm
 
+from utils import plots
 from utils.features.sampling import mean_and_interval
 from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, Writer
-from utils.plots import BLUE, GREY, INK, ORANGE, picture
 from utils.settings import Json, require
 from utils.steering.clamps import Clamp, change_by
 
@@ -262,11 +262,11 @@ def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> No
         curves: Of `curves`.
         max_perplexity: Times the untouched, marked as the end of fluency.
     """
-    methods = {"feature": ORANGE, "mean difference": BLUE, "random": GREY}
-    flat = {"untouched": (GREY, ":"), "reconstruction": (GREEN, "--")}
+    methods = {"feature": plots.ORANGE, "mean difference": plots.BLUE, "random": plots.GREY}
+    flat = {"untouched": (plots.GREY, ":"), "reconstruction": (GREEN, "--")}
     n = curves["n"].max()
     title = "Clamping a feature brings its concept into the text, until fluency breaks"
-    with picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
+    with plots.picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
         concept, fluency, frontier = axes
         for method, colour in methods.items():
             own = curves[curves["method"] == method].sort_values("strength")
@@ -280,8 +280,8 @@ def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> No
             concept.axhline(100 * own.concept, color=colour, linestyle=style, label=method)
             fluency.axhline(own.perplexity, color=colour, linestyle=style)
             frontier.plot(own.perplexity, 100 * own.concept, "s", ms=5, color=colour)
-        fluency.axhline(max_perplexity, color=INK, linewidth=0.8)
-        frontier.axvline(max_perplexity, color=INK, linewidth=0.8)
+        fluency.axhline(max_perplexity, color=plots.INK, linewidth=0.8)
+        frontier.axvline(max_perplexity, color=plots.INK, linewidth=0.8)
         fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
         fluency.set(ylabel="times that of the untouched text")
         concept.set(title="Concept in the text", ylabel="activation, % of maximum")

@@ -21,16 +21,21 @@ from utils.terminal import side_by_side
 Request = dict[str, Json]  # all that decides a text
 
 
-class GenerationSettings(Protocol):
-    """What decides a text, of the settings of influence_llm.py."""
+class WritingSettings(Protocol):
+    """How texts are written, of the settings of influence_llm.py."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class GenerationSettings(WritingSettings, Protocol):
+    """All that decides a text but features and strengths, of the settings of influence_llm.py."""
 
     prompt: str
     chat_template: bool
     intervention: str
     where: str | tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    seed: int
 
 
 def list_requests(

@@ -22,6 +22,7 @@ import torch
 
 from utils.embedded import TITLES
 from utils.features.catalogue import Catalogue
+from utils.influence.generations import WritingSettings
 from utils.settings import InputError, require
 from utils.steering.clamps import Clamp, change_by, changed
 from utils.steering.feature_model import FeatureModel
@@ -138,14 +139,11 @@ class Playground:
 # ---------------------------------------------------------------------------------------- the page
 
 
-class PageSettings(Protocol):
+class PageSettings(WritingSettings, Protocol):
     """What the controls begin with, and the page's port, of the settings of influence_llm.py."""
 
     prompt: str
     chat_template: bool
-    max_new_tokens: int
-    temperature: float
-    seed: int
     port: int
 
 
@@ -251,12 +249,12 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
         del strengths[chosen[slot]]
         return _turned(playground, strengths)
 
-    def write(prompt, chat, length, temperature, seed, chosen, *strengths):
+    def write(prompt, chat, *controls):
+        length, temperature, seed, chosen, *strengths = controls
         strengths = dict(zip(chosen, strengths, strict=False))
+        drawing = temperature or 0, seed or 0
         try:
-            yield from playground.write(
-                prompt, chat, strengths, length or 1, temperature or 0, seed or 0
-            )
+            yield from playground.write(prompt, chat, strengths, length or 1, *drawing)
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
 

@@ -24,7 +24,6 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ import torch
 
 from utils.artifacts import append_record
 from utils.features.catalogue import Catalogue, words_of
-from utils.influence.generations import key, read_records
+from utils.influence.generations import WritingSettings, key, read_records
 from utils.settings import Json
 from utils.steering.clamps import Clamp, change_by, changed
 from utils.steering.feature_model import FeatureModel
@@ -89,14 +88,6 @@ def score_texts(
             perplexities.append(float(torch.exp(loss / max(1, len(text)))))
             means.append(float(activations[row, at].sum() / max(1, len(text))))
     return perplexities, means
-
-
-class WritingSettings(Protocol):
-    """How texts are written."""
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
 
 
 class Writer:

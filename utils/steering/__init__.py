@@ -1,6 +1,6 @@
 """A language model with an autoencoder in it. Read in this order:
 
-evaluation   crossing from Keras to torch; the model's loss with the reconstruction in place
-clamps       features changed in the residual stream
-streaming    texts that are seen while they are written
+feature_model   feature activations, raw directions, reconstruction; what everything later is given
+clamps          features changed in the residual stream
+generation      prompts as tokens; texts at once, or seen while they are written
 """

@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
+from utils import plots
 from utils.activations.store import ActivationStore
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.concepts import CONCEPTS
 from utils.features.feature_pass import Encoder
 from utils.features.sampling import draw_again, interval
-from utils.plots import BLUE, GREY, ORANGE, picture
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
@@ -238,8 +238,8 @@ def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None
     most = fits[-1]
     title = f"Completeness: {most['n_covered']:,} of {most['n_words']:,} words, the frequent ones, "
     title += f"have a feature among {most['n_alive']:,}"
-    colours = (BLUE, ORANGE, "#117733", "#AA4499", "#88CCEE")
-    with picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
+    colours = (plots.BLUE, plots.ORANGE, "#117733", "#AA4499", "#88CCEE")
+    with plots.picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
         for fit, colour in zip(fits, itertools.cycle(colours)):
             own = table[table.n_latents == fit["n_latents"]]
             bins = np.round(4 * np.log10(own.frequency)) / 4
@@ -260,7 +260,7 @@ def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None
         left.set(title="By frequency", xlabel="occurrences per million tokens")
         left.set(ylabel="% of words with a feature")
         left.legend(loc="upper left")
-        right.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        right.axvline(1, color=plots.GREY, linestyle="--", linewidth=1)
         right.set(title="Rescaled by living features")
         right.set(xlabel="occurrences a token × living features")
         for axes in (left, right):

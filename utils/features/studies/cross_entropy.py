@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from utils import plots
 from utils.activations.store import ActivationStore, Contexts, spread
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.plots import BLUE, GREY, HALO, ORANGE, picture
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 LEAST_SHOWN = 200  # tokens of a kind of text, below which what it loses may be chance
@@ -182,9 +182,11 @@ def plot_fidelity(summary: dict, path: Path) -> None:
         title += f" (n = {cross_entropy['n_tokens']:,} tokens)"
     names = ("untouched", f"layer {layer}\nreconstructed", f"layer {layer}\nzero-ablated")
     values = [cross_entropy[name] for name in ("untouched", "reconstruction", "zero_ablated")]
-    with picture(path, title, (7.5, 3.1)) as (_, axes):
-        bars = axes.barh(names, values, 0.62, color=(GREY, BLUE, ORANGE))
-        axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=5, path_effects=HALO)
+    with plots.picture(path, title, (7.5, 3.1)) as (_, axes):
+        bars = axes.barh(names, values, 0.62, color=(plots.GREY, plots.BLUE, plots.ORANGE))
+        axes.bar_label(
+            bars, [f"{value:.3f}" for value in values], padding=5, path_effects=plots.HALO
+        )
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         note = "100% recovered: as good as the untouched model; 0%: as bad as zeros"
@@ -212,10 +214,10 @@ def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
     names = [f"{row.subset}  (n = {row.n_tokens:,})" for row in subsets.itertuples()]
     about = {"ncols": 3, "sharey": True}
     title = f"{title} (n = {every.n_tokens:,.0f} tokens)"
-    with picture(path, title, (10, 1.4 + 0.27 * len(names)), **about) as (_, grid):
+    with plots.picture(path, title, (10, 1.4 + 0.27 * len(names)), **about) as (_, grid):
         for axes, (values, overall, heading, unit) in zip(grid, panels, strict=True):
-            axes.barh(names, values, 0.66, color=BLUE)
-            axes.axvline(overall, color=ORANGE, linestyle="--", linewidth=1.2)
+            axes.barh(names, values, 0.66, color=plots.BLUE)
+            axes.axvline(overall, color=plots.ORANGE, linestyle="--", linewidth=1.2)
             axes.set(title=f"{heading}; all text: {overall:.3g}", xlabel=unit)
             axes.grid(axis="y", visible=False)
         grid[0].invert_yaxis()

@@ -18,12 +18,12 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from utils import plots
 from utils.activations.store import ActivationStore, ContextBatch, Contexts, spread
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.sampling import draw_features, mean_and_interval
 from utils.language_model import load_language_model
-from utils.plots import BLUE, GREY, ORANGE, picture
 from utils.settings import Json
 from utils.steering.feature_model import FeatureModel
 
@@ -208,18 +208,18 @@ def plot_directions(found: list[dict], path: Path) -> None:
     }
     panels = (("kl", "Divergence from the untouched predictions (KL)"), ("rise", "Rise in loss"))
     title += f" (n = {table.n_features.iloc[0]} features)"
-    with picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
+    with plots.picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
         for axes, (measure, heading) in zip(grid, panels, strict=True):
             for offset, change, factor, colour in (
-                (-0.19, "ablated", "× 0", BLUE),
-                (0.19, "doubled", "× 2", ORANGE),
+                (-0.19, "ablated", "× 0", plots.BLUE),
+                (0.19, "doubled", "× 2", plots.ORANGE),
             ):
                 own = table[measure].xs(change, level="change")[list(names)]
                 mean, low, high = np.array(own.tolist()).T
-                about = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": GREY}
+                about = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": plots.GREY}
                 about |= {"color": colour, "label": f"{change} ({factor}), 95% interval"}
                 axes.barh(np.arange(len(names)) + offset, mean, 0.36, **about)
-            axes.axvline(0, color=GREY, linewidth=0.8)
+            axes.axvline(0, color=plots.GREY, linewidth=0.8)
             axes.grid(axis="y", visible=False)
             axes.set(title=heading, xlabel="nats for each position moved")
             axes.locator_params(axis="x", nbins=6)

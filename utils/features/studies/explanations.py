@@ -23,6 +23,7 @@ import pandas as pd
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from utils import plots
 from utils.activations.store import ActivationStore, ContextBatch
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue, example_table
@@ -46,7 +47,6 @@ from utils.features.questions import (
     show,
 )
 from utils.features.sampling import mean_and_interval
-from utils.plots import GREY, INK, ORANGE, picture
 from utils.settings import Json
 
 N_SILENT = 200  # texts that non-activating examples are drawn from
@@ -369,14 +369,14 @@ def plot_explanations(table: pd.DataFrame, summary: dict[str, Json], path: Path)
     )
     p_values = (summary["p_random"], summary.get("p_neurons"))
     bins = np.linspace(0, 1, 26)
-    with picture(path, title, (9, 3.9), ncols=2) as (_, axes):
+    with plots.picture(path, title, (9, 3.9), ncols=2) as (_, axes):
         for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
-            for (scores, label), colour in zip(groups, (ORANGE, GREY), strict=True):
+            for (scores, label), colour in zip(groups, (plots.ORANGE, plots.GREY), strict=True):
                 shares = np.full(len(scores), 100 / max(1, len(scores)))
                 shown = f"{label}: {scores.mean():.2f}, n = {len(scores)}"
                 panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
                 panel.axvline(scores.mean(), color=colour, linewidth=1.5)
-            panel.axvline(0.5, color=INK, linestyle=":", linewidth=1)
+            panel.axvline(0.5, color=plots.INK, linestyle=":", linewidth=1)
             tested = "" if p is None else f" (p = {p:.1g})"
             panel.set(title=name + tested, xlim=(0.2, 1))
             panel.set(xlabel="explanation score (mean of detection and fuzzing)")

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from utils import plots
 from utils.activations.store import ActivationStore
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.neurons import N_TOGETHER, neurons_of
 from utils.features.sampling import LEAST_ACTIVE, draw_features
-from utils.plots import BLUE, GREY, PALE, picture
 from utils.steering.feature_model import FeatureModel
 
 LOW = 0.3  # the paper's line
@@ -150,11 +150,14 @@ def plot_neurons(correlations: np.ndarray, path: Path) -> None:
     """The largest correlation of each feature with a neuron."""
     share = (correlations <= 0.3).mean()
     title = f"{share:.0%} of features correlate at most 0.3 with any neuron"
-    with picture(path, f"{title} (n = {len(correlations):,} features)", (7.5, 3.6)) as (_, axes):
+    with plots.picture(path, f"{title} (n = {len(correlations):,} features)", (7.5, 3.6)) as (
+        _,
+        axes,
+    ):
         bins = np.arange(0, 1.0001, 0.025)
         _, _, bars = axes.hist(correlations, bins, edgecolor="white", linewidth=0.5)
         for bar, start in zip(bars, bins, strict=False):
-            bar.set_facecolor(BLUE if start < 0.3 - 1e-9 else PALE)
-        axes.axvline(0.3, color=GREY, linestyle="--", linewidth=1)
+            bar.set_facecolor(plots.BLUE if start < LOW - 1e-9 else plots.PALE)
+        axes.axvline(LOW, color=plots.GREY, linestyle="--", linewidth=1)
         axes.set(xlabel="largest Pearson correlation with a neuron of the blocks up to the layer")
         axes.set(xlim=(0, 1), ylabel="features")

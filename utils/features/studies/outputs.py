@@ -21,10 +21,10 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from utils import plots
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.language_model import LanguageModel
-from utils.plots import GREY, ORANGE, picture
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import prompt_tokens
@@ -153,10 +153,10 @@ def plot_outputs(table: pd.DataFrame, path: Path) -> None:
     title = f"Clamped, features make the tokens they peak at {times:.1f} times as likely"
     title += f" (n = {len(table):,} features)"
     bins = np.linspace(-3, 5, 81)
-    with picture(path, title, (7.5, 3.9)) as (_, axes):
+    with plots.picture(path, title, (7.5, 3.9)) as (_, axes):
         for scores, label, colour in (
-            (table.score, "its own tokens", ORANGE),
-            (table.others, "another feature's", GREY),
+            (table.score, "its own tokens", plots.ORANGE),
+            (table.others, "another feature's", plots.GREY),
         ):
             shares = np.full(len(scores), 100 / max(1, len(scores)))
             shown = f"{label}: {scores.mean():+.2f} nats"

@@ -16,11 +16,11 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from utils import plots
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
 from utils.features.geometry import map_directions, nearest
 from utils.language_model import LanguageModel
-from utils.plots import FONT, HALO, INK, PALE, picture
 
 # After Paul Tol's "muted" scheme: told apart under every colour blindness, and from pale grey.
 SUBSET_COLOURS = ["#332288", "#CC6677", "#117733", "#88CCEE", "#DDAA33", "#AA4499", "#44AA99"]
@@ -117,7 +117,10 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     drawn = drawn.sort_values("top_subset_share", key=lambda share: share >= 0.5, kind="stable")
     mixed = drawn.top_subset_share < 0.5
     subsets = drawn.top_subset[~mixed].value_counts().index[: len(SUBSET_COLOURS)]
-    colours = dict(zip(subsets, SUBSET_COLOURS, strict=False)) | {OTHER: "#8D939B", MIXED: PALE}
+    colours = dict(zip(subsets, SUBSET_COLOURS, strict=False)) | {
+        OTHER: "#8D939B",
+        MIXED: plots.PALE,
+    }
     group = drawn.top_subset.where(drawn.top_subset.isin(subsets), OTHER).mask(mixed, MIXED)
     counts = group.value_counts()
     title = (
@@ -126,7 +129,7 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
         if drawn.top_subset.nunique() > 1
         else f"{len(drawn):,} features, all of them active in one kind of text alone"
     )
-    with picture(path, title, (11, 8)) as (figure, axes):
+    with plots.picture(path, title, (11, 8)) as (figure, axes):
         points = drawn[["umap_x", "umap_y"]].to_numpy()
         grown = np.clip(np.log10(drawn.frequency) / 4 + 1.25, 0, 1)  # 1 in 100,000 to 1 in 10
         areas = np.clip(60_000 / max(1, len(drawn)), 3, 40) * (0.4 + 2.4 * grown**1.5)
@@ -145,18 +148,18 @@ def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels:
     """Label features spread over the map, beside one another."""
     texts = []
     for i in _spread_features(drawn, points, n_labels):
-        axes.plot(*points[i], "o", ms=5, mfc="none", mec=INK, mew=0.8)
+        axes.plot(*points[i], "o", ms=5, mfc="none", mec=plots.INK, mew=0.8)
         label = _short(drawn.label.iloc[i])
-        about = {"fontsize": 7.5, "parse_math": False, "path_effects": HALO}
+        about = {"fontsize": 7.5, "parse_math": False, "path_effects": plots.HALO}
         texts.append(axes.text(*points[i], label, **about))
-    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.6}
+    line = {"arrowstyle": "-", "color": plots.INK, "linewidth": 0.6}
     # A number of rounds, not of seconds: the same picture on every machine.
     adjust_text(texts, ax=axes, iter_lim=300, expand=(1.1, 1.4), arrowprops=line)
 
 
 def _spread_features(drawn: pd.DataFrame, points: np.ndarray, n_labels: int) -> list[int]:
     """Places of features to label: words and the most specific first, far apart, none twice."""
-    glyphs = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    glyphs = font_manager.get_font(font_manager.findfont(plots.FONT)).get_charmap()
     wordless = ~drawn.label.str.contains(r"[^\W\d_]{3}")
     order = np.lexsort((-drawn.top_subset_share, wordless))
     spacing = 0.6 * np.sqrt(np.ptp(points, axis=0).prod() / max(1, n_labels))

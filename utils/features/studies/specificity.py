@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from utils import plots
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.examples import draw_examples, unused_examples, used_for_label
@@ -28,7 +29,6 @@ from utils.features.judge import Answers, ask_grades, ask_labels
 from utils.features.labels import Concept, find_concept, word_at
 from utils.features.questions import RUBRIC, marked_tokens, show
 from utils.features.sampling import draw_again, interval
-from utils.plots import GREY, ORANGE, PALE, picture
 
 NEARBY = 12  # tokens to each side of the peak
 N_LEVELS = 5  # equal parts between 0 and a feature's maximum
@@ -200,9 +200,9 @@ def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
     title += f" (n = {levels.n.sum():,} examples of {levels.n_features.max():,} features)"
     names = ("irrelevant", "vaguely related", "related text nearby", "clean match")
     middle, width = 100 * (levels.low + levels.high) / 2, 100 * (last.high - last.low)
-    with picture(path, title, (9, 3.9), ncols=2) as (_, (left, right)):
+    with plots.picture(path, title, (9, 3.9), ncols=2) as (_, (left, right)):
         under = np.zeros(len(levels))
-        for score, colour in enumerate((PALE, "#F6C7A4", "#EC8F4B", ORANGE)):
+        for score, colour in enumerate((plots.PALE, "#F6C7A4", "#EC8F4B", plots.ORANGE)):
             share = 100 * levels[f"share_{score}"]
             left.bar(middle, share, 0.92 * width, under, color=colour, label=names[score])
             under += share
@@ -219,11 +219,13 @@ def plot_specificity(levels: pd.DataFrame, path: Path) -> None:
             levels["mean"],
             interval,
             fmt="o-",
-            color=ORANGE,
+            color=plots.ORANGE,
             capsize=3,
             label="its own concept, 95% interval",
         )
-        right.plot(middle, levels.chance, "o--", color=GREY, label="another feature's concept")
+        right.plot(
+            middle, levels.chance, "o--", color=plots.GREY, label="another feature's concept"
+        )
         right.set(title="Mean score", ylabel="score, 0 to 3", ylim=(0, 3))
         right.legend(loc="upper left")
         for axes in (left, right):

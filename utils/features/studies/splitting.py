@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
+from utils import plots
 from utils.activations.store import ActivationStore
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
@@ -22,7 +23,6 @@ from utils.features.examples import BestPerGroup
 from utils.features.feature_pass import Encoder
 from utils.features.geometry import map_directions, nearest
 from utils.features.labels import make_label
-from utils.plots import BLUE, GREY, INK, ORANGE, PALE, picture
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
@@ -219,7 +219,7 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
     place(0, ancestor)
     counts = " → ".join(str(len(rows[size])) for size in sizes)
     title = f"Splitting: “{rows[sizes[0]].label.iloc[0]}” is {counts} features"
-    with picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
+    with plots.picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
         for level, size in enumerate(sizes):
             for row in rows[size].itertuples():
                 y = heights[level, row.feature]
@@ -227,16 +227,20 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
                     up = heights[level - 1, row.parent]
                     x = np.linspace(level - 0.38, level, 30)
                     bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
-                    axes.plot(x, up + (y - up) * bend, color=BLUE, linewidth=4 * row.cosine**2)
+                    axes.plot(
+                        x, up + (y - up) * bend, color=plots.BLUE, linewidth=4 * row.cosine**2
+                    )
                 cosine = f"  {row.cosine:.2f}" if level else ""
                 text = f"{row.feature} “{row.label[:22]}”{cosine}".replace("$", r"\$")
                 axes.text(level + 0.02, y, text, va="center", fontsize=8)
         names = [f"{size:,} latents" for size in sizes]
-        axes.set_xticks(range(len(sizes)), names, ha="left", color=GREY)
+        axes.set_xticks(range(len(sizes)), names, ha="left", color=plots.GREY)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.set(xlim=(0, len(sizes) - 0.3), ylim=(n_leaves - 0.5, -0.5), yticks=[])
-        axes.set_xlabel("number, tokens at the peaks, cosine to the parent", loc="left", color=GREY)
+        axes.set_xlabel(
+            "number, tokens at the peaks, cosine to the parent", loc="left", color=plots.GREY
+        )
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)
 
@@ -251,8 +255,8 @@ def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
     drawn = table[table.x.notna()]
     sizes = sorted(drawn.n_latents.unique())
     title = f"{len(sizes)} dictionaries on one map (n = {len(drawn):,} features)"
-    with picture(path, title, (9, 7.4)) as (figure, axes):
-        colours = [ORANGE, BLUE, "#8FB8D3", PALE][: len(sizes)]
+    with plots.picture(path, title, (9, 7.4)) as (figure, axes):
+        colours = [plots.ORANGE, plots.BLUE, "#8FB8D3", plots.PALE][: len(sizes)]
         for size, colour in reversed(list(zip(sizes, itertools.cycle(colours)))):
             own = drawn[drawn.n_latents == size]
             area = np.clip(30_000 / len(own), 3, 16)
@@ -261,7 +265,7 @@ def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
         family = drawn[drawn.ancestor == ancestor]
         if len(family):
             name = str(family.label.iloc[0]).replace("$", r"\$")
-            ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1}
+            ring = {"facecolors": "none", "edgecolors": plots.INK, "linewidths": 1}
             axes.scatter(family.x, family.y, 60, label=f"the family of “{name}”", **ring)
         axes.set(title="UMAP of decoder directions by cosine", aspect="equal", adjustable="datalim")
         axes.set_axis_off()
