@@ -38,7 +38,7 @@ studies: demo
 	for n in $(SIZES); do $(BIN)/python train_autoencoder.py $(TRAINING) --n-latents $$n \
 	    --autoencoder-dir $(STUDIES)/autoencoder-$$n || exit; done
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations --n-loss-tokens 8192 \
-	    --autoencoder-dir $(DEMO)/autoencoder --sentence-model embedded \
+	    --autoencoder-dir $(DEMO)/autoencoder \
 	    --other-autoencoders $(SIZES:%=$(STUDIES)/autoencoder-%) --analysis-dir $(STUDIES)/analysis
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(STUDIES)/influence \
 	    --study attribute --prompt "The capital of France is the city of" --n-prompts 50 \
