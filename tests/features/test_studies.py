@@ -40,6 +40,15 @@ def test_a_study_tells_measures_and_draws(name):
     assert re.search(rf"^{name} ", studies.__doc__, re.MULTILINE)
 
 
+def test_the_readme_asks_what_the_registry_asks():
+    """Its table of studies, in their order, has the words of the registry."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [re.fullmatch(r"\| `(\w+)` \| (.*\?) \|", line) for line in lines]
+    asked = {row[1]: row[2] for row in rows if row}
+    assert list(asked) == list(studies.NAMES)
+    assert all(question in studies.__doc__ for question in asked.values())
+
+
 def test_a_study_is_added_by_a_file_and_a_line(tiny_run, tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
