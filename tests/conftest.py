@@ -183,7 +183,7 @@ def run_here() -> Callable[..., SimpleNamespace]:
         code = 0
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-                runpy.run_path(f"{name}.py", run_name="__main__")
+                runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
             code = end.code
         finally:
