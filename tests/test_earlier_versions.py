@@ -107,7 +107,7 @@ def test_autoencoders_reconstruct_as_they_did(folder):
     store = ActivationStore("activations")
     autoencoder, trained = open_autoencoder(folder, store)
     held_out = store.split(trained["held_out"])[1]
-    fidelity = measure_fidelity(autoencoder, store.batches(held_out, 64))
+    fidelity = measure_fidelity(autoencoder, (batch.rows for batch in store.batches(held_out, 64)))
     assert fidelity.fvu == pytest.approx(trained["fvu"], rel=1e-3)
     assert fidelity.l0 == pytest.approx(trained["l0"], rel=1e-3)
 
