@@ -48,7 +48,6 @@ LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
 LEARNING_RATE_SHAPE = "linear"  # of the fall; linear (the paper's) or cosine
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
-WEIGHT_AVERAGING: float | None = None  # decay of a moving average that is kept instead, as 0.999
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
 SEED = 0  # of the starting weights and of the order of the data
 
@@ -137,7 +136,7 @@ def main() -> None:
         # 3. Build the autoencoder, starting from the data's scale and mean.
         # A backup holds weights and two moments; the last one goes when the next is whole.
         weights = store.d_model * settings.n_latents
-        require_disk_space(folder, 2 * training.backup_bytes(weights, settings))
+        require_disk_space(folder, 2 * training.BACKUP_BYTES * weights)
         autoencoder = training.build(settings, store, rounds.total_steps)
 
         # 4. Train, going on from a backup if there is one.
@@ -187,12 +186,9 @@ def check(settings) -> None:
             share is None or 0 <= share <= 1,
             f"{name.upper()} must be a share from 0 to 1; it is {share}.",
         )
-    for name in ("held_out", "weight_averaging"):
-        share = getattr(settings, name)
-        require(
-            share is None or 0 < share < 1,
-            f"{name.upper()} must be between 0 and 1; it is {share}.",
-        )
+    require(
+        0 < settings.held_out < 1, f"HELD_OUT must be between 0 and 1; it is {settings.held_out}."
+    )
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         require(value in choices, f"{name.upper()} must be {', '.join(choices)}; it is {value!r}.")

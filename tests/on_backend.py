@@ -25,7 +25,7 @@ TRAINED = {
     "gated": [*WITH_PRICE, "--sparsity-warmup", "0.5"],
     "jumprelu": [*WITH_PRICE, "--preactivation-coefficient", "0.01"],
     "topk": [*WITH_K, "--unit-decoder", "False", "--decoder-norm", "1"],
-    "batch_topk": [*WITH_K, "--weight-averaging", "0.8"],
+    "batch_topk": WITH_K,
     "matryoshka": WITH_K,
 }
 STEP_KINDS = ("topk", "batch_topk", "matryoshka")

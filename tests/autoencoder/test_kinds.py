@@ -190,18 +190,6 @@ def test_batch_topk_shares_its_picks_among_the_rows():
     assert float(made.threshold) == pytest.approx(3.75 + (5 - 3.75) / 20)
 
 
-def test_batch_topk_is_calibrated_to_weights_that_were_set():
-    drawn = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
-    made = KINDS["batch_topk"](d_model=8, n_latents=32, k=4)
-    made.initialize(1.0, np.zeros(8), np.zeros(8), decoder_norm=1.0, seed=0)
-    batches = [drawn[:50], drawn[50:]]
-    made.calibrate(batches)
-    smallest = [np.sort((batch @ array(made.W_enc).T).ravel())[-4 * 50] for batch in batches]
-    assert float(made.threshold) == pytest.approx(np.mean(smallest), rel=1e-5)
-    row, _, _, _ = made.encode_active(drawn)
-    assert len(row) / 100 == pytest.approx(4, abs=0.2)
-
-
 def test_batch_topk_encodes_by_its_threshold():
     made = hand_set("batch_topk", k=1)
     made.threshold.assign(2.25)
@@ -383,7 +371,6 @@ def test_options_at_their_default_and_of_the_kind_pass(kind):
         ("--sparsity-coefficient -1", "SPARSITY_COEFFICIENT must not be negative; it is -1.0"),
         ("--sparsity-warmup 1.1", "SPARSITY_WARMUP must be a share from 0 to 1; it is 1.1"),
         ("--learning-rate-decay -0.1", "LEARNING_RATE_DECAY must be a share from 0 to 1"),
-        ("--weight-averaging 1", "WEIGHT_AVERAGING must be between 0 and 1; it is 1.0"),
         ("--held-out 0", "HELD_OUT must be between 0 and 1; it is 0.0"),
         (
             "--input-normalizer mean",

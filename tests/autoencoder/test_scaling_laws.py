@@ -134,7 +134,7 @@ def test_learning_rates_at_the_edge_are_marked_and_diverged_runs_are_no_runs():
 
 KINDS = {
     "topk": {},
-    "batch_topk": {"weight_averaging": 0.9},
+    "batch_topk": {},
     "l1": {"learning_rate_warmup": 0.5, "learning_rate_shape": "cosine"},
     "jumprelu": {"learning_rate_decay": 0.33},
 }

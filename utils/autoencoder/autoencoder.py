@@ -156,13 +156,6 @@ class SparseAutoencoder(keras.Model):
 
     # ---- training
 
-    def calibrate(self, batches) -> None:
-        """Suit to the weights, if these were set otherwise than by training, what follows them.
-
-        Args:
-            batches: Some of those trained on, raw, (batch, d_model).
-        """
-
     def forward_pass(self, x) -> dict:
         """One differentiable pass over normalised x (batch, d_model), only made while training.
 

@@ -319,20 +319,12 @@ class BatchTopKAutoencoder(TopKAutoencoder):
     def encode_active(self, activations):
         return SparseAutoencoder.encode_active(self, activations)
 
-    def calibrate(self, batches):
-        chosen = [self._candidates(self.normalise(batch))[2] for batch in batches]
-        self.threshold.assign(sum(chosen) / len(chosen))
-
-    def _candidates(self, x):
-        """Values and numbers (batch, 4 k) that the batch chooses from, and the smallest chosen."""
+    def choose(self, x):
         width = min(4 * self.k, self.n_latents)
         values, indices = self.top_latents(x, width, self.selection_dtype)
         if self.selection_dtype != "float32":  # too many would be equal at the edge
             values = self._exactly(x, indices)
-        return values, indices, self._smallest_chosen(values)
-
-    def choose(self, x):
-        values, indices, smallest = self._candidates(x)
+        smallest = self._smallest_chosen(values)
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))

@@ -143,7 +143,7 @@ class Sweep:
             return
         trunks = {(run.n_latents, run.learning_rate): run for run in left}  # the longest is last
         weights = self.store.d_model * sum(n for n, _ in trunks)
-        require_disk_space(self.folder, 3 * training.backup_bytes(weights, self.settings))
+        require_disk_space(self.folder, 3 * training.BACKUP_BYTES * weights)
         self.live = {run: self._restore(run) for run in left if self._backup(run).exists()}
         for trunk in trunks.values():
             if trunk not in self.live:
@@ -227,8 +227,6 @@ class Sweep:
     def _measure(self, run: Run, live: Live) -> dict[str, float]:
         """A row of the table; ``seconds`` is what the run takes by itself, at its mean step."""
         autoencoder = live.autoencoder
-        autoencoder.optimizer.finalize_variable_values(autoencoder.trainable_variables)
-        training.calibrate(autoencoder, self.batches.from_step)
         fidelity = measure_fidelity(autoencoder, self.held_out)
         dead = float(np.mean(keras.ops.convert_to_numpy(autoencoder.dead())))
         tokens = run.steps * self.settings.batch_size

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import itertools
 import math
 import time
 import zipfile
@@ -30,7 +29,7 @@ LOG_FIELDS = (
     "step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate", "val_fvu", "seconds",
 )  # fmt: skip
 
-N_CALIBRATION_BATCHES = 20
+BACKUP_BYTES = 25  # of each weight of W_dec: W_enc, W_dec and their two moments, float32
 
 
 def check_options(settings: Any, defaults: Any) -> None:
@@ -110,7 +109,7 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
 
 
 def optimizer(settings: Any, cls: type[SparseAutoencoder], total_steps: int) -> Adam:
-    """Adam(0.9, 0.999) with the schedule, clipping and weight averaging that settings ask for."""
+    """Adam(0.9, 0.999) with the schedule and clipping that settings ask for."""
     peak = settings.learning_rate or cls.default_learning_rate(settings.n_latents, total_steps)
     return Adam(
         Schedule(
@@ -121,22 +120,7 @@ def optimizer(settings: Any, cls: type[SparseAutoencoder], total_steps: int) -> 
             settings.learning_rate_shape,
         ),
         global_clipnorm=settings.gradient_clip_norm,
-        use_ema=settings.weight_averaging is not None,
-        ema_momentum=settings.weight_averaging or 0.99,
     )
-
-
-def calibrate(
-    autoencoder: SparseAutoencoder, batches_from: Callable[[int], Iterator[np.ndarray]]
-) -> None:
-    """Where averaged weights took the place of the trained, suit to them what follows weights."""
-    if autoencoder.optimizer.use_ema:
-        autoencoder.calibrate(list(itertools.islice(batches_from(0), N_CALIBRATION_BATCHES)))
-
-
-def backup_bytes(weights: int, settings: Any) -> int:
-    """Size of a backup for so many weights of W_dec: W_enc, W_dec, their moments and averages."""
-    return (33 if settings.weight_averaging is not None else 25) * weights
 
 
 def metrics(
@@ -244,7 +228,6 @@ def train(
             ],
             verbose=0,
         )
-        calibrate(autoencoder, batches_from)
     return autoencoder
 
 
@@ -266,7 +249,7 @@ def restore_backup(folder: Path) -> SparseAutoencoder | None:
 class Backup(keras.callbacks.Callback):
     """Saves weights, optimiser and counters every few rounds, in one atomically replaced file.
 
-    Not after the last: `fit` has yet to put averaged weights into place, if there are any.
+    Not after the last, which ends with the finished autoencoder.
     """
 
     def __init__(self, folder: Path, every: int, rounds: Rounds):
