@@ -248,7 +248,7 @@ def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:
 
     def loss():
         tensor = ops.convert_to_tensor(x)
-        return autoencoder.loss_terms(tensor, autoencoder.forward_pass(tensor))
+        return sum(autoencoder.loss_terms(tensor, autoencoder.forward_pass(tensor)).values())
 
     weights = autoencoder.trainable_variables
     backend = keras.backend.backend()

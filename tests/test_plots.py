@@ -73,6 +73,19 @@ def test_training_curves_of_one_step_that_diverged_without_validation(tmp_path):
     assert share_of(picture, plots.ORANGE) == 0
 
 
+@pytest.mark.parametrize("n_early", [0, 20, 40])
+def test_training_curves_show_each_term_of_the_loss(tmp_path, n_early):
+    """Of a log whose first lines are of an early version, which had no terms."""
+    log = training_log()
+    late = log.index >= n_early
+    log["loss_reconstruction"] = (0.7 * log.loss).where(late)
+    log["loss_sparsity"] = (0.3 * log.loss).where(late)
+    plots.plot_training_curves(log, tmp_path / "training.png")
+    picture = drawn(tmp_path / "training.png")
+    shown = [share_of(picture, colour) > 0 for colour in plots.SUBSET_COLOURS[:3]]
+    assert shown == [n_early < 40, n_early < 40, False]
+
+
 @pytest.mark.parametrize("n_alive", [0, 1, 1000])
 def test_density_histogram_draws_live_features_only(tmp_path, n_alive):
     frequency = np.zeros(1000)

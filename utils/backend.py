@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from utils.settings import require
+
+Tensor = Any  # a tensor of any Keras backend
 
 # Asks a framework, in a process of its own, whether it sees an accelerator.
 PROBES = {

@@ -146,7 +146,8 @@ def test_backends_train_alike(computed, kind):
     if kind in STEP_KINDS:
         assert (torch["dead_fraction"] > 0.1).all()  # so that AuxK is at work
     for backend in BACKENDS[1:]:
-        for name in ("loss", "fvu", "l0", "val_fvu", "learning_rate"):
+        losses = [name for name in torch if name.startswith("loss")]
+        for name in (*losses, "fvu", "l0", "val_fvu", "learning_rate"):
             np.testing.assert_allclose(logs[backend][name], torch[name], rtol=1e-3)
 
 

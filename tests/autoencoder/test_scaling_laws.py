@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, command, environment, write_activations
+from hand_set import ACTIVATIONS, hand_set
 
 import train_autoencoder
 from utils import plots
@@ -172,6 +173,21 @@ def test_a_run_of_the_sweep_is_an_ordinary_training(store, tmp_path):
     variance = np.square(rows - rows.mean(axis=0)).sum(axis=1).mean() * float(plain.scale) ** 2
     assert row["loss"] == pytest.approx(row["fvu"] * variance / D_MODEL, rel=1e-5)
     assert row["compute"] == 64 * 10 * BATCH and row["flops"] == 12 * D_MODEL * row["compute"]
+
+
+def test_the_held_out_loss_is_without_what_is_there_to_train():
+    made = hand_set("topk", k=1, dead_after=3, auxk_coefficient=1.0)
+    made.idle_tokens.assign([3, 0])
+    x = made.normalise(ACTIVATIONS)
+    losses = made.loss_terms(x, made.forward_pass(x))
+    assert float(losses["auxiliary"]) > 0.1
+    found = sweep.held_out_loss(made, [ACTIVATIONS])
+    assert found == pytest.approx(float(losses["reconstruction"]) / 2)
+    # The gates' own reconstruction is part of the objective.
+    made = hand_set("gated", sparsity_coefficient=5.0)
+    x = made.normalise(ACTIVATIONS)
+    whole = sum(made.loss_terms(x, made.forward_pass(x)).values())
+    assert sweep.held_out_loss(made, [ACTIVATIONS]) == pytest.approx(float(whole) / 2)
 
 
 def without_time(row: dict) -> dict:

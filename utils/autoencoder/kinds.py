@@ -2,7 +2,7 @@
 
 To add one, subclass `SparseAutoencoder` or a kind that is near, say what differs, and decorate it
 with ``@kind("name")``. The arguments of its constructor are its options: each is a constant of
-train_autoencoder.py by the same name.
+train_autoencoder.py by the same name. The terms of its loss have names, which the class declares.
 """
 
 import difflib
@@ -46,6 +46,8 @@ class DenseAutoencoder(SparseAutoencoder):
         sparsity_coefficient: λ.
         sparsity_warmup: Steps over which λ rises linearly from 0.
     """
+
+    loss_names = ("reconstruction", "sparsity")
 
     def __init__(self, sparsity_coefficient: float = 2.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
@@ -96,7 +98,7 @@ class L1Autoencoder(DenseAutoencoder):
 
     def loss_terms(self, x, passed):
         penalty = ops.mean(ops.matmul(passed["latents"], ops.norm(self.W_dec, axis=1)))
-        return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty
+        return {**super().loss_terms(x, passed), "sparsity": self.coefficient() * penalty}
 
 
 @kind("gated")
@@ -107,12 +109,14 @@ class GatedAutoencoder(DenseAutoencoder):
         f = 1[π > 0] · ReLU(m)
         loss = mean ‖x − x̂‖² + λ Σ_i ReLU(π_i) ‖W_dec,i‖ + mean ‖x − x̂(ReLU(π))‖²
 
-    The last term trains π as latents of their own, through a decoder that it leaves alone, as the
-    penalty leaves the norms.
+    The last term, the auxiliary loss, trains π as latents of their own, through a decoder that it
+    leaves alone, as the penalty leaves the norms.
 
     Reference: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse
     autoencoders", 3.2; norms in the penalty instead of unit rows, as in the April 2024 update.
     """
+
+    loss_names = ("reconstruction", "sparsity", "auxiliary")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -133,8 +137,11 @@ class GatedAutoencoder(DenseAutoencoder):
         gates = ops.relu(passed["pre_activations"])
         W_dec, b_dec = ops.stop_gradient(self.W_dec), ops.stop_gradient(self.b_dec)
         penalty = ops.mean(ops.matmul(gates, ops.norm(W_dec, axis=1)))
-        by_gates = squared_error(x, ops.matmul(gates, W_dec) + b_dec)
-        return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty + by_gates
+        return {
+            **super().loss_terms(x, passed),
+            "sparsity": self.coefficient() * penalty,
+            "auxiliary": squared_error(x, ops.matmul(gates, W_dec) + b_dec),
+        }
 
 
 @kind("jumprelu")
@@ -160,6 +167,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
     """
 
     default_sparsity_warmup, default_unit_decoder = 1.0, True
+    loss_names = ("reconstruction", "sparsity", "preactivation")
 
     def __init__(
         self,
@@ -188,11 +196,11 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         norms = ops.norm(self.W_dec, axis=1)
         cost = ops.sum(ops.tanh(self.tanh_scale * passed["latents"] * norms), axis=-1)
         below = ops.matmul(ops.relu(self.threshold() - passed["pre_activations"]), norms)
-        return (
-            squared_error(x, passed["reconstruction"])
-            + self.coefficient() * ops.mean(cost)
-            + self.preactivation_coefficient * ops.mean(below)
-        )
+        return {
+            **super().loss_terms(x, passed),
+            "sparsity": self.coefficient() * ops.mean(cost),
+            "preactivation": self.preactivation_coefficient * ops.mean(below),
+        }
 
 
 @kind("topk")
@@ -216,6 +224,7 @@ class TopKAutoencoder(SparseAutoencoder):
     """
 
     default_unit_decoder = True
+    loss_names, training_aids = ("reconstruction", "auxiliary"), ("auxiliary",)
 
     @staticmethod
     def default_learning_rate(n_latents: int, n_steps: int) -> float:
@@ -289,11 +298,11 @@ class TopKAutoencoder(SparseAutoencoder):
         return {"reconstruction": picks.sum(values, self.W_dec) + self.b_dec}
 
     def loss_terms(self, x, passed):
-        loss = squared_error(x, passed["reconstruction"])
-        if not self.auxk_coefficient:
-            return loss
-        error = ops.stop_gradient(x - passed["reconstruction"])
-        return loss + self.auxk_coefficient * self.auxk_loss(x, error)
+        auxiliary = ops.zeros(())
+        if self.auxk_coefficient:
+            error = ops.stop_gradient(x - passed["reconstruction"])
+            auxiliary = self.auxk_coefficient * self.auxk_loss(x, error)
+        return {**super().loss_terms(x, passed), "auxiliary": auxiliary}
 
 
 @kind("batch_topk")
@@ -374,6 +383,5 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         return {"reconstruction": reconstruction, "prefixes": prefixes}
 
     def loss_terms(self, x, passed):
-        loss = super().loss_terms(x, passed) - squared_error(x, passed["reconstruction"])
         errors = [squared_error(x, reconstruction) for reconstruction in passed["prefixes"]]
-        return loss + sum(errors) / len(errors)
+        return {**super().loss_terms(x, passed), "reconstruction": sum(errors) / len(errors)}

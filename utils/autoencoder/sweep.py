@@ -21,7 +21,7 @@ from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
 from utils.artifacts import replacing, require_disk_space
 from utils.autoencoder import training
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.kinds import find_kind
@@ -277,13 +277,16 @@ def held_out_loss(autoencoder: SparseAutoencoder, batches: list[np.ndarray]) -> 
     """The objective on raw activations (batch, d_model), for a token and a dimension of d_model.
 
     The squared error is normalised: to reconstruct nothing costs 1, unless INPUT_NORMALIZER is
-    none. AuxK, which is there to train and says nothing of quality, is left out. Steps of length 0
-    are made, for the loss as it is while training; the autoencoder's optimiser is lost.
+    none. Terms that are there to train and say nothing of quality (``training_aids``: AuxK) are
+    left out. Steps of length 0 are made, for the loss as it is while training; the autoencoder's
+    optimiser is lost.
     """
-    if hasattr(autoencoder, "auxk_coefficient"):
-        autoencoder.auxk_coefficient = 0.0
     autoencoder.compile(optimizer=keras.optimizers.SGD(0.0))
-    losses = [autoencoder.train_on_batch(batch, return_dict=True)["loss"] for batch in batches]
+    names = [name for name in autoencoder.loss_names if name not in autoencoder.training_aids]
+    losses = []
+    for batch in batches:
+        metrics = autoencoder.train_on_batch(batch, return_dict=True)
+        losses.append(sum(metrics[metric_name(name)] for name in names))
     return (
         float(np.average(losses, weights=[len(batch) for batch in batches])) / autoencoder.d_model
     )

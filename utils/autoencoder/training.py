@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import replacing
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.fidelity import Fidelity
 from utils.autoencoder.kinds import KINDS, find_kind
@@ -24,10 +24,6 @@ from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import fastest_dtype
 from utils.backend import peak_memory
 from utils.settings import InputError, as_dict, require
-
-LOG_FIELDS = (
-    "step", "tokens", "loss", "fvu", "l0", "dead_fraction", "learning_rate", "val_fvu", "seconds",
-)  # fmt: skip
 
 BACKUP_BYTES = 25  # of each weight of W_dec: W_enc, W_dec and their two moments, float32
 
@@ -202,7 +198,6 @@ def train(
     """
     autoencoder = restore_backup(folder) or autoencoder
     first_round = int(autoencoder.step) // rounds.steps
-    log = TrainingLog(folder / "training_log.csv", first_round, rounds, batch_size)
     # Equal batches, for Keras averages their metrics, and such as devices can share.
     n_batches = math.ceil(len(held_out) / batch_size)
     size = len(held_out) // n_batches // n_shares() * n_shares()
@@ -222,7 +217,7 @@ def train(
             callbacks=[
                 Progress(rounds, batch_size),
                 StopOnNaN(),
-                log,
+                TrainingLog(folder / "training_log.csv", rounds, batch_size),
                 *([TensorBoard(folder, rounds)] if tensorboard else []),
                 Backup(folder, backup_every, rounds),
             ],
@@ -266,11 +261,13 @@ class StopOnNaN(keras.callbacks.Callback):
     """Ends training when the loss is not a finite number, before anything of it is saved."""
 
     def on_epoch_end(self, epoch, logs=None):
-        if not math.isfinite(logs["loss"]):
-            raise InputError(
-                f"The loss is {logs['loss']} in round {epoch + 1}. Lower LEARNING_RATE or "
-                "GRADIENT_CLIP_NORM, and train anew with --overwrite or into another folder."
-            )
+        terms = [f"{name} {logs[metric_name(name)]:.4g}" for name in self.model.loss_names]
+        require(
+            math.isfinite(logs["loss"]),
+            f"The loss is {logs['loss']} in round {epoch + 1} ({', '.join(terms)}). Lower "
+            "LEARNING_RATE or GRADIENT_CLIP_NORM, and train anew with --overwrite or into another "
+            "folder.",
+        )
 
 
 class Progress(keras.callbacks.Callback):
@@ -305,16 +302,24 @@ class Progress(keras.callbacks.Callback):
 class TrainingLog(keras.callbacks.Callback):
     """Appends a line of metrics to a CSV file after each round; ``seconds`` are of training steps.
 
-    Lines after the round that training goes on from are dropped, a torn one too, so that the file
-    reads as if training had never been interrupted.
+    Columns are ``step, tokens``, each metric of the autoencoder (``loss``, ``loss_reconstruction``
+    and so on), ``learning_rate, val_fvu, seconds``. Lines after the round that training goes on
+    from are dropped, a torn one too, so that the file reads as if training had never been
+    interrupted. Lines that early versions wrote are empty where these had no such column.
     """
 
-    def __init__(self, path: Path, first_round: int, rounds: Rounds, batch_size: int):
+    def __init__(self, path: Path, rounds: Rounds, batch_size: int):
         super().__init__()
         self.path, self.rounds, self.batch_size = path, rounds, batch_size
-        kept = read_log(path)[:first_round] if path.exists() else pd.DataFrame(columns=LOG_FIELDS)
+
+    def on_train_begin(self, logs=None):
+        metrics = [metric.name for metric in self.model.metrics]
+        self.columns = ["step", "tokens", *metrics, "learning_rate", "val_fvu", "seconds"]
+        written = read_log(self.path) if self.path.exists() else pd.DataFrame()
+        first_round = int(self.model.step) // self.rounds.steps
+        kept = written[:first_round].reindex(columns=self.columns)
         self.seconds = float(kept["seconds"].iloc[-1]) if len(kept) else 0.0
-        with replacing(path) as partial:
+        with replacing(self.path) as partial:
             kept.to_csv(partial, index=False)
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -326,14 +331,14 @@ class TrainingLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         step = (epoch + 1) * self.rounds.steps
         line = {
+            **logs,
             "step": step,
             "tokens": step * self.batch_size,
             "learning_rate": float(self.model.optimizer.learning_rate),
             "seconds": round(self.seconds, 2),
-            **{name: logs[name] for name in ("loss", "fvu", "l0", "dead_fraction", "val_fvu")},
         }
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, LOG_FIELDS).writerow(line)
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(line)
 
 
 class TensorBoard(keras.callbacks.Callback):
@@ -349,8 +354,10 @@ class TensorBoard(keras.callbacks.Callback):
         self.writer, self.rounds = Writer(str(folder)), rounds
 
     def on_epoch_end(self, epoch, logs=None):
-        rate = float(self.model.optimizer.learning_rate)
-        for name, value in {**logs, "learning_rate": rate}.items():
+        names = [*(metric.name for metric in self.model.metrics), "val_loss", "val_fvu"]
+        scalars = {name: logs[name] for name in names}
+        scalars["learning_rate"] = float(self.model.optimizer.learning_rate)
+        for name, value in scalars.items():
             self.writer.add_scalar(name, float(value), (epoch + 1) * self.rounds.steps)
 
     def on_train_end(self, logs=None):
@@ -358,5 +365,5 @@ class TensorBoard(keras.callbacks.Callback):
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    """The training log, one row a round, columns `LOG_FIELDS`."""
-    return pd.read_csv(path, names=LOG_FIELDS, skiprows=1)
+    """The training log, one row a round, columns as `TrainingLog` writes them."""
+    return pd.read_csv(path)
