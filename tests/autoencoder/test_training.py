@@ -109,6 +109,21 @@ def test_a_kind_of_ones_own_has_its_losses_in_the_log(tmp_path, more_kinds):
     assert "val_loss_ridge" not in shown.Tags()["tensors"]  # not measured
 
 
+def test_an_option_without_a_constant_is_refused(tmp_path, more_kinds):
+    @kind("leaky")
+    class Leaky(L1Autoencoder):
+        def __init__(self, slope: float = 0.1, **kwargs):
+            super().__init__(**kwargs)
+            self.slope = slope
+
+    rule = r"KIND 'leaky' has the option slope, .* Add one there, .*: SLOPE = \.\.\."
+    with pytest.raises(InputError, match=rule):
+        train("leaky", tmp_path)
+    script = importlib.import_module("train_autoencoder")
+    with pytest.raises(InputError, match=rule):
+        training.check_options(read_settings(script, ["--kind", "leaky"]), script)
+
+
 def test_losses_that_are_not_the_declared_ones_are_refused(tmp_path, more_kinds):
     @kind("undeclared")
     class Undeclared(L1Autoencoder):

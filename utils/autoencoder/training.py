@@ -36,10 +36,12 @@ def check_options(settings: Any, defaults: Any) -> None:
         defaults: The script's module: what differs from its constants was given.
 
     Raises:
-        InputError: The kind is unknown, or has no such option, or fewer latents than K; or
-            DECODER_NORM is given for rows that are held at norm 1.
+        InputError: The kind is unknown, or has no such option, or one that is no constant of the
+            script, or fewer latents than K; or DECODER_NORM is given for rows that are held at
+            norm 1.
     """
     cls = find_kind(settings.kind)
+    require_constants(settings)
     own = cls.options()
     for option in sorted({name for cls in KINDS.values() for name in cls.options()}):
         value = getattr(settings, option, None)
@@ -62,13 +64,29 @@ def check_options(settings: Any, defaults: Any) -> None:
     )
 
 
+def require_constants(settings: Any) -> None:
+    """Refuse a kind with an option that train_autoencoder.py has no constant for."""
+    names = {*as_dict(settings), "d_model"}
+    for option in find_kind(settings.kind).options():
+        require(
+            option in names,
+            f"KIND {settings.kind!r} has the option {option}, for which train_autoencoder.py has "
+            "no constant. Add one there, with a comment at the end of its line: "
+            f"{option.upper()} = ...  # what it is",
+        )
+
+
 def build(settings: Any, store: ActivationStore, total_steps: int) -> SparseAutoencoder:
     """The autoencoder that some settings ask for, initialised on the data and compiled.
 
     A kind's constructor says which options it has; they are taken by name from the settings, and
     those that are None are left to the kind.
+
+    Raises:
+        InputError: The kind is unknown, or has an option that is no setting.
     """
     cls = find_kind(settings.kind)
+    require_constants(settings)
     given = {**as_dict(settings), "d_model": store.d_model}
     share = settings.sparsity_warmup
     share = cls.default_sparsity_warmup if share is None else share
