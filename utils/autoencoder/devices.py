@@ -4,6 +4,8 @@ The devices form a mesh of two axes, "batch" and "latents". DISTRIBUTION ``data`
 along the first: each holds all weights and takes a share of each batch. ``model`` has all of them
 along the second: each holds a share of the latents, their moments too, and sees whole batches; this
 is for dictionaries too large for one. Either trains what one device would, but for rounding.
+
+A weight is split by its shape: where the first axis is the latents, each device has a share.
 """
 
 from collections.abc import Iterable
@@ -16,9 +18,28 @@ from utils.settings import require
 if keras.backend.backend() == "jax":
     import jax
 
-# Paths of the weights with a row, or a number, for each latent. Moments have their weight's layout.
-LATENT_ROWS = ".*/W_(enc|dec)"
-LATENT_NUMBERS = ".*/(b_enc|b_mag|r_mag|log_threshold|idle_tokens)"
+
+class SplitByLatents(keras.distribution.ModelParallel):
+    """Splits the weights whose first axis is the latents; all others are on every device.
+
+    Moments lie as their weight does. A width that happens to be a number of latents is split too,
+    which changes nothing but where it lies.
+
+    Args:
+        mesh: Of axes "batch" and "latents".
+        n_latents: Sizes of the dictionaries to be trained.
+    """
+
+    def __init__(self, mesh: keras.distribution.DeviceMesh, n_latents: Iterable[int]):
+        super().__init__(layout_map=keras.distribution.LayoutMap(mesh))
+        self.n_latents = tuple(n_latents)
+
+    def get_variable_layout(self, variable: keras.Variable) -> keras.distribution.TensorLayout:
+        shape = variable.shape
+        if not shape or shape[0] not in self.n_latents:
+            return super().get_variable_layout(variable)
+        axes = ("latents", *(None for _ in shape[1:]))
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
 
 
 def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[int]) -> None:
@@ -55,12 +76,8 @@ def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[i
             f"{name} must be a multiple of the {n} devices that share it; it is {size:,}.",
         )
     shape = (n, 1) if distribution == "data" else (1, n)
-    layouts = keras.distribution.LayoutMap(
-        keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)
-    )
-    layouts[LATENT_ROWS] = ("latents", None)
-    layouts[LATENT_NUMBERS] = ("latents",)
-    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
+    mesh = keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)
+    keras.distribution.set_distribution(SplitByLatents(mesh, n_latents))
 
 
 def n_shares() -> int:
