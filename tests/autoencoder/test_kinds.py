@@ -151,8 +151,8 @@ def test_jumprelu_price_moves_thresholds_up():
 
 def test_topk():
     made = hand_set("topk", k=1)
-    picks, values = made.encode_picks(ACTIVATIONS)
-    assert array(values).tolist() == [2.5, 3.5] and array(picks.latent).tolist() == [1, 1]
+    chosen, values = made.encode_chosen(ACTIVATIONS)
+    assert array(values).tolist() == [2.5, 3.5] and array(chosen.latent).tolist() == [1, 1]
     assert array(made.encode(ACTIVATIONS)).tolist() == [[0, 2.5], [0, 3.5]]
     assert array(made(ACTIVATIONS)).tolist() == [[1, 2.5], [1, 3.5]]
     passed = trained_on(made, ACTIVATIONS)
@@ -191,16 +191,16 @@ def test_auxk_is_made_of_dead_latents_without_the_bias():
         assert losses == pytest.approx({"reconstruction": 1.64, "auxiliary": auxiliary}, rel=1e-5)
 
 
-def test_batch_topk_shares_its_picks_among_the_rows():
+def test_batch_topk_shares_its_latents_among_the_rows():
     made = hand_set("batch_topk", k=1)
-    passed = trained_on(made, UNEVEN)  # both picks are the first row's
+    passed = trained_on(made, UNEVEN)  # both are the first row's
     assert passed["reconstruction"].tolist() == [[10.5, 2.75], [0.5, 0]]
     # ‖x − x̂‖²: 5.5² + 3.25² and 0.25 + 4.
     assert passed["losses"]["reconstruction"] == pytest.approx((30.25 + 10.5625 + 0.25 + 4) / 2)
     assert passed["l0"] == 1
     assert float(made.threshold) == 5  # the smaller of them
     made.step.assign(1)
-    trained_on(made, ACTIVATIONS)  # picks 2.5 and 3.5
+    trained_on(made, ACTIVATIONS)  # chooses 2.5 and 3.5
     assert float(made.threshold) == 3.75
     made.step.assign(1_000)
     trained_on(made, UNEVEN)
@@ -229,25 +229,25 @@ def test_batch_topk_gives_a_row_at_most_4_k():
     x[1:, 0] = [1, 2, 3, 4, 5]
     active = np.zeros((6, 8))
     active[0, 4:], active[4:, 0] = x[0, 4:], [4, 5]
-    picks = made.choose(ops.convert_to_tensor(x))[0]
-    chosen = array(picks.dense(picks.dot(ops.convert_to_tensor(x), made.W_enc)))
-    assert chosen.tolist() == active.tolist()
+    chosen = made.choose(ops.convert_to_tensor(x))[0]
+    dense = array(chosen.dense(chosen.dot(ops.convert_to_tensor(x), made.W_enc)))
+    assert dense.tolist() == active.tolist()
 
 
-def test_batch_topk_picks_nothing_that_is_not_positive():
+def test_batch_topk_chooses_nothing_that_is_not_positive():
     made = hand_set("batch_topk", k=1)
     rows = np.array(
         [[4.0, -2.0], [-2.0, -4.0]], np.float32
     )  # pre-activations (2, −1.5), (−1, −2.5)
     assert trained_on(made, rows)["l0"] == 0.5
     assert float(made.threshold) == 0
-    found = loss_and_gradients(made, 0.5 * rows[1:])  # no pick at all
+    found = loss_and_gradients(made, 0.5 * rows[1:])  # none is chosen
     assert found["loss"] == pytest.approx(1.5**2 + 4)
     assert not found["W_enc"].any() and not found["W_dec"].any() and found["b_dec"].all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batch_topk_picks_as_many_in_either_precision(dtype):
+def test_batch_topk_chooses_as_many_in_either_precision(dtype):
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     made = KINDS["batch_topk"](d_model=16, n_latents=96, k=5, selection_dtype=dtype)
     made.initialize(1.0, np.zeros(16), np.zeros(16), 1.0, seed=0)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from utils.autoencoder.devices import on_each_device
+from utils.autoencoder.devices import per_device
 from utils.autoencoder.optimizer import UnitRows
 from utils.autoencoder.sparse import pre_activations, take_rows, values_at
 from utils.backend import Tensor
@@ -242,13 +242,13 @@ class SparseAutoencoder(keras.Model):
         candidates = min(4 * auxk, self.n_latents)
         # As a tensor, for JAX takes no Keras variable within a traced condition.
         idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
-        found = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
-        found = ops.where(idle >= self.dead_after, ops.relu(found), 0.0)
-        largest = on_each_device(
-            lambda values: ops.top_k(values, auxk)[0], ("batch",), ops.stop_gradient(found)
+        values = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
+        values = ops.where(idle >= self.dead_after, ops.relu(values), 0.0)
+        largest = per_device(
+            lambda share: ops.top_k(share, auxk)[0], ("batch",), ops.stop_gradient(values)
         )
         weakest = ops.min(largest, axis=-1, keepdims=True)
-        latents = ops.where(found >= weakest, found, 0.0)
+        latents = ops.where(values >= weakest, values, 0.0)
         return squared_error(error, ops.matmul(latents, take_rows(self.W_dec, rows)))
 
     @property

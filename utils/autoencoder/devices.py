@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import keras
 from keras import ops
 
+from utils.backend import Tensor
 from utils.settings import require
 
 if keras.backend.backend() == "jax":
@@ -87,10 +88,10 @@ def n_shares() -> int:
 
 
 # XLA by itself would bring all pre-activations to each device to choose the largest, and sum
-# gathered rows over devices before multiplying them. So each works on its own share, as follows.
+# gathered rows over devices before multiplying them. So each works on its share, as follows.
 
 
-def on_each_device(function, axes: tuple[str, ...], *arguments):
+def per_device(function, axes: tuple[str, ...], *arguments):
     """Call a function with each device's share of its arguments; on one device, just call it.
 
     Args:
@@ -112,18 +113,18 @@ def on_each_device(function, axes: tuple[str, ...], *arguments):
     )(*arguments)
 
 
-def first_own(n_own: int):
-    """Number of a device's first latent, of which it has ``n_own``."""
-    return jax.lax.axis_index("latents") * n_own if keras.distribution.distribution() else 0
+def first_local_latent(n_local: int) -> Tensor:
+    """Number of the first of the ``n_local`` latents that a device holds."""
+    return jax.lax.axis_index("latents") * n_local if keras.distribution.distribution() else 0
 
 
-def own_places(latent, n_own: int):
-    """Where latents are among a device's own; and 1 for each that is its own, 0 for others."""
+def local_places(latent: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
+    """Where latents are among the ``n_local`` that a device holds; 1 where it does, 0 elsewhere."""
     if keras.distribution.distribution() is None:
         return latent, 1.0
-    place = latent - first_own(n_own)
-    own = (place >= 0) & (place < n_own)
-    return ops.where(own, place, 0), ops.cast(own, "float32")
+    place = latent - first_local_latent(n_local)
+    is_local = (place >= 0) & (place < n_local)
+    return ops.where(is_local, place, 0), ops.cast(is_local, "float32")
 
 
 def join_columns(values):

@@ -7,14 +7,14 @@ train_autoencoder.py by the same name. The terms of its loss have names, which t
 
 import difflib
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from utils.autoencoder.autoencoder import SparseAutoencoder, of_some, squared_error
-from utils.autoencoder.sparse import Picks, top_latents
+from utils.autoencoder.sparse import ChosenLatents, top_latents
+from utils.backend import Tensor
 from utils.settings import InputError
 
 KINDS: dict[str, type[SparseAutoencoder]] = {}
@@ -250,52 +250,54 @@ class TopKAutoencoder(SparseAutoencoder):
         """The k largest pre-activations of each row and whose they are, both (batch, k)."""
         return top_latents(x, self.W_enc, self.b_enc, k, dtype)
 
-    def encode_picks(self, activations):
-        """The picks of raw activations, and their values, not negative."""
+    def encode_chosen(self, activations: Tensor) -> tuple[ChosenLatents, Tensor]:
+        """The k latents of each row of raw activations, and their values, not negative."""
         values, indices = self.top_latents(self.normalise(activations), self.k)
-        picks = Picks(indices, self.n_latents)
-        return picks, ops.relu(ops.reshape(values, ops.shape(picks.latent)))
+        chosen = ChosenLatents(indices, self.n_latents)
+        return chosen, ops.relu(ops.reshape(values, ops.shape(chosen.latent)))
 
     def encode(self, activations, features=None):
         if features is None:
-            picks, values = self.encode_picks(activations)
-            return picks.dense(values)
+            chosen, values = self.encode_chosen(activations)
+            return chosen.dense(values)
         # Only a positive pre-activation can be a latent; most rows of most features have none.
         x = self.normalise(activations)
-        own = ops.relu(self.pre_activations(x, features))
-        return ops.cond(ops.any(own > 0), lambda: self._among_largest(x, features), lambda: own)
+        values = ops.relu(self.pre_activations(x, features))
+        return ops.cond(
+            ops.any(values > 0), lambda: self._among_largest(x, features), lambda: values
+        )
 
     def _among_largest(self, x, features):
         values, indices = self.top_latents(x, self.k)
-        chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
-        return ops.sum(ops.where(chosen, ops.relu(values)[:, None], 0.0), axis=-1)
+        is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
+        return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
     def encode_active(self, activations):
-        picks, values = self.encode_picks(activations)
-        reconstruction = self.denormalise(picks.sum(values, self.W_dec) + self.b_dec)
-        return *picks.positive(values), ops.convert_to_numpy(reconstruction)
+        chosen, values = self.encode_chosen(activations)
+        reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+        return *chosen.positive(values), ops.convert_to_numpy(reconstruction)
 
-    def choose(self, x) -> tuple[Picks, Any]:
+    def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""
         values, indices = self.top_latents(x, self.k, self.selection_dtype)
-        picks = Picks(indices, self.n_latents)
-        return picks, picks.of(values)
+        chosen = ChosenLatents(indices, self.n_latents)
+        return chosen, chosen.of(values)
 
     def forward_pass(self, x):
-        picks, found = self.choose(x)
-        biases = picks.take(self.b_enc)
-        products = picks.dot(x, self.W_enc, known=found - ops.stop_gradient(biases))
+        chosen, pre_activations = self.choose(x)
+        biases = chosen.take(self.b_enc)
+        products = chosen.dot(x, self.W_enc, known=pre_activations - ops.stop_gradient(biases))
         values = ops.relu(products + biases)
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
-            **self.reconstruct(picks, values),
+            **self.reconstruct(chosen, values),
             "l0": n_active / ops.cast(ops.shape(x)[0], "float32"),
-            "active": picks.is_active(values),
+            "active": chosen.is_active(values),
         }
 
-    def reconstruct(self, picks: Picks, values) -> dict:
-        """What `loss_terms` needs of the values of picks."""
-        return {"reconstruction": picks.sum(values, self.W_dec) + self.b_dec}
+    def reconstruct(self, chosen: ChosenLatents, values: Tensor) -> dict[str, Tensor]:
+        """What `loss_terms` needs, from the values of the chosen latents."""
+        return {"reconstruction": chosen.sum(values, self.W_dec) + self.b_dec}
 
     def loss_terms(self, x, passed):
         auxiliary = ops.zeros(())
@@ -322,8 +324,8 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         self.threshold = self.add_weight((), "zeros", trainable=False, name="threshold")
 
     def encode(self, activations, features=None):
-        found = self.pre_activations(self.normalise(activations), features)
-        return ops.where(found > self.threshold, ops.relu(found), 0.0)
+        pre_activations = self.pre_activations(self.normalise(activations), features)
+        return ops.where(pre_activations > self.threshold, ops.relu(pre_activations), 0.0)
 
     def encode_active(self, activations):
         return SparseAutoencoder.encode_active(self, activations)
@@ -337,14 +339,14 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        picks = Picks(indices, self.n_latents, values >= smallest)
-        return picks, picks.of(values)
+        chosen = ChosenLatents(indices, self.n_latents, values >= smallest)
+        return chosen, chosen.of(values)
 
     def _exactly(self, x, indices):
         """Pre-activations of candidates in float32, (batch, width), not differentiated."""
-        picks = Picks(indices, self.n_latents)
+        candidates = ChosenLatents(indices, self.n_latents)
         W_enc, b_enc = ops.stop_gradient(self.W_enc), ops.stop_gradient(self.b_enc)
-        values = picks.dot(ops.stop_gradient(x), W_enc) + picks.take(b_enc)
+        values = candidates.dot(ops.stop_gradient(x), W_enc) + candidates.take(b_enc)
         return ops.reshape(values, ops.shape(indices))
 
     def _smallest_chosen(self, values):
@@ -372,12 +374,12 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         super().__init__(**kwargs)
         self.prefixes = tuple(prefixes)
 
-    def reconstruct(self, picks, values):
+    def reconstruct(self, chosen, values):
         reconstruction, prefixes, start = self.b_dec, [], 0
         for share in self.prefixes:
             end = round(share * self.n_latents)
-            own = ops.cast((picks.latent >= start) & (picks.latent < end), "float32")
-            reconstruction = reconstruction + picks.sum(values * own, self.W_dec)
+            is_new = ops.cast((chosen.latent >= start) & (chosen.latent < end), "float32")
+            reconstruction = reconstruction + chosen.sum(values * is_new, self.W_dec)
             prefixes.append(reconstruction)
             start = end
         return {"reconstruction": reconstruction, "prefixes": prefixes}

@@ -44,11 +44,11 @@ def open_autoencoder(folder: str | Path, store: ActivationStore) -> tuple[Sparse
         raise missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
     metrics = read_json(folder / "metrics.json")
     for name in ("model_name", "layer", "d_model"):
-        found, wanted = metrics[name], getattr(store, name)
+        trained_with, stored = metrics[name], getattr(store, name)
         require(
-            found == wanted,
-            f"The autoencoder in {folder} was trained with {name} {found!r}, and the activations "
-            f"in {store.folder} have {wanted!r}. Name folders that belong together.",
+            trained_with == stored,
+            f"The autoencoder in {folder} was trained with {name} {trained_with!r}, and the "
+            f"activations in {store.folder} have {stored!r}. Name folders that belong together.",
         )
     settings = read_json(folder / "settings.json")
     require(

@@ -107,8 +107,8 @@ def optimal_sizes(grid: pd.DataFrame) -> pd.DataFrame:
             best = runs.loc[runs.loss.idxmin(), columns]
             latents, at_edge = lowest(runs.n_latents, runs.loss)
             rows.append([*best, latents, best.n_latents * best.steps / latents, at_edge])
-    found = pd.DataFrame(rows, columns=[*columns, "optimal_latents", "optimal_steps", "at_edge"])
-    return found.astype({"at_edge": bool})
+    optima = pd.DataFrame(rows, columns=[*columns, "optimal_latents", "optimal_steps", "at_edge"])
+    return optima.astype({"at_edge": bool})
 
 
 def optimal_rates(runs: pd.DataFrame) -> pd.DataFrame:

@@ -124,8 +124,8 @@ class Sweep:
         self.finished: dict[Run, dict] = {}
         self.live: dict[Run, Live] = {}
         if (folder / TABLE_FILE).exists():
-            found = pd.read_csv(folder / TABLE_FILE, converters={"learning_rate": float})
-            self.finished = {_run_of(row): row for row in found.to_dict("records")}
+            table = pd.read_csv(folder / TABLE_FILE, converters={"learning_rate": float})
+            self.finished = {_run_of(row): row for row in table.to_dict("records")}
 
     def table(self) -> pd.DataFrame:
         """All finished runs, a row each, as in scaling_laws.csv."""
@@ -181,8 +181,9 @@ class Sweep:
 
     def _build(self, run: Run) -> SparseAutoencoder:
         shortest = min(self.settings.sweep_steps)
-        own = {"n_latents": run.n_latents, "learning_rate": run.learning_rate}
-        settings = dataclasses.replace(self.settings, **own)
+        settings = dataclasses.replace(
+            self.settings, n_latents=run.n_latents, learning_rate=run.learning_rate
+        )
         autoencoder = training.build(settings, self.store, shortest)
         rise = settings.learning_rate_warmup * shortest / run.steps
         settings = dataclasses.replace(settings, learning_rate_warmup=rise)
@@ -197,10 +198,9 @@ class Sweep:
             return
         source, copy = self.live[trunk], self._build(run)
         copy.set_weights(_values(source.autoencoder.weights))
-        for own, value in zip(
-            copy.optimizer.variables, _values(source.autoencoder.optimizer.variables), strict=True
-        ):
-            own.assign(value)
+        moments = _values(source.autoencoder.optimizer.variables)
+        for variable, value in zip(copy.optimizer.variables, moments, strict=True):
+            variable.assign(value)
         self.live[run] = Live(copy, source.step, source.n_timed, source.seconds)
 
     def _train_step(self, batch: np.ndarray, step: int) -> int:

@@ -42,12 +42,12 @@ def check_options(settings: Any, defaults: Any) -> None:
     """
     cls = find_kind(settings.kind)
     require_constants(settings)
-    own = cls.options()
-    for option in sorted({name for cls in KINDS.values() for name in cls.options()}):
+    options = cls.options()
+    for option in sorted({name for kind in KINDS.values() for name in kind.options()}):
         value = getattr(settings, option, None)
-        if option in own or value == getattr(defaults, option.upper(), None):
+        if option in options or value == getattr(defaults, option.upper(), None):
             continue
-        having = [name for name, cls in KINDS.items() if option in cls.options()]
+        having = [name for name, kind in KINDS.items() if option in kind.options()]
         raise InputError(
             f"{option.upper()} is an option of {', '.join(having)}; KIND is {settings.kind!r}, and "
             f"{option.upper()} {value}. Leave it out, or choose another kind."
@@ -59,7 +59,7 @@ def check_options(settings: Any, defaults: Any) -> None:
         f"is {settings.decoder_norm}. Leave it out.",
     )
     require(
-        "k" not in own or settings.k <= settings.n_latents,
+        "k" not in options or settings.k <= settings.n_latents,
         f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
     )
 
@@ -95,7 +95,8 @@ def build(settings: Any, store: ActivationStore, total_steps: int) -> SparseAuto
         given["selection_dtype"] = fastest_dtype()
     if settings.unit_decoder is None:
         given["unit_decoder"] = cls.default_unit_decoder
-    autoencoder = cls(**{o: given[o] for o in cls.options() if given[o] is not None})
+    options = {name: given[name] for name in cls.options()}
+    autoencoder = cls(**{name: value for name, value in options.items() if value is not None})
     autoencoder.initialize(
         *input_normalizer(settings.input_normalizer, store),
         store.mean,
