@@ -105,7 +105,7 @@ def main() -> None:
     from utils.autoencoder.devices import use_devices
     from utils.autoencoder.fidelity import measure_fidelity
     from utils.autoencoder.saved import save_autoencoder
-    from utils.plots import plot_scaling_laws, plot_training_curves
+    from utils.autoencoder.training_curves import plot_training_curves
 
     training.check_options(settings, sys.modules[__name__])
     sweep.check(settings, sys.modules[__name__])
@@ -122,9 +122,7 @@ def main() -> None:
             return
         store.verify(folder)
         if settings.sweep_latents:
-            laws = scaling.measure_laws(settings, store, folder)
-            plot_scaling_laws(**laws, path=folder / "scaling_laws.png")
-            print(scaling.describe(laws))
+            print(scaling.describe(scaling.measure_laws(settings, store, folder)))
             return
 
         # 2. Split the contexts, and cut the training into rounds.

@@ -1,46 +1,17 @@
 import itertools
 from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from pictures import drawn, share_of
 
 from utils import plots
 from utils.features import study_plots
 
 SUBSETS = ["Github", "ArXiv", "Wikipedia (en)"]
-
-
-def drawn(path):
-    """The picture, uint8 of shape (height, width, 3), after a check that it shows something."""
-    picture = (255 * matplotlib.image.imread(path)[..., :3]).round().astype(np.uint8)
-    assert min(picture.shape[:2]) >= 3 * 150
-    assert (picture != 255).any(axis=-1).mean() > 0.005
-    assert list(path.parent.iterdir()) == [path]  # nothing half-written stays behind
-    return picture
-
-
-def share_of(picture, colour):
-    """The share of a picture's pixels that have a colour, "#rrggbb"."""
-    return (picture == list(bytes.fromhex(colour[1:]))).all(axis=-1).mean()
-
-
-def training_log(n=40):
-    progress = np.linspace(0.01, 1, n)
-    return pd.DataFrame(
-        {
-            "step": np.arange(n) * 100,
-            "tokens": np.arange(n) * 204_800,
-            "loss": 200 / progress,
-            "fvu": 0.2 / progress**0.5,
-            "l0": np.full(n, 32.0),
-            "dead_fraction": 0.1 * progress,
-            "learning_rate": 3e-4 * (1 - progress),
-        }
-    )
 
 
 def feature_table(n=300):
@@ -55,35 +26,6 @@ def feature_table(n=300):
             "umap_y": rng.normal(size=n),
         }
     )
-
-
-def test_training_curves_show_held_out_variance(tmp_path):
-    path = tmp_path / "training.png"
-    log = training_log()
-    held_out = log.fvu.where(log.index % 10 == 9)
-    plots.plot_training_curves(log.assign(val_fvu=held_out), path)
-    assert share_of(drawn(path), plots.ORANGE) > 0
-
-
-def test_training_curves_of_one_step_that_diverged_without_validation(tmp_path):
-    log = training_log().tail(1).assign(fvu=np.nan)
-    plots.plot_training_curves(log, tmp_path / "training.png")
-    picture = drawn(tmp_path / "training.png")
-    assert share_of(picture, plots.BLUE) > 0
-    assert share_of(picture, plots.ORANGE) == 0
-
-
-@pytest.mark.parametrize("n_early", [0, 20, 40])
-def test_training_curves_show_each_term_of_the_loss(tmp_path, n_early):
-    """Of a log whose first lines are of an early version, which had no terms."""
-    log = training_log()
-    late = log.index >= n_early
-    log["loss_reconstruction"] = (0.7 * log.loss).where(late)
-    log["loss_sparsity"] = (0.3 * log.loss).where(late)
-    plots.plot_training_curves(log, tmp_path / "training.png")
-    picture = drawn(tmp_path / "training.png")
-    shown = [share_of(picture, colour) > 0 for colour in plots.SUBSET_COLOURS[:3]]
-    assert shown == [n_early < 40, n_early < 40, False]
 
 
 @pytest.mark.parametrize("n_alive", [0, 1, 1000])

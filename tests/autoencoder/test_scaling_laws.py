@@ -7,19 +7,19 @@ import signal
 import subprocess
 import time
 
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, command, environment, write_activations
-from hand_set import ACTIVATIONS, hand_set
+from hand_set import ACTIVATIONS, array, hand_set
+from pictures import drawn, share_of
 
 import train_autoencoder
-from utils import plots
 from utils.activations.store import ActivationStore
 from utils.autoencoder import scaling_laws as scaling
 from utils.autoencoder import sweep, training
 from utils.autoencoder.sweep import Run, Sweep
+from utils.plots import ORANGE
 from utils.settings import read_settings
 
 D_MODEL, CONTEXT, BATCH = 16, 32, 64
@@ -180,14 +180,14 @@ def test_the_held_out_loss_is_without_what_is_there_to_train():
     made.idle_tokens.assign([3, 0])
     x = made.normalise(ACTIVATIONS)
     losses = made.loss_terms(x, made.forward_pass(x))
-    assert float(losses["auxiliary"]) > 0.1
-    found = sweep.held_out_loss(made, [ACTIVATIONS])
-    assert found == pytest.approx(float(losses["reconstruction"]) / 2)
+    assert array(losses["auxiliary"]) > 0.1
+    held_out = sweep.held_out_loss(made, [ACTIVATIONS])
+    assert held_out == pytest.approx(array(losses["reconstruction"]) / 2)
     # The gates' own reconstruction is part of the objective.
     made = hand_set("gated", sparsity_coefficient=5.0)
     x = made.normalise(ACTIVATIONS)
     whole = sum(made.loss_terms(x, made.forward_pass(x)).values())
-    assert sweep.held_out_loss(made, [ACTIVATIONS]) == pytest.approx(float(whole) / 2)
+    assert sweep.held_out_loss(made, [ACTIVATIONS]) == pytest.approx(array(whole) / 2)
 
 
 def without_time(row: dict) -> dict:
@@ -298,11 +298,11 @@ def test_the_command_killed_and_given_again(store, tmp_path, run_here):
         settings_of(store, sweep_learning_rates=(0.5, 1, 2)), store, tmp_path
     )
     tables = [pd.read_csv(folder / "scaling_laws.csv") for folder in (table.parent, tmp_path)]
-    assert len(tables[0]) == 9 + 2 * (~whole["optima"].at_edge).sum()
+    assert len(tables[0]) == 9 + 2 * (~whole.optima.at_edge).sum()
     pd.testing.assert_frame_equal(*(found.drop(columns="seconds") for found in tables), rtol=1e-6)
     laws = json.loads((table.parent / "scaling_laws.json").read_text())
     losses = [budget["loss"] for budget in laws["budgets"]]
-    assert losses == pytest.approx(list(whole["optima"].loss)) and set(laws["fits"]) == set(
+    assert losses == pytest.approx(list(whole.optima.loss)) and set(laws["fits"]) == set(
         scaling.NAMES
     )
     names = {path.name for path in table.parent.iterdir() if not path.name.startswith(".")}
@@ -349,8 +349,6 @@ def test_bad_input_is_refused_before_anything_is_read(tmp_path, run_here, words,
 def test_the_picture_shows_losses_and_what_was_fitted(tmp_path, n_sizes):
     grid = made_up_grid(0.4, 0.6).query("n_latents < 2 ** (4 + @n_sizes)")
     optima = scaling.optimal_sizes(grid).assign(optimal_rate=np.nan, rate_at_edge=None)
-    fits = scaling.fit_laws(optima)
-    plots.plot_scaling_laws(grid, optima, fits, tmp_path / "laws.png")
-    picture = (255 * matplotlib.image.imread(tmp_path / "laws.png")[..., :3]).round()
-    line = (picture == list(bytes.fromhex(plots.ORANGE[1:]))).all(axis=-1).mean()
-    assert (line > 0.0005) and list(tmp_path.iterdir()) == [tmp_path / "laws.png"]
+    laws = scaling.Laws(grid, optima, scaling.fit_laws(optima))
+    scaling.plot_scaling_laws(laws, tmp_path / "laws.png")
+    assert share_of(drawn(tmp_path / "laws.png"), ORANGE) > 0.0005
