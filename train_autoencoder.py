@@ -10,6 +10,7 @@ goes on from its last backup.
 import importlib.util
 import itertools
 import sys
+from pathlib import Path
 
 from utils.artifacts import open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
@@ -100,11 +101,11 @@ def main() -> None:
     backend = use_backend(settings.backend, huge_pages=True)
     from utils.activations.batches import ShuffledBatches
     from utils.activations.store import ActivationStore
-    from utils.autoencoder import scaling_laws as scaling
-    from utils.autoencoder import sweep, training
+    from utils.autoencoder import scaling_laws, sweep, training
+    from utils.autoencoder.callbacks import Rounds, read_log
     from utils.autoencoder.devices import use_devices
     from utils.autoencoder.fidelity import measure_fidelity
-    from utils.autoencoder.saved import save_autoencoder
+    from utils.autoencoder.saved import metrics_of, save_autoencoder
     from utils.autoencoder.training_curves import plot_training_curves
 
     training.check_options(settings, sys.modules[__name__])
@@ -116,48 +117,38 @@ def main() -> None:
     recorded |= {**as_dict(settings, leave_out=NOT_RECORDED), "activations": store.fingerprint}
 
     with open_stage(settings.autoencoder_dir, recorded, OUTPUTS, settings.overwrite) as folder:
-        if (folder / "metrics.json").exists():
-            (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
-            print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+        if is_finished(folder):
             return
         store.verify(folder)
         if settings.sweep_latents:
-            print(scaling.describe(scaling.measure_laws(settings, store, folder)))
+            print(scaling_laws.describe(scaling_laws.measure_laws(settings, store, folder)))
             return
 
         # 2. Split the contexts, and cut the training into rounds.
-        training_contexts, held_out_contexts = store.split(settings.held_out)
+        training_contexts, held_out = store.split(settings.held_out)
         batches = ShuffledBatches(store, training_contexts, settings.batch_size, settings.seed)
-        rounds = training.Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
+        rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
+        validated = held_out[: max(1, N_VALIDATION_TOKENS // store.context_length)]
+        rows = store.kept_rows(validated).astype("float32")
+        data = training.TrainingData(batches.from_step, rows, settings.batch_size)
         print(plan(settings, store, rounds, backend))
 
         # 3. Build the autoencoder, starting from the data's scale and mean.
-        # A backup holds weights and two moments; the last one goes when the next is whole.
-        weights = store.d_model * settings.n_latents
-        require_disk_space(folder, 2 * training.BACKUP_BYTES * weights)
+        # Two backups must fit, for the last one goes when the next is whole.
+        require_disk_space(folder, 2 * training.BACKUP_BYTES * store.d_model * settings.n_latents)
         autoencoder = training.build(settings, store, rounds.total_steps)
 
         # 4. Train, going on from a backup if there is one.
-        n_validation = max(1, N_VALIDATION_TOKENS // store.context_length)
         autoencoder = training.train(
-            autoencoder,
-            batches.from_step,
-            store.kept_rows(held_out_contexts[:n_validation]).astype("float32"),
-            rounds,
-            settings.batch_size,
-            folder,
-            settings.backup_every,
-            settings.tensorboard,
+            autoencoder, data, rounds, folder, settings.backup_every, settings.tensorboard
         )
 
         # 5. Measure on tokens held out, and save.
-        fidelity = measure_fidelity(
-            autoencoder, store.batches(held_out_contexts, settings.batch_size)
-        )
+        fidelity = measure_fidelity(autoencoder, store.batches(held_out, settings.batch_size))
         save_autoencoder(autoencoder, folder / "autoencoder.keras")
-        log = training.read_log(folder / "training_log.csv")
+        log = read_log(folder / "training_log.csv")
         plot_training_curves(log, folder / "training_curves.png")
-        metrics = training.metrics(autoencoder, fidelity, log, store, backend)
+        metrics = metrics_of(autoencoder, fidelity, log, store, backend)
         write_json(folder / "metrics.json", metrics)
         (folder / "backup.keras").unlink(missing_ok=True)
         print(describe(metrics))
@@ -199,6 +190,15 @@ def check(settings) -> None:
         all(0 < a < b for a, b in itertools.pairwise(prefixes)) and prefixes[-1:] == (1,),
         f"PREFIXES must be shares that rise to 1; they are {prefixes}.",
     )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished training, whose result is then printed."""
+    if not (folder / "metrics.json").exists():
+        return False
+    (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
+    print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+    return True
 
 
 def plan(settings, store, rounds, backend: str) -> str:

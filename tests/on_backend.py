@@ -52,6 +52,7 @@ def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
     """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
     from utils.autoencoder import training
+    from utils.autoencoder.callbacks import Rounds
     from utils.autoencoder.saved import save_autoencoder
     from utils.settings import read_settings
 
@@ -67,15 +68,9 @@ def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
     autoencoder.W_enc.assign(autoencoder.W_enc * small[:, None])
     autoencoder.b_enc.assign(autoencoder.b_enc * small)
     autoencoder.idle_tokens.assign(np.where(dead, settings.dead_after, 0))
-    autoencoder = training.train(
-        autoencoder,
-        lambda step: iter(batches[step:]),
-        batches[0],
-        training.Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND),
-        batches.shape[1],
-        output / kind,
-        backup_every=10**6,
-    )
+    data = training.TrainingData(lambda step: iter(batches[step:]), batches[0], batches.shape[1])
+    rounds = Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND)
+    autoencoder = training.train(autoencoder, data, rounds, output / kind, backup_every=10**6)
     save_autoencoder(autoencoder, output / kind / "autoencoder.keras")
 
 

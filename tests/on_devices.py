@@ -69,6 +69,7 @@ def train(kind: str, batches: np.ndarray, output: Path):
     """Train as train_autoencoder.py does, from the folder's backup if there is one."""
     import train_autoencoder
     from utils.autoencoder import training
+    from utils.autoencoder.callbacks import Rounds
     from utils.settings import read_settings
 
     flags = ["--n-latents", N_LATENTS, "--batch-size", batches.shape[1], "--learning-rate", 0.002]
@@ -77,12 +78,11 @@ def train(kind: str, batches: np.ndarray, output: Path):
     rows = batches.reshape(-1, batches.shape[-1])
     scale = float(np.sqrt(rows.shape[1] / np.square(rows).sum(axis=1).mean()))
     store = SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
+    held_out = rows[:50]  # two batches of 25, which four devices cannot share
     return training.train(
         training.build(settings, store, len(batches)),
-        lambda step: iter(batches[step:]),
-        rows[:50],  # two batches of 25, which four devices cannot share
-        training.Rounds(len(batches), 1),
-        batches.shape[1],
+        training.TrainingData(lambda step: iter(batches[step:]), held_out, batches.shape[1]),
+        Rounds(len(batches), 1),
         output,
         BACKUP_AT,  # and not again: it is more than half of the steps
     )

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from utils.settings import InputError, require
 
+Json = Any  # plain JSON types
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
 

@@ -16,8 +16,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.kinds import KINDS, L1Autoencoder, kind
-from utils.autoencoder.training import Rounds
 from utils.settings import InputError, read_settings
 
 BATCH, D_MODEL = 32, 4
@@ -46,10 +46,8 @@ def train(name: str, folder: Path, *flags: object, tensorboard: bool = False) ->
     store = stand_in_for_store(rows.reshape(-1, D_MODEL))
     return training.train(
         training.build(settings, store, len(rows)),
-        lambda step: iter(rows[step:]),
-        rows[0],
+        training.TrainingData(lambda step: iter(rows[step:]), rows[0], BATCH),
         ROUNDS,
-        BATCH,
         folder,
         5,
         tensorboard,

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,7 +27,7 @@ from scipy import stats
 from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder.kinds import find_kind
-from utils.autoencoder.sweep import Run, Sweep
+from utils.autoencoder.sweep import Run, Sweep, SweepSettings
 from utils.plots import BLUE, GREY, HALO, ORANGE, picture
 
 MIN_POINTS = 3  # that a law is fitted to
@@ -54,7 +54,7 @@ class Laws(NamedTuple):
     fits: dict[str, dict[str, float]]
 
 
-def measure_laws(settings: Any, store: ActivationStore, folder: Path) -> Laws:
+def measure_laws(settings: SweepSettings, store: ActivationStore, folder: Path) -> Laws:
     """Make the sweep, going on with what the folder has of it, and fit the laws.
 
     Writes scaling_laws.csv, a line a run, as runs finish; then scaling_laws.json and the picture.

@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 import math
 import time
+import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -33,6 +34,16 @@ TABLE_FILE = "scaling_laws.csv"
 NOT_OF_A_SWEEP = ("N_LATENTS", "N_PASSES", "LOG_EVERY", "BACKUP_EVERY", "TENSORBOARD")
 
 
+class SweepSettings(training.TrainingSettings, Protocol):
+    """The settings of train_autoencoder.py that a sweep is made by."""
+
+    batch_size: int
+    held_out: float
+    sweep_latents: tuple[int, ...]
+    sweep_steps: tuple[int, ...]
+    sweep_learning_rates: tuple[float, ...]
+
+
 class Run(NamedTuple):
     """A training of the sweep."""
 
@@ -51,7 +62,7 @@ class Live:
     seconds: float = 0.0
 
 
-def check(settings: Any, defaults: Any) -> None:
+def check(settings: SweepSettings, defaults: types.ModuleType) -> None:
     """Refuse a sweep that cannot be made, before anything is read.
 
     Args:
@@ -108,7 +119,7 @@ class Sweep:
 
     def __init__(
         self,
-        settings: Any,
+        settings: SweepSettings,
         store: ActivationStore,
         folder: Path,
         backup_seconds: float = BACKUP_SECONDS,
