@@ -10,6 +10,7 @@ goes on from its last backup.
 import importlib.util
 import itertools
 import sys
+from pathlib import Path
 from typing import Literal
 
 from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
@@ -53,7 +54,6 @@ LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
 LEARNING_RATE_SHAPE: Literal["linear", "cosine"] = "linear"  # of the fall; linear: the paper's
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
-WEIGHT_AVERAGING: float | None = None  # decay of a moving average that is kept instead, as 0.999
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
 SEED = 0  # of the starting weights and of the order of the data
 
@@ -102,12 +102,12 @@ def main() -> None:
     backend = use_backend(settings.backend, huge_pages=True)
     from utils.activations.batches import ShuffledBatches
     from utils.activations.store import ActivationStore
-    from utils.autoencoder import scaling_laws as scaling
-    from utils.autoencoder import sweep, training
+    from utils.autoencoder import scaling_laws, sweep, training
+    from utils.autoencoder.callbacks import Rounds, read_log
     from utils.autoencoder.devices import use_devices
     from utils.autoencoder.fidelity import measure_fidelity
-    from utils.autoencoder.saved import save_autoencoder
-    from utils.plots import plot_scaling_laws, plot_training_curves
+    from utils.autoencoder.saved import metrics_of, save_autoencoder
+    from utils.autoencoder.training_curves import plot_training_curves
 
     training.check_options(settings, sys.modules[__name__])
     sweep.check(settings, sys.modules[__name__])
@@ -117,51 +117,39 @@ def main() -> None:
     record = RunRecord.of(settings, NOT_RECORDED, activations=store.fingerprint)
 
     with open_stage(settings.autoencoder_dir, record, OUTPUTS, settings.overwrite) as folder:
-        if (folder / "metrics.json").exists():
-            (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
-            print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+        if is_finished(folder):
             return
         store.verify(folder)
         if settings.sweep_latents:
-            laws = scaling.measure_laws(settings, store, folder)
-            plot_scaling_laws(**laws, path=folder / "scaling_laws.png")
-            print(scaling.describe(laws))
+            print(scaling_laws.describe(scaling_laws.measure_laws(settings, store, folder)))
             return
 
         # 2. Split the contexts, and cut the training into rounds.
-        training_contexts, held_out_contexts = store.split(settings.held_out)
+        training_contexts, held_out = store.split(settings.held_out)
         batches = ShuffledBatches(store, training_contexts, settings.batch_size, settings.seed)
-        rounds = training.Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
+        rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
+        validated = held_out[: max(1, N_VALIDATION_TOKENS // store.context_length)]
+        rows = store.kept_rows(validated).astype("float32")
+        data = training.TrainingData(batches.from_step, rows, settings.batch_size)
         print(plan(settings, store, rounds, backend))
 
         # 3. Build the autoencoder, starting from the data's scale and mean.
-        # A backup holds weights and two moments; the last one goes when the next is whole.
-        weights = store.d_model * settings.n_latents
-        require_disk_space(folder, 2 * training.backup_bytes(weights, settings))
+        # Two backups must fit, for the last one goes when the next is whole.
+        require_disk_space(folder, 2 * training.BACKUP_BYTES * store.d_model * settings.n_latents)
         autoencoder = training.build(settings, store, rounds.total_steps)
 
         # 4. Train, going on from a backup if there is one.
-        n_validation = max(1, N_VALIDATION_TOKENS // store.context_length)
         autoencoder = training.train(
-            autoencoder,
-            batches.from_step,
-            store.kept_rows(held_out_contexts[:n_validation]).astype("float32"),
-            rounds,
-            settings.batch_size,
-            folder,
-            settings.backup_every,
-            settings.tensorboard,
+            autoencoder, data, rounds, folder, settings.backup_every, settings.tensorboard
         )
 
         # 5. Measure on tokens held out, and save.
-        fidelity = measure_fidelity(
-            autoencoder,
-            (batch.rows for batch in store.batches(held_out_contexts, settings.batch_size)),
-        )
+        held_out_batches = store.batches(held_out, settings.batch_size)
+        fidelity = measure_fidelity(autoencoder, (batch.rows for batch in held_out_batches))
         save_autoencoder(autoencoder, folder / "autoencoder.keras")
-        log = training.read_log(folder / "training_log.csv")
+        log = read_log(folder / "training_log.csv")
         plot_training_curves(log, folder / "training_curves.png")
-        metrics = training.metrics(autoencoder, fidelity, log, store, backend)
+        metrics = metrics_of(autoencoder, fidelity, log, store, backend)
         write_json(folder / "metrics.json", metrics)
         (folder / "backup.keras").unlink(missing_ok=True)
         print(describe(metrics))
@@ -188,12 +176,9 @@ def check(settings: Settings) -> None:
             share is None or 0 <= share <= 1,
             f"{name.upper()} must be a share from 0 to 1; it is {share}.",
         )
-    for name in ("held_out", "weight_averaging"):
-        share = getattr(settings, name)
-        require(
-            share is None or 0 < share < 1,
-            f"{name.upper()} must be between 0 and 1; it is {share}.",
-        )
+    require(
+        0 < settings.held_out < 1, f"HELD_OUT must be between 0 and 1; it is {settings.held_out}."
+    )
     require(
         not settings.tensorboard or importlib.util.find_spec("tensorboard") is not None,
         "TENSORBOARD needs a package that is not installed: pip install tensorboard.",
@@ -203,6 +188,15 @@ def check(settings: Settings) -> None:
         all(0 < a < b for a, b in itertools.pairwise(prefixes)) and prefixes[-1:] == (1,),
         f"PREFIXES must be shares that rise to 1; they are {prefixes}.",
     )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished training, whose result is then printed."""
+    if not (folder / "metrics.json").exists():
+        return False
+    (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
+    print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+    return True
 
 
 def plan(settings, store, rounds, backend: str) -> str:

@@ -3,7 +3,7 @@
     python -m tests.on_backend jax FOLDER compute load
 
 FOLDER holds batches.npy (steps, batch, d_model); what is computed goes to FOLDER/jax: the products
-of picks, the gradients of a step, and trained autoencoders. "load" loads every autoencoder found
+of chosen latents, the gradients of a step, and trained autoencoders. "load" loads every autoencoder
 below FOLDER, whichever backend saved it.
 """
 
@@ -25,7 +25,7 @@ TRAINED = {
     "gated": [*WITH_PRICE, "--sparsity-warmup", "0.5"],
     "jumprelu": [*WITH_PRICE, "--preactivation-coefficient", "0.01"],
     "topk": [*WITH_K, "--unit-decoder", "False", "--decoder-norm", "1"],
-    "batch_topk": [*WITH_K, "--weight-averaging", "0.8"],
+    "batch_topk": WITH_K,
     "matryoshka": WITH_K,
 }
 STEP_KINDS = ("topk", "batch_topk", "matryoshka")
@@ -33,32 +33,33 @@ STEP_KINDS = ("topk", "batch_topk", "matryoshka")
 
 def main(backend: str, folder: Path, *steps: str) -> None:
     use_backend(backend)
-    own = folder / backend
-    own.mkdir(exist_ok=True)
+    output = folder / backend
+    output.mkdir(exist_ok=True)
     batches = np.load(folder / "batches.npy")
     if "compute" in steps:
-        save_products(own)
-        save_gradients(own)
+        save_products(output)
+        save_gradients(output)
         for kind in TRAINED:
-            train_and_save(kind, batches, own)
+            train_and_save(kind, batches, output)
     if "load" in steps:
-        load_all(folder, batches[0], own)
+        load_all(folder, batches[0], output)
 
 
 # ---------------------------------------------------------------------------- training and loading
 
 
-def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
+def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
     """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
     from utils.autoencoder import training
+    from utils.autoencoder.callbacks import Rounds
     from utils.autoencoder.saved import save_autoencoder
     from utils.settings import read_settings
 
     flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *TRAINED[kind]]
     settings = read_settings(train_autoencoder, flags)
     store = stand_in_for_store(batches.reshape(-1, batches.shape[-1]))
-    (own / kind).mkdir()
+    (output / kind).mkdir()
     autoencoder = training.build(settings, store, len(batches))
     # Dead ones too small to be chosen in so few steps: none is dead on one backend and not on
     # another for a difference in the last bit.
@@ -67,16 +68,10 @@ def train_and_save(kind: str, batches: np.ndarray, own: Path) -> None:
     autoencoder.W_enc.assign(autoencoder.W_enc * small[:, None])
     autoencoder.b_enc.assign(autoencoder.b_enc * small)
     autoencoder.idle_tokens.assign(np.where(dead, settings.dead_after, 0))
-    autoencoder = training.train(
-        autoencoder,
-        lambda step: iter(batches[step:]),
-        batches[0],
-        training.Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND),
-        batches.shape[1],
-        own / kind,
-        backup_every=10**6,
-    )
-    save_autoencoder(autoencoder, own / kind / "autoencoder.keras")
+    data = training.TrainingData(lambda step: iter(batches[step:]), batches[0], batches.shape[1])
+    rounds = Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND)
+    autoencoder = training.train(autoencoder, data, rounds, output / kind, backup_every=10**6)
+    save_autoencoder(autoencoder, output / kind / "autoencoder.keras")
 
 
 def stand_in_for_store(rows: np.ndarray) -> SimpleNamespace:
@@ -85,7 +80,7 @@ def stand_in_for_store(rows: np.ndarray) -> SimpleNamespace:
     return SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
 
 
-def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
+def load_all(folder: Path, activations: np.ndarray, output: Path) -> None:
     """Latents and reconstruction by every saved autoencoder, as FOLDER/BACKEND/of-SAVER-KIND."""
     from keras import ops
 
@@ -97,7 +92,7 @@ def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
         active = np.zeros((len(activations), N_LATENTS), np.float32)
         active[row, latent] = values
         np.savez(
-            own / f"of-{path.parts[-3]}-{path.parts[-2]}.npz",
+            output / f"of-{path.parts[-3]}-{path.parts[-2]}.npz",
             latents=ops.convert_to_numpy(autoencoder.encode(activations)),
             reconstruction=ops.convert_to_numpy(autoencoder(activations)),
             active=active,
@@ -105,7 +100,7 @@ def load_all(folder: Path, activations: np.ndarray, own: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------ products of picks
+# ------------------------------------------------------------------------------- chosen latents
 
 
 def product_inputs() -> dict[str, np.ndarray]:
@@ -119,17 +114,17 @@ def product_inputs() -> dict[str, np.ndarray]:
         "rows": (11, 5),
         "biases": (11,),
         "values": (7, 3),
-        "by_pick": (7, 3),
+        "by_choice": (7, 3),
         "by_row": (7, 5),
     }
     normal = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     return {"indices": indices, "kept": kept, **normal}
 
 
-def save_products(own: Path) -> None:
+def save_products(output: Path) -> None:
     """Values of the products and gradients of `sum(value * weights)`, with and without `kept`.
 
-    Values of picks are (batch, m) here, zero where nothing is picked.
+    Values are (batch, m) here, zero where nothing is chosen.
     """
     from utils.autoencoder import sparse
 
@@ -137,23 +132,22 @@ def save_products(own: Path) -> None:
     for name, kept, gathered in (
         ("all", None, sparse.GATHERED),
         ("kept", given["kept"], sparse.GATHERED),
-        ("parts", given["kept"], 7 * 5 * 2),  # two picks of each row at once, then one
+        ("parts", given["kept"], 7 * 5 * 2),  # two latents of each row at once, then one
     ):
         sparse.GATHERED = gathered
-        found = products(given, kept)
-        np.savez(own / f"products-{name}.npz", **found)
+        np.savez(output / f"products-{name}.npz", **products(given, kept))
     sparse.GATHERED = 2**26
 
 
 def products(given: dict[str, np.ndarray], kept: np.ndarray | None) -> dict[str, np.ndarray]:
     from keras import ops
 
-    from utils.autoencoder.sparse import Picks
+    from utils.autoencoder.sparse import ChosenLatents
 
     mask = np.ones((7, 3), bool) if kept is None else kept
     on_torch = ops.convert_to_tensor(given["values"]).__class__.__module__.startswith("torch")
 
-    def own_shape(values):
+    def ragged(values):  # as PyTorch's has them
         return ops.convert_to_tensor(values)[ops.convert_to_tensor(mask)] if on_torch else values
 
     def padded(values):
@@ -163,26 +157,26 @@ def products(given: dict[str, np.ndarray], kept: np.ndarray | None) -> dict[str,
         full[mask] = values
         return full
 
-    def picks():
+    def chosen():
         indices = ops.convert_to_tensor(given["indices"])
-        return Picks(indices, 11, None if kept is None else ops.convert_to_tensor(kept))
+        return ChosenLatents(indices, 11, None if kept is None else ops.convert_to_tensor(kept))
 
-    by_pick, by_row = given["by_pick"], given["by_row"]
-    found = {}
+    by_choice, by_row = given["by_choice"], given["by_row"]
+    computed = {}
     for name, product, arguments, weights in (
-        ("dot", lambda q, r: picks().dot(q, r), ("queries", "rows"), own_shape(by_pick)),
-        ("take", lambda b: picks().take(b), ("biases",), own_shape(by_pick)),
-        ("sum", lambda v, r: picks().sum(own_shape(v), r), ("values", "rows"), by_row),
+        ("dot", lambda q, r: chosen().dot(q, r), ("queries", "rows"), ragged(by_choice)),
+        ("take", lambda b: chosen().take(b), ("biases",), ragged(by_choice)),
+        ("sum", lambda v, r: chosen().sum(ragged(v), r), ("values", "rows"), by_row),
     ):
         value, gradients = differentiate(product, [given[a] for a in arguments], weights)
-        found[name] = padded(value) if name != "sum" else value
-        found |= {f"{name}_by_{a}": g for a, g in zip(arguments, gradients, strict=True)}
-    values = own_shape(given["values"] * mask)
-    row, latent, positive = picks().positive(ops.convert_to_tensor(values))
-    dense = picks().dense(ops.convert_to_tensor(values))
-    active = picks().is_active(ops.convert_to_tensor(values))
-    found |= {"row": row, "latent": latent, "positive": positive}
-    return found | {"dense": ops.convert_to_numpy(dense), "active": ops.convert_to_numpy(active)}
+        computed[name] = padded(value) if name != "sum" else value
+        computed |= {f"{name}_by_{a}": g for a, g in zip(arguments, gradients, strict=True)}
+    values = ragged(given["values"] * mask)
+    row, latent, positive = chosen().positive(ops.convert_to_tensor(values))
+    dense = chosen().dense(ops.convert_to_tensor(values))
+    active = chosen().is_active(ops.convert_to_tensor(values))
+    computed |= {"row": row, "latent": latent, "positive": positive}
+    return computed | {"dense": ops.convert_to_numpy(dense), "active": ops.convert_to_numpy(active)}
 
 
 def differentiate(function, arguments, weights):
@@ -229,7 +223,7 @@ def step_inputs() -> dict[str, np.ndarray]:
     return {"idle_tokens": idle} | {n: v.astype(np.float32) for n, v in drawn.items()}
 
 
-def save_gradients(own: Path) -> None:
+def save_gradients(output: Path) -> None:
     from utils.autoencoder.kinds import KINDS
 
     given = step_inputs()
@@ -238,7 +232,7 @@ def save_gradients(own: Path) -> None:
         made = KINDS[kind](d_model=8, n_latents=32, k=3, dead_after=100, **options)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle_tokens"):
             getattr(made, name).assign(given[name])
-        np.savez(own / f"gradients-{kind}.npz", **loss_and_gradients(made, given["x"]))
+        np.savez(output / f"gradients-{kind}.npz", **loss_and_gradients(made, given["x"]))
 
 
 def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -248,7 +242,7 @@ def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:
 
     def loss():
         tensor = ops.convert_to_tensor(x)
-        return autoencoder.loss_terms(tensor, autoencoder.forward_pass(tensor))
+        return sum(autoencoder.loss_terms(tensor, autoencoder.forward_pass(tensor)).values())
 
     weights = autoencoder.trainable_variables
     backend = keras.backend.backend()

@@ -52,7 +52,7 @@ def make_planted(
     return Planted(*(array.astype(np.float32) for array in (rows, directions, coefficients)))
 
 
-def largest_cosines(directions: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """For each true direction, the largest cosine to a row found, shape (n_features,)."""
-    found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-    return (directions @ found.T).max(axis=1)
+def largest_cosines(directions: np.ndarray, decoder_rows: np.ndarray) -> np.ndarray:
+    """For each true direction, the largest cosine to a decoder row, shape (n_features,)."""
+    norms = np.linalg.norm(decoder_rows, axis=1, keepdims=True)
+    return (directions @ (decoder_rows / np.maximum(norms, 1e-12)).T).max(axis=1)

@@ -26,13 +26,13 @@ FLAGS = {
         --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype --prefixes
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
-        --learning-rate-decay --learning-rate-shape --gradient-clip-norm --weight-averaging
+        --learning-rate-decay --learning-rate-shape --gradient-clip-norm
         --dead-after --seed --sweep-latents --sweep-steps --sweep-learning-rates --backend
         --distribution --log-every --tensorboard --backup-every --overwrite
     """,
     "analyze_features": """
         --activations-dir --autoencoder-dir --n-tokens --n-loss-tokens --studies --n-studied
-        --n-neuron-tokens --n-explained --sentence-model --other-autoencoders --map-features
+        --n-neuron-tokens --n-explained --other-autoencoders --map-features
         --n-reported --batch-size --seed --judge --judge-url --judge-price --search --search-like
         --search-prompt --search-not --search-token --search-classifier --n-found --analysis-dir
         --overwrite

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.settings import require
 
-Tensor = Any  # a tensor of whichever backend Keras computes with
+Tensor = Any  # a tensor of any Keras backend
 
 # Asks a framework, in a process of its own, whether it sees an accelerator.
 PROBES = {

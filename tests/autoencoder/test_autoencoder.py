@@ -10,8 +10,8 @@ from on_backend import loss_and_gradients, stand_in_for_store
 
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.kinds import KINDS
-from utils.autoencoder.training import Rounds
 from utils.settings import read_settings
 
 

@@ -1,4 +1,4 @@
-"""Three backends, one answer: products of picks, gradients of a step, trainings, saved models."""
+"""Three backends, one answer: chosen latents, gradients of a step, trainings, saved models."""
 
 import subprocess
 import sys
@@ -39,33 +39,33 @@ def in_its_own_process(*words: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# ------------------------------------------------------------------------------- products of picks
+# ------------------------------------------------------------------------------- chosen latents
 
 
 def dense_products(kept: np.ndarray) -> dict[str, np.ndarray]:
-    """The products and their gradients with a (batch, n_latents) for the picks."""
+    """The products and their gradients, by a dense (batch, n_latents)."""
     given = product_inputs()
     queries, rows, biases, by_row = (given[n] for n in ("queries", "rows", "biases", "by_row"))
     batch = np.arange(7)[:, None]
-    picked = np.zeros((7, 11), np.float32)
-    picked[batch, given["indices"]] = kept
+    is_chosen = np.zeros((7, 11), np.float32)
+    is_chosen[batch, given["indices"]] = kept
 
-    def scattered(of_picks):
+    def scattered(values):
         dense = np.zeros((7, 11), np.float32)
-        dense[batch, given["indices"]] = of_picks * kept
+        dense[batch, given["indices"]] = values * kept
         return dense
 
     def gathered(dense):
-        return (dense * picked)[batch, given["indices"]]
+        return (dense * is_chosen)[batch, given["indices"]]
 
-    by_pick, values = scattered(given["by_pick"]), scattered(given["values"])
+    by_choice, values = scattered(given["by_choice"]), scattered(given["values"])
     row, latent = np.nonzero(values > 0)
     return {
         "dot": gathered(queries @ rows.T),
-        "dot_by_queries": by_pick @ rows,
-        "dot_by_rows": by_pick.T @ queries,
+        "dot_by_queries": by_choice @ rows,
+        "dot_by_rows": by_choice.T @ queries,
         "take": gathered(np.broadcast_to(biases, (7, 11))),
-        "take_by_biases": by_pick.sum(0),
+        "take_by_biases": by_choice.sum(0),
         "sum": values @ rows,
         "sum_by_values": gathered(by_row @ rows.T),
         "sum_by_rows": values.T @ by_row,
@@ -146,7 +146,8 @@ def test_backends_train_alike(computed, kind):
     if kind in STEP_KINDS:
         assert (torch["dead_fraction"] > 0.1).all()  # so that AuxK is at work
     for backend in BACKENDS[1:]:
-        for name in ("loss", "fvu", "l0", "val_fvu", "learning_rate"):
+        losses = [name for name in torch if name.startswith("loss")]
+        for name in (*losses, "fvu", "l0", "val_fvu", "learning_rate"):
             np.testing.assert_allclose(logs[backend][name], torch[name], rtol=1e-3)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, environment
-from on_devices import BACKUP_AT, KINDS
+from on_devices import BACKUP_AT, KINDS, NEW_KIND
 
 from utils.autoencoder.devices import use_devices
 from utils.autoencoder.saved import load_autoencoder
@@ -50,7 +50,7 @@ def assert_same_training(one: Path, other: Path, leave_out: tuple[str, ...] = ()
     pd.testing.assert_frame_equal(*logs, check_exact=False, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, NEW_KIND))
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_trains_as_one_device_does(trained, distribution, kind):
     # 48 instead of 50 rows are evaluated where four devices share them.
@@ -90,10 +90,11 @@ def test_latents_and_moments_are_split(trained):
     """By device under "model": every weight with latents, and its moments; nothing else."""
     layouts = json.loads((trained / "model" / "layouts.json").read_text())
     split = {path for path, layout in layouts.items() if "latents" in layout}
-    names = "W_enc b_enc W_dec idle_tokens r_mag b_mag log_threshold".split()
+    names = "W_enc b_enc W_dec idle_tokens r_mag b_mag log_threshold gain".split()
     expected = {path for path in layouts if any(name in path for name in names)}
     assert split == expected
-    assert {path for path in split if path.endswith("W_dec_velocity")}
+    for name in ("/gain", "_gain_momentum", "_W_dec_velocity"):
+        assert {path for path in split if path.endswith(name)}, name
 
 
 def test_refuses_what_devices_cannot_share(trained):

@@ -21,11 +21,15 @@ UNEVEN = np.array([[10.0, 12.0], [2.0, 4.0]], np.float32)
 
 
 def trained_on(made: SparseAutoencoder, activations) -> dict[str, np.ndarray]:
-    """What a training step computes of raw activations, and its ``loss``, as NumPy arrays."""
+    """What a training step computes of raw activations, as NumPy arrays.
+
+    The ``losses`` too, numbers by name, which are those that the kind declares.
+    """
     x = made.normalise(activations)
     passed = made.forward_pass(x)
-    loss = made.loss_terms(x, passed)
-    return {"loss": float(array(loss))} | {
+    losses = {name: float(array(term)) for name, term in made.loss_terms(x, passed).items()}
+    assert tuple(losses) == made.loss_names
+    return {"losses": losses} | {
         name: array(value) for name, value in passed.items() if name != "prefixes"
     }
 
@@ -41,7 +45,8 @@ def test_l1():
     passed = trained_on(made, ACTIVATIONS)
     assert passed["reconstruction"].tolist() == [[4.5, 1.25], [0.5, 1.75]]
     # ‖x − x̂‖²: 6.25 + 3.0625 and 2.25 + 5.0625; Σ f ‖W_dec‖: 4 + 1.25 and 1.75.
-    assert passed["loss"] == pytest.approx((9.3125 + 7.3125) / 2 + 5 * (5.25 + 1.75) / 2)
+    expected = {"reconstruction": (9.3125 + 7.3125) / 2, "sparsity": 5 * (5.25 + 1.75) / 2}
+    assert passed["losses"] == pytest.approx(expected)
     assert passed["l0"] == 1.5 and passed["active"].tolist() == [True, True]
 
 
@@ -64,9 +69,13 @@ def test_gated():
     assert passed["reconstruction"].tolist() == [[14.5, 0], [0.5, 0.5]]
     assert passed["l0"] == 1
     # ‖x − x̂‖²: 156.25 + 9 and 2.25 + 12.25; of π as latents: what `l1` has, error and penalty.
-    by_gates = (9.3125 + 7.3125) / 2
-    expected = (165.25 + 14.5) / 2 + 5 * (5.25 + 1.75) / 2 + by_gates
-    assert passed["loss"] == pytest.approx(expected)
+    assert passed["losses"] == pytest.approx(
+        {
+            "reconstruction": (165.25 + 14.5) / 2,
+            "sparsity": 5 * (5.25 + 1.75) / 2,
+            "auxiliary": (9.3125 + 7.3125) / 2,
+        }
+    )
 
 
 def test_gated_decoder_learns_from_its_own_error_alone():
@@ -98,9 +107,13 @@ def test_jumprelu():
     assert passed["l0"] == 1
     # ‖x − x̂‖²: 6.25 + 9 and 2.25 + 5.0625. f ‖W_dec‖: 4 and 1.75.
     # ReLU(θ − π) ‖W_dec‖: 0.9 · 0.5 and 2.1 · 2.
-    price = 5 * (np.tanh(0.25 * 4) + np.tanh(0.25 * 1.75)) / 2
-    expected = (15.25 + 7.3125) / 2 + price + 0.1 * (0.45 + 4.2) / 2
-    assert passed["loss"] == pytest.approx(expected)
+    assert passed["losses"] == pytest.approx(
+        {
+            "reconstruction": (15.25 + 7.3125) / 2,
+            "sparsity": 5 * (np.tanh(0.25 * 4) + np.tanh(0.25 * 1.75)) / 2,
+            "preactivation": 0.1 * (0.45 + 4.2) / 2,
+        }
+    )
 
 
 def test_jumprelu_gradient_is_that_of_the_ramp():
@@ -138,13 +151,14 @@ def test_jumprelu_price_moves_thresholds_up():
 
 def test_topk():
     made = hand_set("topk", k=1)
-    picks, values = made.encode_picks(ACTIVATIONS)
-    assert array(values).tolist() == [2.5, 3.5] and array(picks.latent).tolist() == [1, 1]
+    chosen, values = made.encode_chosen(ACTIVATIONS)
+    assert array(values).tolist() == [2.5, 3.5] and array(chosen.latent).tolist() == [1, 1]
     assert array(made.encode(ACTIVATIONS)).tolist() == [[0, 2.5], [0, 3.5]]
     assert array(made(ACTIVATIONS)).tolist() == [[1, 2.5], [1, 3.5]]
     passed = trained_on(made, ACTIVATIONS)
     assert passed["reconstruction"].tolist() == [[0.5, 1.25], [0.5, 1.75]]
-    assert passed["loss"] == pytest.approx((2.25 + 3.0625 + 2.25 + 5.0625) / 2)
+    expected = {"reconstruction": (2.25 + 3.0625 + 2.25 + 5.0625) / 2, "auxiliary": 0}
+    assert passed["losses"] == pytest.approx(expected)
     assert passed["l0"] == 1 and passed["active"].tolist() == [False, True]
 
 
@@ -155,7 +169,7 @@ def test_topk_whose_largest_is_negative_is_silent():
     assert array(made(silent)).tolist() == [[1, 0]]
     passed = trained_on(made, silent)
     assert passed["l0"] == 0 and not passed["active"].any()
-    assert passed["loss"] == pytest.approx(1.5**2)
+    assert passed["losses"]["reconstruction"] == pytest.approx(1.5**2)
 
 
 def test_auxk_is_made_of_dead_latents_without_the_bias():
@@ -164,42 +178,33 @@ def test_auxk_is_made_of_dead_latents_without_the_bias():
     made.W_dec.assign([[0.1, 0.0], [5.0, 5.0], [0.0, 0.5]])
     made.b_dec.assign([10.0, 0.0])
     x = np.array([[12.0, 1.0]], np.float32)
-    # Latent 0 gives x̂ = (11.2, 0), so that e = (0.8, 1) and the loss is 1.64.
-    assert trained_on(made, x)["loss"] == pytest.approx(1.64)
-    # Dead latents 1 and 2 have pre-activations 0 and 1: ê = (0, 0.5), without b_dec.
-    made.idle_tokens.assign([0, 100, 100])
-    assert trained_on(made, x)["loss"] == pytest.approx(1.64 + 0.64 + 0.25, rel=1e-5)
-    # Latent 2 alive: nothing left to explain e with.
-    made.idle_tokens.assign([0, 100, 99])
-    assert trained_on(made, x)["loss"] == pytest.approx(1.64 + 1.64, rel=1e-5)
+    for idle, auxiliary in (
+        ([0, 0, 0], 0),
+        # Latent 0 gives x̂ = (11.2, 0), so that e = (0.8, 1).
+        # Dead latents 1 and 2 have pre-activations 0 and 1: ê = (0, 0.5), without b_dec.
+        ([0, 100, 100], 0.64 + 0.25),
+        # Latent 2 alive: nothing left to explain e with.
+        ([0, 100, 99], 1.64),
+    ):
+        made.idle_tokens.assign(idle)
+        losses = trained_on(made, x)["losses"]
+        assert losses == pytest.approx({"reconstruction": 1.64, "auxiliary": auxiliary}, rel=1e-5)
 
 
-def test_batch_topk_shares_its_picks_among_the_rows():
+def test_batch_topk_shares_its_latents_among_the_rows():
     made = hand_set("batch_topk", k=1)
-    passed = trained_on(made, UNEVEN)  # both picks are the first row's
+    passed = trained_on(made, UNEVEN)  # both are the first row's
     assert passed["reconstruction"].tolist() == [[10.5, 2.75], [0.5, 0]]
     # ‖x − x̂‖²: 5.5² + 3.25² and 0.25 + 4.
-    assert passed["loss"] == pytest.approx((30.25 + 10.5625 + 0.25 + 4) / 2)
+    assert passed["losses"]["reconstruction"] == pytest.approx((30.25 + 10.5625 + 0.25 + 4) / 2)
     assert passed["l0"] == 1
     assert float(made.threshold) == 5  # the smaller of them
     made.step.assign(1)
-    trained_on(made, ACTIVATIONS)  # picks 2.5 and 3.5
+    trained_on(made, ACTIVATIONS)  # chooses 2.5 and 3.5
     assert float(made.threshold) == 3.75
     made.step.assign(1_000)
     trained_on(made, UNEVEN)
     assert float(made.threshold) == pytest.approx(3.75 + (5 - 3.75) / 20)
-
-
-def test_batch_topk_is_calibrated_to_weights_that_were_set():
-    drawn = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
-    made = KINDS["batch_topk"](d_model=8, n_latents=32, k=4)
-    made.initialize(1.0, np.zeros(8), np.zeros(8), decoder_norm=1.0, seed=0)
-    batches = [drawn[:50], drawn[50:]]
-    made.calibrate(batches)
-    smallest = [np.sort((batch @ array(made.W_enc).T).ravel())[-4 * 50] for batch in batches]
-    assert float(made.threshold) == pytest.approx(np.mean(smallest), rel=1e-5)
-    row, _, _, _ = made.encode_active(drawn)
-    assert len(row) / 100 == pytest.approx(4, abs=0.2)
 
 
 def test_batch_topk_encodes_by_its_threshold():
@@ -224,25 +229,25 @@ def test_batch_topk_gives_a_row_at_most_4_k():
     x[1:, 0] = [1, 2, 3, 4, 5]
     active = np.zeros((6, 8))
     active[0, 4:], active[4:, 0] = x[0, 4:], [4, 5]
-    picks = made.choose(ops.convert_to_tensor(x))[0]
-    chosen = array(picks.dense(picks.dot(ops.convert_to_tensor(x), made.W_enc)))
-    assert chosen.tolist() == active.tolist()
+    chosen = made.choose(ops.convert_to_tensor(x))[0]
+    dense = array(chosen.dense(chosen.dot(ops.convert_to_tensor(x), made.W_enc)))
+    assert dense.tolist() == active.tolist()
 
 
-def test_batch_topk_picks_nothing_that_is_not_positive():
+def test_batch_topk_chooses_nothing_that_is_not_positive():
     made = hand_set("batch_topk", k=1)
     rows = np.array(
         [[4.0, -2.0], [-2.0, -4.0]], np.float32
     )  # pre-activations (2, −1.5), (−1, −2.5)
     assert trained_on(made, rows)["l0"] == 0.5
     assert float(made.threshold) == 0
-    found = loss_and_gradients(made, 0.5 * rows[1:])  # no pick at all
+    found = loss_and_gradients(made, 0.5 * rows[1:])  # none is chosen
     assert found["loss"] == pytest.approx(1.5**2 + 4)
     assert not found["W_enc"].any() and not found["W_dec"].any() and found["b_dec"].all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batch_topk_picks_as_many_in_either_precision(dtype):
+def test_batch_topk_chooses_as_many_in_either_precision(dtype):
     x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     made = KINDS["batch_topk"](d_model=16, n_latents=96, k=5, selection_dtype=dtype)
     made.initialize(1.0, np.zeros(16), np.zeros(16), 1.0, seed=0)
@@ -258,7 +263,9 @@ def test_matryoshka():
     assert passed["reconstruction"].tolist() == [[10.5, 2.75], [0.5, 0]]
     # Without latent 1, x̂ = [[10.5, 0], [0.5, 0]]: 5.5² + 6² and 0.25 + 4.
     whole, first = (30.25 + 10.5625 + 4.25) / 2, (30.25 + 36 + 4.25) / 2
-    assert passed["loss"] == pytest.approx((whole + first) / 2)
+    assert passed["losses"] == pytest.approx(
+        {"reconstruction": (whole + first) / 2, "auxiliary": 0}
+    )
     assert float(made.threshold) == 5
     assert array(made.encode(UNEVEN)).tolist() == [[0, 5.5], [0, 0]]
 
@@ -383,7 +390,6 @@ def test_options_at_their_default_and_of_the_kind_pass(kind):
         ("--sparsity-coefficient -1", "SPARSITY_COEFFICIENT must not be negative; it is -1.0"),
         ("--sparsity-warmup 1.1", "SPARSITY_WARMUP must be a share from 0 to 1; it is 1.1"),
         ("--learning-rate-decay -0.1", "LEARNING_RATE_DECAY must be a share from 0 to 1"),
-        ("--weight-averaging 1", "WEIGHT_AVERAGING must be between 0 and 1; it is 1.0"),
         ("--held-out 0", "HELD_OUT must be between 0 and 1; it is 0.0"),
         ("--prefixes 0.5 0.25 1", r"PREFIXES must be shares that rise to 1; they are \(0.5, 0.25"),
         ("--prefixes 0.5 0.75", r"PREFIXES must be shares that rise to 1; they are \(0.5, 0.75\)"),

@@ -43,14 +43,14 @@ def main() -> None:
         write_store(folder, planted.rows.reshape(shape))
         print("| kind | ours | SAELens | its settings |\n|---|---|---|---|", flush=True)
         for kind in FLAGS:
-            own = largest_cosines(planted.directions, train_ours(folder, kind)).mean()
-            found = [
+            ours = largest_cosines(planted.directions, train_ours(folder, kind)).mean()
+            trainings = [
                 (largest_cosines(planted.directions, directions).mean(), chosen)
                 for chosen, directions in train_theirs(folder, kind, options.peers_python)
             ]
-            best, chosen = max(found, key=lambda pair: pair[0])
+            best, chosen = max(trainings, key=lambda pair: pair[0])
             settings = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
-            print(f"| {kind} | {own:.3f} | {best:.3f} | {settings} |", flush=True)
+            print(f"| {kind} | {ours:.3f} | {best:.3f} | {settings} |", flush=True)
 
 
 def train_ours(folder: Path, kind: str) -> np.ndarray:

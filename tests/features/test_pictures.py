@@ -10,7 +10,7 @@ from pictures import drawn, share_of
 
 from utils.features import report
 from utils.features.studies import cross_entropy, places
-from utils.plots import BLUE, ORANGE
+from utils.plots import BLUE, COLOURS, ORANGE
 
 SUBSETS = ["Github", "ArXiv", "Wikipedia (en)"]
 
@@ -68,8 +68,8 @@ def test_umap_leaves_out_dead_features(tmp_path):
     features["top_subset_share"] = 0.9
     places.plot_umap(features, tmp_path / "map.png")
     picture = drawn(tmp_path / "map.png")
-    assert 0 < share_of(picture, places.SUBSET_COLOURS[0]) < 0.001
-    assert share_of(picture, places.SUBSET_COLOURS[1]) == 0
+    assert 0 < share_of(picture, COLOURS[0]) < 0.001
+    assert share_of(picture, COLOURS[1]) == 0
 
 
 def test_umap_of_more_subsets_than_colours_and_of_awkward_labels(tmp_path):

@@ -1,9 +1,11 @@
 """Sparse autoencoders and their training, for train_autoencoder.py. Read in this order:
 
-autoencoder          what all kinds share
-kinds                a class each: equations, options, loss
+autoencoder          what all kinds share: encoding, the loss as a sum of terms, dead latents
+kinds                a class each: equations, options, terms of the loss
+training             from settings to a trained autoencoder
+callbacks            what is logged and backed up on the way; training_curves: drawn
 sparse, devices      products with the active latents alone; over several devices
-optimizer, training  Adam in one kernel, rows of norm 1; from settings to a trained autoencoder
-fidelity, saved      variance explained, cosine, L0; autoencoders as files
-sweep, scaling_laws  many sizes and budgets on the same batches; the laws fitted to them
+optimizer            Adam in one kernel, rows of norm 1, the schedule of the learning rate
+fidelity, saved      variance explained, cosine, L0; autoencoders and their metrics as files
+sweep, scaling_laws  many sizes and budgets on the same batches; the laws fitted to them, drawn
 """

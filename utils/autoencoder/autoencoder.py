@@ -13,9 +13,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from utils.autoencoder.devices import on_each_device
+from utils.autoencoder.devices import per_device
 from utils.autoencoder.optimizer import UnitRows
 from utils.autoencoder.sparse import pre_activations, take_rows, values_at
+from utils.backend import Tensor
+from utils.settings import require
 
 
 class SparseAutoencoder(keras.Model):
@@ -25,7 +27,7 @@ class SparseAutoencoder(keras.Model):
         x̂ = b_dec + Σ_i f_i W_dec,i
 
     A kind says what the latents f are (``encode``), how they are differentiated (``forward_pass``)
-    and what they are trained for (``loss_terms``).
+    and what they are trained for (``loss_terms``, whose names are declared in ``loss_names``).
 
     Args:
         d_model: Width of the residual stream.
@@ -37,6 +39,9 @@ class SparseAutoencoder(keras.Model):
     Reference: "Scaling Monosemanticity", Sparse Autoencoders; "Update on how we train SAEs"
     (Circuits Updates, April 2024).
     """
+
+    loss_names: tuple[str, ...] = ("reconstruction",)  # of `loss_terms`; each is a metric
+    training_aids: tuple[str, ...] = ()  # those of them that say nothing of quality
 
     default_decoder_norm = 0.1
     default_unit_decoder = False
@@ -70,8 +75,10 @@ class SparseAutoencoder(keras.Model):
         self.idle_tokens = self.add_weight(
             (n_latents,), "zeros", dtype="int32", trainable=False, name="idle_tokens"
         )
+        terms = map(metric_name, self.loss_names)
         self._trackers = {
-            name: keras.metrics.Mean(name=name) for name in ("loss", "fvu", "l0", "dead_fraction")
+            name: keras.metrics.Mean(name=name)
+            for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
         }
         self.built = True
 
@@ -156,14 +163,7 @@ class SparseAutoencoder(keras.Model):
 
     # ---- training
 
-    def calibrate(self, batches) -> None:
-        """Suit to the weights, if these were set otherwise than by training, what follows them.
-
-        Args:
-            batches: Some of those trained on, raw, (batch, d_model).
-        """
-
-    def forward_pass(self, x) -> dict:
+    def forward_pass(self, x: Tensor) -> dict[str, Tensor]:
         """One differentiable pass over normalised x (batch, d_model), only made while training.
 
         Returns:
@@ -173,21 +173,34 @@ class SparseAutoencoder(keras.Model):
         """
         raise NotImplementedError
 
-    def loss_terms(self, x, passed: dict):
-        """The loss of a batch, from x and what `forward_pass` returned."""
-        return squared_error(x, passed["reconstruction"])
+    def loss_terms(self, x: Tensor, passed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms that add up to the loss of a batch, by the names in ``loss_names``.
+
+        Args:
+            x: Normalised, shape (batch, d_model).
+            passed: What `forward_pass` returned.
+
+        Returns:
+            Scalars, each with its coefficient.
+        """
+        return {"reconstruction": squared_error(x, passed["reconstruction"])}
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Loss and metrics of a batch; called by Keras in `fit` and `evaluate`.
 
         While evaluating, the loss is the squared error of the reconstruction, made as it will be
         after training, and FVU is the only other metric.
+
+        Raises:
+            InputError: The terms of the loss are not those that the kind declares.
         """
         x = self.normalise(x)
         reconstruction = y_pred["reconstruction"] if training else self.normalise(y_pred)
-        loss = self.loss_terms(x, y_pred) if training else squared_error(x, reconstruction)
+        error = squared_error(x, reconstruction)
+        terms = self._declared(self.loss_terms(x, y_pred)) if training else {}
+        loss = sum(terms.values()) if training else error
         variance = squared_error(x, ops.mean(x, axis=0))
-        values = {"loss": loss, "fvu": squared_error(x, reconstruction) / variance}
+        values = {**terms, "loss": loss, "fvu": error / variance}
         if training:
             self.step.assign_add(1)
             idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)  # int32 ends at 2**31
@@ -197,6 +210,15 @@ class SparseAutoencoder(keras.Model):
         for name, value in values.items():
             self._trackers[name].update_state(value)
         return loss
+
+    def _declared(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of the loss by the names of their metrics."""
+        require(
+            set(terms) == set(self.loss_names),
+            f"{type(self).__name__}.loss_terms returned {', '.join(terms)}, and its loss_names are "
+            f"{', '.join(self.loss_names)}. Name the same terms in both.",
+        )
+        return {metric_name(name): term for name, term in terms.items()}
 
     def dead(self):
         """Which latents were not active for ``dead_after`` training tokens, bool (n_latents,)."""
@@ -220,13 +242,13 @@ class SparseAutoencoder(keras.Model):
         candidates = min(4 * auxk, self.n_latents)
         # As a tensor, for JAX takes no Keras variable within a traced condition.
         idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
-        found = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
-        found = ops.where(idle >= self.dead_after, ops.relu(found), 0.0)
-        largest = on_each_device(
-            lambda values: ops.top_k(values, auxk)[0], ("batch",), ops.stop_gradient(found)
+        values = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
+        values = ops.where(idle >= self.dead_after, ops.relu(values), 0.0)
+        largest = per_device(
+            lambda share: ops.top_k(share, auxk)[0], ("batch",), ops.stop_gradient(values)
         )
         weakest = ops.min(largest, axis=-1, keepdims=True)
-        latents = ops.where(found >= weakest, found, 0.0)
+        latents = ops.where(values >= weakest, values, 0.0)
         return squared_error(error, ops.matmul(latents, take_rows(self.W_dec, rows)))
 
     @property
@@ -245,6 +267,11 @@ class SparseAutoencoder(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), **{name: getattr(self, name) for name in self.options()}}
+
+
+def metric_name(term: str) -> str:
+    """What a term of the loss is called among the metrics, and in training_log.csv."""
+    return f"loss_{term}"
 
 
 def of_some(weights, features):

@@ -4,6 +4,8 @@ The devices form a mesh of two axes, "batch" and "latents". DISTRIBUTION ``data`
 along the first: each holds all weights and takes a share of each batch. ``model`` has all of them
 along the second: each holds a share of the latents, their moments too, and sees whole batches; this
 is for dictionaries too large for one. Either trains what one device would, but for rounding.
+
+A weight is split by its shape: where the first axis is the latents, each device has a share.
 """
 
 from collections.abc import Iterable
@@ -11,14 +13,34 @@ from collections.abc import Iterable
 import keras
 from keras import ops
 
+from utils.backend import Tensor
 from utils.settings import require
 
 if keras.backend.backend() == "jax":
     import jax
 
-# Paths of the weights with a row, or a number, for each latent. Moments have their weight's layout.
-LATENT_ROWS = ".*/W_(enc|dec)"
-LATENT_NUMBERS = ".*/(b_enc|b_mag|r_mag|log_threshold|idle_tokens)"
+
+class SplitByLatents(keras.distribution.ModelParallel):
+    """Splits the weights whose first axis is the latents; all others are on every device.
+
+    Moments lie as their weight does. A width that happens to be a number of latents is split too,
+    which changes nothing but where it lies.
+
+    Args:
+        mesh: Of axes "batch" and "latents".
+        n_latents: Sizes of the dictionaries to be trained.
+    """
+
+    def __init__(self, mesh: keras.distribution.DeviceMesh, n_latents: Iterable[int]):
+        super().__init__(layout_map=keras.distribution.LayoutMap(mesh))
+        self.n_latents = tuple(n_latents)
+
+    def get_variable_layout(self, variable: keras.Variable) -> keras.distribution.TensorLayout:
+        shape = variable.shape
+        if not shape or shape[0] not in self.n_latents:
+            return super().get_variable_layout(variable)
+        axes = ("latents", *(None for _ in shape[1:]))
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
 
 
 def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[int]) -> None:
@@ -55,12 +77,8 @@ def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[i
             f"{name} must be a multiple of the {n} devices that share it; it is {size:,}.",
         )
     shape = (n, 1) if distribution == "data" else (1, n)
-    layouts = keras.distribution.LayoutMap(
-        keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)
-    )
-    layouts[LATENT_ROWS] = ("latents", None)
-    layouts[LATENT_NUMBERS] = ("latents",)
-    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts))
+    mesh = keras.distribution.DeviceMesh(shape, ("batch", "latents"), devices)
+    keras.distribution.set_distribution(SplitByLatents(mesh, n_latents))
 
 
 def n_shares() -> int:
@@ -70,10 +88,10 @@ def n_shares() -> int:
 
 
 # XLA by itself would bring all pre-activations to each device to choose the largest, and sum
-# gathered rows over devices before multiplying them. So each works on its own share, as follows.
+# gathered rows over devices before multiplying them. So each works on its share, as follows.
 
 
-def on_each_device(function, axes: tuple[str, ...], *arguments):
+def per_device(function, axes: tuple[str, ...], *arguments):
     """Call a function with each device's share of its arguments; on one device, just call it.
 
     Args:
@@ -95,18 +113,18 @@ def on_each_device(function, axes: tuple[str, ...], *arguments):
     )(*arguments)
 
 
-def first_own(n_own: int):
-    """Number of a device's first latent, of which it has ``n_own``."""
-    return jax.lax.axis_index("latents") * n_own if keras.distribution.distribution() else 0
+def first_local_latent(n_local: int) -> Tensor:
+    """Number of the first of the ``n_local`` latents that a device holds."""
+    return jax.lax.axis_index("latents") * n_local if keras.distribution.distribution() else 0
 
 
-def own_places(latent, n_own: int):
-    """Where latents are among a device's own; and 1 for each that is its own, 0 for others."""
+def local_places(latent: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
+    """Where latents are among the ``n_local`` that a device holds; 1 where it does, 0 elsewhere."""
     if keras.distribution.distribution() is None:
         return latent, 1.0
-    place = latent - first_own(n_own)
-    own = (place >= 0) & (place < n_own)
-    return ops.where(own, place, 0), ops.cast(own, "float32")
+    place = latent - first_local_latent(n_local)
+    is_local = (place >= 0) & (place < n_local)
+    return ops.where(is_local, place, 0), ops.cast(is_local, "float32")
 
 
 def join_columns(values):

@@ -2,19 +2,19 @@
 
 To add one, subclass `SparseAutoencoder` or a kind that is near, say what differs, and decorate it
 with ``@kind("name")``. The arguments of its constructor are its options: each is a constant of
-train_autoencoder.py by the same name.
+train_autoencoder.py by the same name. The terms of its loss have names, which the class declares.
 """
 
 import difflib
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from utils.autoencoder.autoencoder import SparseAutoencoder, of_some, squared_error
-from utils.autoencoder.sparse import Picks, top_latents
+from utils.autoencoder.sparse import ChosenLatents, top_latents
+from utils.backend import Tensor
 from utils.settings import InputError
 
 KINDS: dict[str, type[SparseAutoencoder]] = {}
@@ -46,6 +46,8 @@ class DenseAutoencoder(SparseAutoencoder):
         sparsity_coefficient: λ.
         sparsity_warmup: Steps over which λ rises linearly from 0.
     """
+
+    loss_names = ("reconstruction", "sparsity")
 
     def __init__(self, sparsity_coefficient: float = 2.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
@@ -96,7 +98,7 @@ class L1Autoencoder(DenseAutoencoder):
 
     def loss_terms(self, x, passed):
         penalty = ops.mean(ops.matmul(passed["latents"], ops.norm(self.W_dec, axis=1)))
-        return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty
+        return {**super().loss_terms(x, passed), "sparsity": self.coefficient() * penalty}
 
 
 @kind("gated")
@@ -107,12 +109,14 @@ class GatedAutoencoder(DenseAutoencoder):
         f = 1[π > 0] · ReLU(m)
         loss = mean ‖x − x̂‖² + λ Σ_i ReLU(π_i) ‖W_dec,i‖ + mean ‖x − x̂(ReLU(π))‖²
 
-    The last term trains π as latents of their own, through a decoder that it leaves alone, as the
-    penalty leaves the norms.
+    The last term, the auxiliary loss, trains π as latents of their own, through a decoder that it
+    leaves alone, as the penalty leaves the norms.
 
     Reference: Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse
     autoencoders", 3.2; norms in the penalty instead of unit rows, as in the April 2024 update.
     """
+
+    loss_names = ("reconstruction", "sparsity", "auxiliary")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -133,8 +137,11 @@ class GatedAutoencoder(DenseAutoencoder):
         gates = ops.relu(passed["pre_activations"])
         W_dec, b_dec = ops.stop_gradient(self.W_dec), ops.stop_gradient(self.b_dec)
         penalty = ops.mean(ops.matmul(gates, ops.norm(W_dec, axis=1)))
-        by_gates = squared_error(x, ops.matmul(gates, W_dec) + b_dec)
-        return squared_error(x, passed["reconstruction"]) + self.coefficient() * penalty + by_gates
+        return {
+            **super().loss_terms(x, passed),
+            "sparsity": self.coefficient() * penalty,
+            "auxiliary": squared_error(x, ops.matmul(gates, W_dec) + b_dec),
+        }
 
 
 @kind("jumprelu")
@@ -160,6 +167,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
     """
 
     default_sparsity_warmup, default_unit_decoder = 1.0, True
+    loss_names = ("reconstruction", "sparsity", "preactivation")
 
     def __init__(
         self,
@@ -188,11 +196,11 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         norms = ops.norm(self.W_dec, axis=1)
         cost = ops.sum(ops.tanh(self.tanh_scale * passed["latents"] * norms), axis=-1)
         below = ops.matmul(ops.relu(self.threshold() - passed["pre_activations"]), norms)
-        return (
-            squared_error(x, passed["reconstruction"])
-            + self.coefficient() * ops.mean(cost)
-            + self.preactivation_coefficient * ops.mean(below)
-        )
+        return {
+            **super().loss_terms(x, passed),
+            "sparsity": self.coefficient() * ops.mean(cost),
+            "preactivation": self.preactivation_coefficient * ops.mean(below),
+        }
 
 
 @kind("topk")
@@ -216,6 +224,7 @@ class TopKAutoencoder(SparseAutoencoder):
     """
 
     default_unit_decoder = True
+    loss_names, training_aids = ("reconstruction", "auxiliary"), ("auxiliary",)
 
     @staticmethod
     def default_learning_rate(n_latents: int, n_steps: int) -> float:
@@ -241,59 +250,61 @@ class TopKAutoencoder(SparseAutoencoder):
         """The k largest pre-activations of each row and whose they are, both (batch, k)."""
         return top_latents(x, self.W_enc, self.b_enc, k, dtype)
 
-    def encode_picks(self, activations):
-        """The picks of raw activations, and their values, not negative."""
+    def encode_chosen(self, activations: Tensor) -> tuple[ChosenLatents, Tensor]:
+        """The k latents of each row of raw activations, and their values, not negative."""
         values, indices = self.top_latents(self.normalise(activations), self.k)
-        picks = Picks(indices, self.n_latents)
-        return picks, ops.relu(ops.reshape(values, ops.shape(picks.latent)))
+        chosen = ChosenLatents(indices, self.n_latents)
+        return chosen, ops.relu(ops.reshape(values, ops.shape(chosen.latent)))
 
     def encode(self, activations, features=None):
         if features is None:
-            picks, values = self.encode_picks(activations)
-            return picks.dense(values)
+            chosen, values = self.encode_chosen(activations)
+            return chosen.dense(values)
         # Only a positive pre-activation can be a latent; most rows of most features have none.
         x = self.normalise(activations)
-        own = ops.relu(self.pre_activations(x, features))
-        return ops.cond(ops.any(own > 0), lambda: self._among_largest(x, features), lambda: own)
+        values = ops.relu(self.pre_activations(x, features))
+        return ops.cond(
+            ops.any(values > 0), lambda: self._among_largest(x, features), lambda: values
+        )
 
     def _among_largest(self, x, features):
         values, indices = self.top_latents(x, self.k)
-        chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
-        return ops.sum(ops.where(chosen, ops.relu(values)[:, None], 0.0), axis=-1)
+        is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
+        return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
     def encode_active(self, activations):
-        picks, values = self.encode_picks(activations)
-        reconstruction = self.denormalise(picks.sum(values, self.W_dec) + self.b_dec)
-        return *picks.positive(values), ops.convert_to_numpy(reconstruction)
+        chosen, values = self.encode_chosen(activations)
+        reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+        return *chosen.positive(values), ops.convert_to_numpy(reconstruction)
 
-    def choose(self, x) -> tuple[Picks, Any]:
+    def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""
         values, indices = self.top_latents(x, self.k, self.selection_dtype)
-        picks = Picks(indices, self.n_latents)
-        return picks, picks.of(values)
+        chosen = ChosenLatents(indices, self.n_latents)
+        return chosen, chosen.of(values)
 
     def forward_pass(self, x):
-        picks, found = self.choose(x)
-        biases = picks.take(self.b_enc)
-        products = picks.dot(x, self.W_enc, known=found - ops.stop_gradient(biases))
+        chosen, pre_activations = self.choose(x)
+        biases = chosen.take(self.b_enc)
+        products = chosen.dot(x, self.W_enc, known=pre_activations - ops.stop_gradient(biases))
         values = ops.relu(products + biases)
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
-            **self.reconstruct(picks, values),
+            **self.reconstruct(chosen, values),
             "l0": n_active / ops.cast(ops.shape(x)[0], "float32"),
-            "active": picks.is_active(values),
+            "active": chosen.is_active(values),
         }
 
-    def reconstruct(self, picks: Picks, values) -> dict:
-        """What `loss_terms` needs of the values of picks."""
-        return {"reconstruction": picks.sum(values, self.W_dec) + self.b_dec}
+    def reconstruct(self, chosen: ChosenLatents, values: Tensor) -> dict[str, Tensor]:
+        """What `loss_terms` needs, from the values of the chosen latents."""
+        return {"reconstruction": chosen.sum(values, self.W_dec) + self.b_dec}
 
     def loss_terms(self, x, passed):
-        loss = squared_error(x, passed["reconstruction"])
-        if not self.auxk_coefficient:
-            return loss
-        error = ops.stop_gradient(x - passed["reconstruction"])
-        return loss + self.auxk_coefficient * self.auxk_loss(x, error)
+        auxiliary = ops.zeros(())
+        if self.auxk_coefficient:
+            error = ops.stop_gradient(x - passed["reconstruction"])
+            auxiliary = self.auxk_coefficient * self.auxk_loss(x, error)
+        return {**super().loss_terms(x, passed), "auxiliary": auxiliary}
 
 
 @kind("batch_topk")
@@ -313,37 +324,29 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         self.threshold = self.add_weight((), "zeros", trainable=False, name="threshold")
 
     def encode(self, activations, features=None):
-        found = self.pre_activations(self.normalise(activations), features)
-        return ops.where(found > self.threshold, ops.relu(found), 0.0)
+        pre_activations = self.pre_activations(self.normalise(activations), features)
+        return ops.where(pre_activations > self.threshold, ops.relu(pre_activations), 0.0)
 
     def encode_active(self, activations):
         return SparseAutoencoder.encode_active(self, activations)
 
-    def calibrate(self, batches):
-        chosen = [self._candidates(self.normalise(batch))[2] for batch in batches]
-        self.threshold.assign(sum(chosen) / len(chosen))
-
-    def _candidates(self, x):
-        """Values and numbers (batch, 4 k) that the batch chooses from, and the smallest chosen."""
+    def choose(self, x):
         width = min(4 * self.k, self.n_latents)
         values, indices = self.top_latents(x, width, self.selection_dtype)
         if self.selection_dtype != "float32":  # too many would be equal at the edge
             values = self._exactly(x, indices)
-        return values, indices, self._smallest_chosen(values)
-
-    def choose(self, x):
-        values, indices, smallest = self._candidates(x)
+        smallest = self._smallest_chosen(values)
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        picks = Picks(indices, self.n_latents, values >= smallest)
-        return picks, picks.of(values)
+        chosen = ChosenLatents(indices, self.n_latents, values >= smallest)
+        return chosen, chosen.of(values)
 
     def _exactly(self, x, indices):
         """Pre-activations of candidates in float32, (batch, width), not differentiated."""
-        picks = Picks(indices, self.n_latents)
+        candidates = ChosenLatents(indices, self.n_latents)
         W_enc, b_enc = ops.stop_gradient(self.W_enc), ops.stop_gradient(self.b_enc)
-        values = picks.dot(ops.stop_gradient(x), W_enc) + picks.take(b_enc)
+        values = candidates.dot(ops.stop_gradient(x), W_enc) + candidates.take(b_enc)
         return ops.reshape(values, ops.shape(indices))
 
     def _smallest_chosen(self, values):
@@ -371,17 +374,16 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         super().__init__(**kwargs)
         self.prefixes = tuple(prefixes)
 
-    def reconstruct(self, picks, values):
+    def reconstruct(self, chosen, values):
         reconstruction, prefixes, start = self.b_dec, [], 0
         for share in self.prefixes:
             end = round(share * self.n_latents)
-            own = ops.cast((picks.latent >= start) & (picks.latent < end), "float32")
-            reconstruction = reconstruction + picks.sum(values * own, self.W_dec)
+            is_new = ops.cast((chosen.latent >= start) & (chosen.latent < end), "float32")
+            reconstruction = reconstruction + chosen.sum(values * is_new, self.W_dec)
             prefixes.append(reconstruction)
             start = end
         return {"reconstruction": reconstruction, "prefixes": prefixes}
 
     def loss_terms(self, x, passed):
-        loss = super().loss_terms(x, passed) - squared_error(x, passed["reconstruction"])
         errors = [squared_error(x, reconstruction) for reconstruction in passed["prefixes"]]
-        return loss + sum(errors) / len(errors)
+        return {**super().loss_terms(x, passed), "reconstruction": sum(errors) / len(errors)}

@@ -32,7 +32,10 @@ class Adam(keras.optimizers.Adam):
         ValueError: An argument was given that is left out.
     """
 
-    LEFT_OUT = ("amsgrad", "clipnorm", "clipvalue", "weight_decay", "gradient_accumulation_steps")
+    LEFT_OUT = (
+        "amsgrad", "clipnorm", "clipvalue", "weight_decay", "gradient_accumulation_steps",
+        "use_ema",
+    )  # fmt: skip
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -49,12 +52,6 @@ class Adam(keras.optimizers.Adam):
             for grad, variable in pairs
         ]
         super()._backend_apply_gradients(projected, trainable_variables)
-
-    def finalize_variable_values(self, var_list):
-        super().finalize_variable_values(var_list)
-        for variable in var_list:
-            if self.use_ema and variable.constraint is not None:  # an average of unit rows is not
-                variable.assign(variable.constraint(variable))
 
     if keras.backend.backend() == "torch":
 

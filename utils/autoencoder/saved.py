@@ -4,11 +4,14 @@ import zipfile
 from pathlib import Path
 
 import keras
+import pandas as pd
 
 import utils.autoencoder.kinds  # noqa: F401  tells Keras the kinds
 from utils.activations.store import ActivationStore
-from utils.artifacts import fingerprint, missing_stage, read_json, replacing
+from utils.artifacts import Json, fingerprint, missing_stage, read_json, replacing
 from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.fidelity import Fidelity
+from utils.backend import peak_memory
 from utils.settings import InputError, require
 
 
@@ -33,7 +36,39 @@ def load_autoencoder(path: Path) -> SparseAutoencoder:
         ) from error
 
 
-def open_autoencoder(folder: str | Path, store: ActivationStore) -> tuple[SparseAutoencoder, dict]:
+def metrics_of(
+    autoencoder: SparseAutoencoder,
+    fidelity: Fidelity,
+    log: pd.DataFrame,
+    store: ActivationStore,
+    backend: str,
+) -> dict[str, Json]:
+    """What `metrics.json` says of a finished training."""
+    last = log.iloc[-1]
+    return {
+        "fvu": fidelity.fvu,
+        "l0": fidelity.l0,
+        "cosine": fidelity.cosine,
+        "dead_fraction": float(keras.ops.mean(keras.ops.cast(autoencoder.dead(), "float32"))),
+        "dead_after": autoencoder.dead_after,
+        "n_held_out_tokens": fidelity.n_rows,
+        "n_tokens": int(last["tokens"]),
+        "n_steps": int(last["step"]),
+        "seconds": float(last["seconds"]),
+        "tokens_per_second": float(last["tokens"] / last["seconds"]),
+        "backend": backend,
+        **peak_memory(),
+        "model_name": store.model_name,
+        "revision": store.revision,
+        "layer": store.layer,
+        "d_model": store.d_model,
+        "n_latents": autoencoder.n_latents,
+    }
+
+
+def open_autoencoder(
+    folder: str | Path, store: ActivationStore
+) -> tuple[SparseAutoencoder, dict[str, Json]]:
     """The autoencoder of a finished training, and its metrics with its settings and fingerprint.
 
     Raises:
@@ -44,11 +79,11 @@ def open_autoencoder(folder: str | Path, store: ActivationStore) -> tuple[Sparse
         raise missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
     metrics = read_json(folder / "metrics.json")
     for name in ("model_name", "layer", "d_model"):
-        found, wanted = metrics[name], getattr(store, name)
+        trained_with, stored = metrics[name], getattr(store, name)
         require(
-            found == wanted,
-            f"The autoencoder in {folder} was trained with {name} {found!r}, and the activations "
-            f"in {store.folder} have {wanted!r}. Name folders that belong together.",
+            trained_with == stored,
+            f"The autoencoder in {folder} was trained with {name} {trained_with!r}, and the "
+            f"activations in {store.folder} have {stored!r}. Name folders that belong together.",
         )
     settings = read_json(folder / "settings.json")
     require(

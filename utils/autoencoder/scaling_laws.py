@@ -15,16 +15,20 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
 from scipy import stats
 
+from utils import plots
 from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder.kinds import find_kind
-from utils.autoencoder.sweep import Run, Sweep
+from utils.autoencoder.sweep import Run, Sweep, SweepSettings
 
 MIN_POINTS = 3  # that a law is fitted to
 NAMES = {
@@ -35,19 +39,30 @@ NAMES = {
 }
 
 
-def measure_laws(settings: Any, store: ActivationStore, folder: Path) -> dict[str, Any]:
+class Laws(NamedTuple):
+    """What a sweep found.
+
+    Attributes:
+        grid: The runs at one learning rate, a row each: ``n_latents, steps, flops, loss`` and more.
+        optima: A row a budget, of `optimal_sizes` and `optimal_rates`; the optimal rate is NaN
+            where none was sought.
+        fits: By what is fitted against FLOPs, keys as in `NAMES`, values of `fit_power_law`.
+    """
+
+    grid: pd.DataFrame
+    optima: pd.DataFrame
+    fits: dict[str, dict[str, float]]
+
+
+def measure_laws(settings: SweepSettings, store: ActivationStore, folder: Path) -> Laws:
     """Make the sweep, going on with what the folder has of it, and fit the laws.
 
-    Writes scaling_laws.csv, a line a run, as runs finish; then scaling_laws.json.
+    Writes scaling_laws.csv, a line a run, as runs finish; then scaling_laws.json and the picture.
 
     Args:
         settings: Of train_autoencoder.py.
         store: The activations.
         folder: Where all is written.
-
-    Returns:
-        ``grid``, the runs at one learning rate; ``optima``, a row a budget; ``fits``, by what is
-        fitted against FLOPs, keys as in `NAMES`, values of `fit_power_law`.
     """
     grid_of = settings.sweep_latents, settings.sweep_steps
     sweep = Sweep(settings, store, folder)
@@ -72,7 +87,9 @@ def measure_laws(settings: Any, store: ActivationStore, folder: Path) -> dict[st
     content = {"d_model": store.d_model, "learning_rate": rate, "fits": fits}
     budgets = json.loads(optima.to_json(orient="records", double_precision=15))
     write_json(folder / "scaling_laws.json", {"unit": "FLOPs", **content, "budgets": budgets})
-    return {"grid": grid, "optima": optima, "fits": fits}
+    laws = Laws(grid, optima, fits)
+    plot_scaling_laws(laws, folder / "scaling_laws.png")
+    return laws
 
 
 def lowest(x: pd.Series, y: pd.Series) -> tuple[float, bool]:
@@ -107,8 +124,8 @@ def optimal_sizes(grid: pd.DataFrame) -> pd.DataFrame:
             best = runs.loc[runs.loss.idxmin(), columns]
             latents, at_edge = lowest(runs.n_latents, runs.loss)
             rows.append([*best, latents, best.n_latents * best.steps / latents, at_edge])
-    found = pd.DataFrame(rows, columns=[*columns, "optimal_latents", "optimal_steps", "at_edge"])
-    return found.astype({"at_edge": bool})
+    optima = pd.DataFrame(rows, columns=[*columns, "optimal_latents", "optimal_steps", "at_edge"])
+    return optima.astype({"at_edge": bool})
 
 
 def optimal_rates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -161,10 +178,10 @@ def fit_laws(optima: pd.DataFrame) -> dict[str, dict[str, float]]:
     }
 
 
-def describe(laws: dict[str, Any]) -> str:
+def describe(laws: Laws) -> str:
     """The laws in words."""
     lines = []
-    for name, fit in laws["fits"].items():
+    for name, fit in laws.fits.items():
         if fit["n_points"] < MIN_POINTS:
             lines.append(
                 f"{NAMES[name]}: {fit['n_points']} points, too few to fit; widen SWEEP_LATENTS and "
@@ -175,7 +192,82 @@ def describe(laws: dict[str, Any]) -> str:
                 f"{NAMES[name]} ∝ FLOPs^({fit['exponent']:.3f} ± {fit['standard_error']:.3f}), "
                 f"R² {fit['r_squared']:.3f}, {fit['n_points']} points"
             )
-    optima = laws["optima"]
+    optima = laws.optima
     edges = f"{optima.at_edge.sum()} of {len(optima)} budgets are best spent at an edge of the grid"
     rates = f"{optima.rate_at_edge.eq(True).sum()} optimal learning rates are at an edge of theirs"
     return "\n".join([*lines, f"{edges}, and {rates}: these are left out of the fits."])
+
+
+def plot_scaling_laws(laws: Laws, path: Path) -> None:
+    """Loss against compute, a line a size; optimal latents, steps and learning rate against it."""
+    grid, optima, fits = laws
+    panels = (
+        ("n_latents", "optimal_latents", "at_edge", "Optimal number of latents", "latents"),
+        ("steps", "optimal_steps", "at_edge", "Optimal number of steps", "training steps"),
+        ("learning_rate", "optimal_rate", "rate_at_edge", "Optimal learning rate", "learning rate"),
+    )
+    title = "Loss, and the best use of compute"
+    if "exponent" in fits["loss"]:
+        lower = 1 - 10 ** fits["loss"]["exponent"]
+        title = f"Ten times the compute, spent best, lowers the loss by {lower:.0%}"
+    title += f" (n = {len(grid):,} runs)"
+    with plots.picture(path, title, (10, 7.5), nrows=2, ncols=2, sharex=True) as (_, axes):
+        sizes = grid.groupby("n_latents")
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(sizes)))
+        for (n_latents, runs), colour in zip(sizes, colours, strict=True):
+            runs = runs.sort_values("flops")
+            about = {"color": colour, "label": f"{n_latents:,}"}
+            axes[0, 0].plot(runs.flops, runs.loss, "o-", ms=4, lw=1.3, **about)
+        axes[0, 0].set(title="Loss on held-out tokens", ylabel="loss (per token and dimension)")
+        _power_law(axes[0, 0], optima.flops[~optima.at_edge], grid.loss, fits["loss"])
+        place = "lower left" if _falls(fits["loss"]) else "upper left"
+        axes[0, 0].legend(title="latents", loc=place, ncols=1 + len(sizes) // 5)
+        for panel, (name, column, edge, heading, unit) in zip(axes.flat[1:], panels, strict=True):
+            known = optima[optima[column].notna()]
+            at_edge = known[edge].astype(bool)
+            inside, beside = known[~at_edge], known[at_edge]
+            panel.plot(inside.flops, inside[column], "o", c=plots.BLUE, label="optimum")
+            about = {
+                "c": plots.GREY,
+                "mfc": "white",
+                "label": "at an edge of the sweep: not fitted",
+            }
+            panel.plot(beside.flops, beside[column], "o", **about)
+            panel.set(title=heading, ylabel=unit)
+            _power_law(panel, inside.flops, known[column], fits[name])
+            if at_edge.any():
+                panel.legend(loc="lower left" if _falls(fits[name]) else "upper left")
+        for panel in axes[1]:
+            panel.set(xlabel="training compute (FLOPs, as if dense)")
+
+
+def _falls(fit: dict) -> bool:
+    return fit.get("exponent", 0) < 0
+
+
+def _power_law(axes: Axes, x: pd.Series, y: pd.Series, fit: dict) -> None:
+    """Log axes that hold all of y; the power law over x, its numbers in the corner left free."""
+    axes.set(xscale="log", yscale="log")
+    if len(y):
+        axes.set_ylim(y.min() / 1.6, 1.6 * y.max())
+    ticks = (1, 1.5, 2, 3, 5, 7) if len(y) and y.max() < 6 * y.min() else (1, 2, 5)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    text = f"{fit['n_points']} points: too few to fit"
+    if "exponent" in fit:
+        ends = np.array([x.min(), x.max()])
+        axes.plot(
+            ends, fit["coefficient"] * ends ** fit["exponent"], "--", color=plots.ORANGE, zorder=3
+        )
+        text = f"exponent {fit['exponent']:.3f} ± {fit['standard_error']:.3f}\n".replace("-", "−")
+        text += f"R² = {fit['r_squared']:.3f}, n = {fit['n_points']}"
+    y, va = (0.96, "top") if _falls(fit) else (0.04, "bottom")
+    about = {
+        "ha": "right",
+        "va": va,
+        "color": plots.ORANGE,
+        "linespacing": 1.5,
+        "path_effects": plots.HALO,
+    }
+    axes.text(0.98, y, text, transform=axes.transAxes, **about)

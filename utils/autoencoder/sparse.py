@@ -1,14 +1,14 @@
 """Arithmetic with the few latents a row uses: choosing them, and products with their rows alone.
 
-Shapes: queries (batch, d_model), rows (n_latents, d_model), indices (batch, m). `Picks` holds which
-latents each row of a batch picked; values belong to picks, one each. Its two products are each
-other's gradient:
+Shapes: queries (batch, d_model), rows (n_latents, d_model), indices (batch, m). `ChosenLatents`
+holds which latents each row of a batch uses, with a value for each of these choices. Its two
+products are each other's gradient:
 
-    dot   out[p] = queries[b] · rows[i]        for each pick p of latent i by row b
-    sum   out[b] = Σ values[p] rows[i]         over the picks of row b
+    dot   out[p] = queries[b] · rows[i]        for each choice p of latent i for row b
+    sum   out[b] = Σ values[p] rows[i]         over the choices for row b
 
-so that three primitives (dot, sum, and sum over the picks of a latent, which is the gradient of the
-rows) make both products and all their gradients. On PyTorch they are embedding-bag kernels that
+so that three primitives (dot, sum, and sum over the choices of a latent, which is the gradient of
+the rows) make both products and all their gradients. On PyTorch they are embedding-bag kernels that
 never store a gathered (batch, m, d_model); elsewhere they gather at most ``GATHERED`` numbers at a
 time. No tensor of shape (batch, n_latents) is kept for the gradient.
 """
@@ -16,7 +16,13 @@ time. No tensor of shape (batch, n_latents) is kept for the gradient.
 import keras
 from keras import ops
 
-from utils.autoencoder.devices import add_up, first_own, join_columns, on_each_device, own_places
+from utils.autoencoder.devices import (
+    add_up,
+    first_local_latent,
+    join_columns,
+    local_places,
+    per_device,
+)
 
 CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
 CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
@@ -54,8 +60,8 @@ if keras.backend.backend() == "torch":
         x, biases = x.to(dtype), ops.convert_to_tensor(biases).to(dtype)
         columns = ops.convert_to_tensor(rows).to(dtype).T
         n_rows = CHUNK_ROWS if x.device.type == "cpu" else max(1, CHUNK_VALUES // len(biases))
-        found = [_largest(torch.addmm(biases, c, columns), k) for c in x.split(n_rows)]
-        values, indices = zip(*found, strict=True)
+        chunks = [_largest(torch.addmm(biases, c, columns), k) for c in x.split(n_rows)]
+        values, indices = zip(*chunks, strict=True)
         return torch.cat(values).float(), torch.cat(indices).int()
 
     def _largest(values, k):
@@ -83,13 +89,13 @@ if keras.backend.backend() == "torch":
         indices = ordered.topk(k, sorted=False).indices
         return values.gather(1, indices), indices
 
-    class Picks:
-        """Latents picked by the rows of a batch; values of picks have shape (number of picks,).
+    class ChosenLatents:
+        """Latents chosen for the rows of a batch; their values have shape (number of choices,).
 
         Args:
             indices: Latent numbers, int32, shape (batch, m).
             n_latents: Size of the dictionary.
-            kept: Which of them are picked, bool (batch, m); all of them if None.
+            kept: Which of them are chosen, bool (batch, m); all of them if None.
         """
 
         def __init__(self, indices, n_latents, kept=None):
@@ -111,23 +117,23 @@ if keras.backend.backend() == "torch":
             self._by_latent = None
 
         def take(self, biases):
-            """The bias of each pick."""
+            """The bias of each choice."""
             return _Take.apply(ops.convert_to_tensor(biases), self)
 
         def of(self, values):
-            """Of values (batch, m), those of the picks."""
+            """Of values (batch, m), those that are chosen."""
             return values.reshape(-1) if self.kept is None else values[self.kept]
 
         def dot(self, queries, rows, known=None):
-            """The product of each pick's query and row; not computed again where it is known."""
+            """The product of each choice's query and row; not computed again where it is known."""
             return _Dot.apply(queries, ops.convert_to_tensor(rows), self, known)
 
         def sum(self, values, rows):
-            """The weighted sum of the rows that each query picked, shape (batch, d_model)."""
+            """The weighted sum of the rows chosen for each query, shape (batch, d_model)."""
             return _Sum.apply(values, ops.convert_to_tensor(rows), self)
 
         def is_active(self, values):
-            """Whether some pick of a latent has a positive value, bool (n_latents,)."""
+            """Whether a latent has a positive value in some row, bool (n_latents,)."""
             active = torch.zeros(self.n_latents, dtype=torch.bool, device=values.device)
             active[self.latent[values > 0]] = True
             return active
@@ -139,13 +145,13 @@ if keras.backend.backend() == "torch":
             return dense
 
         def positive(self, values):
-            """Row, latent and value of the picks with a positive value, as NumPy arrays."""
+            """Row, latent and value where the value is positive, as NumPy arrays."""
             positive = values > 0
-            found = self.row[positive], self.latent[positive], values[positive]
-            return tuple(ops.convert_to_numpy(array) for array in found)
+            arrays = self.row[positive], self.latent[positive], values[positive]
+            return tuple(ops.convert_to_numpy(array) for array in arrays)
 
         def by_latent(self):
-            """Picks in order of latent, their rows, and where each latent's begin; made once."""
+            """Choices in order of latent, their rows, where each latent's begin; made once."""
             if self._by_latent is None:
                 latent, order = self.latent.sort()
                 edges = torch.arange(self.n_latents + 1, dtype=torch.int32, device=latent.device)
@@ -153,10 +159,10 @@ if keras.backend.backend() == "torch":
                 self._by_latent = order, self.row[order], starts
             return self._by_latent
 
-    def _dot(queries, rows, picks):
+    def _dot(queries, rows, chosen):
         # The gradient of an embedding bag's weights is just this product, without the gather.
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            queries, rows, picks.latent, picks.starts[:-1], picks.row, mode=0
+            queries, rows, chosen.latent, chosen.starts[:-1], chosen.row, mode=0
         )
 
     def dot_rows(left, right):
@@ -166,14 +172,14 @@ if keras.backend.backend() == "torch":
             left, right, row, row, row, mode=0
         )
 
-    def _sum(values, rows, picks):
+    def _sum(values, rows, chosen):
         return torch.nn.functional.embedding_bag(
-            picks.latent, rows, picks.starts, mode="sum",
+            chosen.latent, rows, chosen.starts, mode="sum",
             per_sample_weights=values, include_last_offset=True,
         )  # fmt: skip
 
-    def _sum_by_latent(values, queries, picks):
-        order, row, starts = picks.by_latent()
+    def _sum_by_latent(values, queries, chosen):
+        order, row, starts = chosen.by_latent()
         return torch.nn.functional.embedding_bag(
             row, queries, starts, mode="sum",
             per_sample_weights=values[order], include_last_offset=True,
@@ -181,38 +187,38 @@ if keras.backend.backend() == "torch":
 
     class _Take(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, biases, picks):
-            ctx.picks, ctx.n = picks, len(biases)
-            return biases[picks.latent]
+        def forward(ctx, biases, chosen):
+            ctx.chosen, ctx.n = chosen, len(biases)
+            return biases[chosen.latent]
 
         @staticmethod
         def backward(ctx, grad):
-            return grad.new_zeros(ctx.n).index_add_(0, ctx.picks.latent, grad), None
+            return grad.new_zeros(ctx.n).index_add_(0, ctx.chosen.latent, grad), None
 
     class _Dot(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, queries, rows, picks, known):
+        def forward(ctx, queries, rows, chosen, known):
             ctx.save_for_backward(queries, rows)
-            ctx.picks = picks
-            return _dot(queries, rows, picks) if known is None else known.clone()
+            ctx.chosen = chosen
+            return _dot(queries, rows, chosen) if known is None else known.clone()
 
         @staticmethod
         def backward(ctx, grad):
             queries, rows = ctx.saved_tensors
             needs_queries, needs_rows, *_ = ctx.needs_input_grad
             return (
-                _sum(grad, rows, ctx.picks) if needs_queries else None,
-                _sum_by_latent(grad, queries, ctx.picks) if needs_rows else None,
+                _sum(grad, rows, ctx.chosen) if needs_queries else None,
+                _sum_by_latent(grad, queries, ctx.chosen) if needs_rows else None,
                 None,
                 None,
             )
 
     class _Sum(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, values, rows, picks):
+        def forward(ctx, values, rows, chosen):
             ctx.save_for_backward(values, rows)
-            ctx.picks = picks
-            return _sum(values, rows, picks)
+            ctx.chosen = chosen
+            return _sum(values, rows, chosen)
 
         @staticmethod
         def backward(ctx, grad):
@@ -220,8 +226,8 @@ if keras.backend.backend() == "torch":
             needs_values, needs_rows, _ = ctx.needs_input_grad
             grad = grad.contiguous()
             return (
-                _dot(grad, rows, ctx.picks) if needs_values else None,
-                _sum_by_latent(values, grad, ctx.picks) if needs_rows else None,
+                _dot(grad, rows, ctx.chosen) if needs_values else None,
+                _sum_by_latent(values, grad, ctx.chosen) if needs_rows else None,
                 None,
             )
 
@@ -245,25 +251,25 @@ else:
 
         def find(x, rows, biases):
             # Cast back, for XLA on a CPU seeks the largest of bfloat16 a hundred times slower.
-            found = ops.cast(pre_activations(x, rows, biases, dtype), "float32")
-            n_own = rows.shape[0]
-            values, indices = ops.top_k(found, min(k, n_own), sorted=False)
-            indices = join_columns(ops.cast(indices, "int32") + first_own(n_own))
+            products = ops.cast(pre_activations(x, rows, biases, dtype), "float32")
+            n_local = rows.shape[0]
+            values, indices = ops.top_k(products, min(k, n_local), sorted=False)
+            indices = join_columns(ops.cast(indices, "int32") + first_local_latent(n_local))
             values = join_columns(values)
             if values.shape[1] == k:
                 return values, indices
             values, places = ops.top_k(values, k, sorted=False)
             return values, ops.take_along_axis(indices, places, axis=1)
 
-        return on_each_device(find, ("batch", "latents", "latents"), x, rows, biases)
+        return per_device(find, ("batch", "latents", "latents"), x, rows, biases)
 
-    class Picks:
-        """Latents picked by the rows of a batch; values of picks have shape (batch, m).
+    class ChosenLatents:
+        """Latents chosen for the rows of a batch; their values have shape (batch, m).
 
         Args:
             indices: Latent numbers, int32, shape (batch, m).
             n_latents: Size of the dictionary.
-            kept: Which of them are picked, bool (batch, m); all of them if None. The values of the
+            kept: Which of them are chosen, bool (batch, m); all of them if None. The values of the
                 others are zero.
         """
 
@@ -272,15 +278,15 @@ else:
             self.kept = None if kept is None else ops.cast(kept, "float32")
 
         def take(self, biases):
-            """The bias of each pick."""
+            """The bias of each choice."""
             return self._masked(take_rows(biases, self.latent))
 
         def of(self, values):
-            """Of values (batch, m), those of the picks."""
+            """Of values (batch, m), those that are chosen."""
             return self._masked(values)
 
         def dot(self, queries, rows, known=None):
-            """The product of each pick's query and row; not computed again where it is known."""
+            """The product of each choice's query and row; not computed again where it is known."""
 
             @ops.custom_gradient
             def product(queries, rows):
@@ -293,7 +299,7 @@ else:
             return self._masked(product(queries, _tensor(rows)))
 
         def sum(self, values, rows):
-            """The weighted sum of the rows that each query picked, shape (batch, d_model)."""
+            """The weighted sum of the rows chosen for each query, shape (batch, d_model)."""
 
             @ops.custom_gradient
             def product(values, rows):
@@ -306,7 +312,7 @@ else:
             return product(self._masked(values), _tensor(rows))
 
         def is_active(self, values):
-            """Whether some pick of a latent has a positive value, bool (n_latents,)."""
+            """Whether a latent has a positive value in some row, bool (n_latents,)."""
             positive = ops.cast(ops.reshape(values, (-1,)) > 0, "int32")
             latent = ops.reshape(self.latent, (-1,))
             return ops.segment_sum(positive, latent, num_segments=self.n_latents) > 0
@@ -321,7 +327,7 @@ else:
             return ops.scatter(places, ops.reshape(values, (-1,)), (batch, self.n_latents))
 
         def positive(self, values):
-            """Row, latent and value of the picks with a positive value, as NumPy arrays."""
+            """Row, latent and value where the value is positive, as NumPy arrays."""
             values, latent = ops.convert_to_numpy(values), ops.convert_to_numpy(self.latent)
             row, place = (values > 0).nonzero()
             return row, latent[row, place], values[row, place]
@@ -330,45 +336,43 @@ else:
             return values if self.kept is None else values * self.kept
 
     def _parts(latent, d_model):
-        """Slices of the picks of a row, such that what is gathered for one has a bounded size."""
+        """Slices of a row's choices, such that what is gathered for one has a bounded size."""
         batch, m = latent.shape
         width = m if batch is None else max(1, min(m, GATHERED // (batch * d_model)))
         return [slice(start, start + width) for start in range(0, m, width)]
 
-    def _dot(queries, rows, picks):
+    def _dot(queries, rows, chosen):
         def dot(queries, rows, latent):
-            places, own = own_places(latent, rows.shape[0])
+            places, is_local = local_places(latent, rows.shape[0])
             parts = [
                 ops.einsum("bd,bjd->bj", queries, ops.take(rows, places[:, part], axis=0))
                 for part in _parts(latent, rows.shape[1])
             ]
-            return add_up(ops.concatenate(parts, axis=1) * own)
+            return add_up(ops.concatenate(parts, axis=1) * is_local)
 
-        return on_each_device(dot, ("batch", "latents", "batch"), queries, rows, picks.latent)
+        return per_device(dot, ("batch", "latents", "batch"), queries, rows, chosen.latent)
 
-    def _sum(values, rows, picks):
+    def _sum(values, rows, chosen):
         def weighted_sum(values, rows, latent):
-            places, own = own_places(latent, rows.shape[0])
-            values = values * own
+            places, is_local = local_places(latent, rows.shape[0])
+            values = values * is_local
             parts = [
                 ops.einsum("bj,bjd->bd", values[:, p], ops.take(rows, places[:, p], axis=0))
                 for p in _parts(latent, rows.shape[1])
             ]
             return add_up(sum(parts))
 
-        return on_each_device(
-            weighted_sum, ("batch", "latents", "batch"), values, rows, picks.latent
-        )
+        return per_device(weighted_sum, ("batch", "latents", "batch"), values, rows, chosen.latent)
 
-    def _sum_by_latent(values, queries, picks):
+    def _sum_by_latent(values, queries, chosen):
         d_model = queries.shape[1]
         return sum(
             ops.segment_sum(
                 ops.reshape(values[:, part, None] * queries[:, None], (-1, d_model)),
-                ops.reshape(picks.latent[:, part], (-1,)),
-                num_segments=picks.n_latents,
+                ops.reshape(chosen.latent[:, part], (-1,)),
+                num_segments=chosen.n_latents,
             )
-            for part in _parts(picks.latent, d_model)
+            for part in _parts(chosen.latent, d_model)
         )
 
 

@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 import math
 import time
+import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
 from utils.artifacts import replacing, require_disk_space
 from utils.autoencoder import training
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.kinds import find_kind
@@ -31,6 +32,16 @@ BACKUP_SECONDS = 300
 N_HELD_OUT_TOKENS = 16_384
 TABLE_FILE = "scaling_laws.csv"
 NOT_OF_A_SWEEP = ("N_LATENTS", "N_PASSES", "LOG_EVERY", "BACKUP_EVERY", "TENSORBOARD")
+
+
+class SweepSettings(training.TrainingSettings, Protocol):
+    """The settings of train_autoencoder.py that a sweep is made by."""
+
+    batch_size: int
+    held_out: float
+    sweep_latents: tuple[int, ...]
+    sweep_steps: tuple[int, ...]
+    sweep_learning_rates: tuple[float, ...]
 
 
 class Run(NamedTuple):
@@ -51,7 +62,7 @@ class Live:
     seconds: float = 0.0
 
 
-def check(settings: Any, defaults: Any) -> None:
+def check(settings: SweepSettings, defaults: types.ModuleType) -> None:
     """Refuse a sweep that cannot be made, before anything is read.
 
     Args:
@@ -108,7 +119,7 @@ class Sweep:
 
     def __init__(
         self,
-        settings: Any,
+        settings: SweepSettings,
         store: ActivationStore,
         folder: Path,
         backup_seconds: float = BACKUP_SECONDS,
@@ -124,8 +135,8 @@ class Sweep:
         self.finished: dict[Run, dict] = {}
         self.live: dict[Run, Live] = {}
         if (folder / TABLE_FILE).exists():
-            found = pd.read_csv(folder / TABLE_FILE, converters={"learning_rate": float})
-            self.finished = {_run_of(row): row for row in found.to_dict("records")}
+            table = pd.read_csv(folder / TABLE_FILE, converters={"learning_rate": float})
+            self.finished = {_run_of(row): row for row in table.to_dict("records")}
 
     def table(self) -> pd.DataFrame:
         """All finished runs, a row each, as in scaling_laws.csv."""
@@ -143,7 +154,7 @@ class Sweep:
             return
         trunks = {(run.n_latents, run.learning_rate): run for run in left}  # the longest is last
         weights = self.store.d_model * sum(n for n, _ in trunks)
-        require_disk_space(self.folder, 3 * training.backup_bytes(weights, self.settings))
+        require_disk_space(self.folder, 3 * training.BACKUP_BYTES * weights)
         self.live = {run: self._restore(run) for run in left if self._backup(run).exists()}
         for trunk in trunks.values():
             if trunk not in self.live:
@@ -181,8 +192,9 @@ class Sweep:
 
     def _build(self, run: Run) -> SparseAutoencoder:
         shortest = min(self.settings.sweep_steps)
-        own = {"n_latents": run.n_latents, "learning_rate": run.learning_rate}
-        settings = dataclasses.replace(self.settings, **own)
+        settings = dataclasses.replace(
+            self.settings, n_latents=run.n_latents, learning_rate=run.learning_rate
+        )
         autoencoder = training.build(settings, self.store, shortest)
         rise = settings.learning_rate_warmup * shortest / run.steps
         settings = dataclasses.replace(settings, learning_rate_warmup=rise)
@@ -197,10 +209,9 @@ class Sweep:
             return
         source, copy = self.live[trunk], self._build(run)
         copy.set_weights(_values(source.autoencoder.weights))
-        for own, value in zip(
-            copy.optimizer.variables, _values(source.autoencoder.optimizer.variables), strict=True
-        ):
-            own.assign(value)
+        moments = _values(source.autoencoder.optimizer.variables)
+        for variable, value in zip(copy.optimizer.variables, moments, strict=True):
+            variable.assign(value)
         self.live[run] = Live(copy, source.step, source.n_timed, source.seconds)
 
     def _train_step(self, batch: np.ndarray, step: int) -> int:
@@ -227,8 +238,6 @@ class Sweep:
     def _measure(self, run: Run, live: Live) -> dict[str, float]:
         """A row of the table; ``seconds`` is what the run takes by itself, at its mean step."""
         autoencoder = live.autoencoder
-        autoencoder.optimizer.finalize_variable_values(autoencoder.trainable_variables)
-        training.calibrate(autoencoder, self.batches.from_step)
         fidelity = measure_fidelity(autoencoder, self.held_out)
         dead = float(np.mean(keras.ops.convert_to_numpy(autoencoder.dead())))
         tokens = run.steps * self.settings.batch_size
@@ -279,13 +288,16 @@ def held_out_loss(autoencoder: SparseAutoencoder, batches: list[np.ndarray]) -> 
     """The objective on raw activations (batch, d_model), for a token and a dimension of d_model.
 
     The squared error is normalised: to reconstruct nothing costs 1, unless INPUT_NORMALIZER is
-    none. AuxK, which is there to train and says nothing of quality, is left out. Steps of length 0
-    are made, for the loss as it is while training; the autoencoder's optimiser is lost.
+    none. Terms that are there to train and say nothing of quality (``training_aids``: AuxK) are
+    left out. Steps of length 0 are made, for the loss as it is while training; the autoencoder's
+    optimiser is lost.
     """
-    if hasattr(autoencoder, "auxk_coefficient"):
-        autoencoder.auxk_coefficient = 0.0
     autoencoder.compile(optimizer=keras.optimizers.SGD(0.0))
-    losses = [autoencoder.train_on_batch(batch, return_dict=True)["loss"] for batch in batches]
+    names = [name for name in autoencoder.loss_names if name not in autoencoder.training_aids]
+    losses = []
+    for batch in batches:
+        metrics = autoencoder.train_on_batch(batch, return_dict=True)
+        losses.append(sum(metrics[metric_name(name)] for name in names))
     return (
         float(np.average(losses, weights=[len(batch) for batch in batches])) / autoencoder.d_model
     )

@@ -22,9 +22,6 @@ from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
 from utils.features.geometry import map_directions, nearest
 from utils.language_model import LanguageModel
 
-# After Paul Tol's "muted" scheme: told apart under every colour blindness, and from pale grey.
-SUBSET_COLOURS = ["#332288", "#CC6677", "#117733", "#88CCEE", "#DDAA33", "#AA4499", "#44AA99"]
-SUBSET_COLOURS += ["#882255", "#999933"]
 MIXED, OTHER = "mixed (no subset has half)", "other subsets"
 
 
@@ -116,8 +113,8 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     drawn = features[features.umap_x.notna()].sort_values("frequency", ascending=False)
     drawn = drawn.sort_values("top_subset_share", key=lambda share: share >= 0.5, kind="stable")
     mixed = drawn.top_subset_share < 0.5
-    subsets = drawn.top_subset[~mixed].value_counts().index[: len(SUBSET_COLOURS)]
-    colours = dict(zip(subsets, SUBSET_COLOURS, strict=False)) | {
+    subsets = drawn.top_subset[~mixed].value_counts().index[: len(plots.COLOURS)]
+    colours = dict(zip(subsets, plots.COLOURS, strict=False)) | {
         OTHER: "#8D939B",
         MIXED: plots.PALE,
     }

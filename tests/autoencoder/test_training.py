@@ -1,0 +1,180 @@
+"""A training and what it writes: losses by name, kinds of one's own, backups of early versions."""
+
+import importlib
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hand_set import array
+from keras import ops
+from on_backend import stand_in_for_store
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from utils.autoencoder import training
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.callbacks import Rounds
+from utils.autoencoder.kinds import KINDS, L1Autoencoder, kind
+from utils.settings import InputError, read_settings
+
+BATCH, D_MODEL = 32, 4
+ROUNDS = Rounds(10, 2)
+# Half of the training of `train("topk", ...)`, made by the version of commit d597169, which logged
+# the loss as a whole.
+EARLY_VERSION = Path(__file__).parent / "early_version"
+
+
+def batches() -> np.ndarray:
+    """The rows of a whole training, (steps, batch, d_model)."""
+    draw = np.random.default_rng(0)
+    sparse = draw.random((ROUNDS.total_steps, BATCH, 8)) * (
+        draw.random((ROUNDS.total_steps, BATCH, 8)) < 0.3
+    )
+    return (sparse @ draw.normal(size=(8, D_MODEL))).astype(np.float32)
+
+
+def train(name: str, folder: Path, *flags: object, tensorboard: bool = False) -> SparseAutoencoder:
+    """Train as train_autoencoder.py does, writing to a folder that may hold half of it."""
+    folder.mkdir(exist_ok=True)
+    script = importlib.import_module("train_autoencoder")
+    words = ["--kind", name, "--n-latents", 8, "--learning-rate", 0.01, *flags]
+    settings = read_settings(script, [str(word) for word in words])
+    rows = batches()
+    store = stand_in_for_store(rows.reshape(-1, D_MODEL))
+    return training.train(
+        training.build(settings, store, len(rows)),
+        training.TrainingData(lambda step: iter(rows[step:]), rows[0], BATCH),
+        ROUNDS,
+        folder,
+        5,
+        tensorboard,
+    )
+
+
+def log_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "training_log.csv")
+
+
+# --------------------------------------------------------------------------------- losses by name
+
+
+@pytest.fixture
+def more_kinds():
+    """Kinds that a test registers are gone after it."""
+    before = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(before)
+
+
+def test_every_term_of_every_kind_is_a_column(tmp_path):
+    for name, cls in KINDS.items():
+        flags = ("--k", 2, "--n-latents", 64, "--dead-after", 32) if "k" in cls.options() else ()
+        train(name, tmp_path / name, *flags)
+        log = log_of(tmp_path / name)
+        terms = log[[f"loss_{term}" for term in cls.loss_names]]
+        np.testing.assert_allclose(terms.sum(axis=1), log["loss"], rtol=1e-5)
+        assert (terms.max() > 0).all(), name
+
+
+def test_a_kind_of_ones_own_has_its_losses_in_the_log(tmp_path, more_kinds):
+    @kind("ridge")
+    class Ridge(L1Autoencoder):
+        """A dense kind whose encoder rows are kept small."""
+
+        loss_names = ("reconstruction", "ridge")
+
+        def loss_terms(self, x, passed):
+            squares = ops.sum(ops.square(self.W_enc))
+            return {
+                **SparseAutoencoder.loss_terms(self, x, passed),
+                "ridge": self.sparsity_coefficient * squares,
+            }
+
+    made = train("ridge", tmp_path, "--sparsity-coefficient", 0.01, tensorboard=True)
+    log = log_of(tmp_path)
+    assert list(log)[2:5] == ["loss", "loss_reconstruction", "loss_ridge"] and len(log) == 10
+    np.testing.assert_allclose(log.loss, log.loss_reconstruction + log.loss_ridge, rtol=1e-5)
+    # The last line is of the last two steps, before each of which the rows were a little different.
+    ridge = 0.01 * float(np.square(array(made.W_enc)).sum())
+    assert log.loss_ridge.iloc[-1] == pytest.approx(ridge, rel=0.1)
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    scalars = [make_ndarray(event.tensor_proto) for event in shown.Tensors("loss_ridge")]
+    np.testing.assert_allclose(scalars, log.loss_ridge, rtol=1e-6)
+    assert "val_loss_ridge" not in shown.Tags()["tensors"]  # not measured
+
+
+def test_an_option_without_a_constant_is_refused(tmp_path, more_kinds):
+    @kind("leaky")
+    class Leaky(L1Autoencoder):
+        def __init__(self, slope: float = 0.1, **kwargs):
+            super().__init__(**kwargs)
+            self.slope = slope
+
+    rule = r"KIND 'leaky' has the option slope, .* Add one there, .*: SLOPE = \.\.\."
+    with pytest.raises(InputError, match=rule):
+        train("leaky", tmp_path)
+    script = importlib.import_module("train_autoencoder")
+    with pytest.raises(InputError, match=rule):
+        training.check_options(read_settings(script, ["--kind", "leaky"]), script)
+
+
+def test_losses_that_are_not_the_declared_ones_are_refused(tmp_path, more_kinds):
+    @kind("undeclared")
+    class Undeclared(L1Autoencoder):
+        def loss_terms(self, x, passed):
+            return {**super().loss_terms(x, passed), "ridge": ops.sum(ops.square(self.W_enc))}
+
+    rule = (
+        r"Undeclared.loss_terms returned reconstruction, sparsity, ridge, and its loss_names are "
+        r"reconstruction, sparsity\. Name the same terms in both"
+    )
+    with pytest.raises(InputError, match=rule):
+        train("undeclared", tmp_path)
+
+
+def test_a_loss_that_is_not_a_number_names_its_terms(tmp_path, more_kinds):
+    @kind("diverging")
+    class Diverging(L1Autoencoder):
+        def loss_terms(self, x, passed):
+            return {**super().loss_terms(x, passed), "sparsity": ops.sum(x) * 0 + np.inf}
+
+    rule = r"is inf in round 1 \(reconstruction [\d.]+, sparsity inf\)\. Lower LEARNING_RATE"
+    with pytest.raises(InputError, match=rule):
+        train("diverging", tmp_path)
+    assert len(log_of(tmp_path)) == 0
+
+
+# ----------------------------------------------------------------------- backups of early versions
+
+
+def test_a_training_of_an_early_version_is_gone_on_with(tmp_path):
+    shutil.copytree(EARLY_VERSION, tmp_path / "begun")
+    flags = ("--k", 2, "--selection-dtype", "float32")
+    begun = train("topk", tmp_path / "begun", *flags)
+    whole = train("topk", tmp_path / "whole", *flags)
+    for found, wanted in zip(begun.weights, whole.weights, strict=True):
+        np.testing.assert_allclose(array(found), array(wanted), atol=1e-6)
+    logs = log_of(tmp_path / "begun"), log_of(tmp_path / "whole")
+    assert list(logs[0]) == list(logs[1])
+    terms = ["loss_reconstruction", "loss_auxiliary"]
+    assert logs[0][terms][:5].isna().all(axis=None)
+    logs = [log.drop(columns="seconds") for log in logs]
+    pd.testing.assert_frame_equal(*(log[5:] for log in logs), rtol=1e-5)
+    pd.testing.assert_frame_equal(*(log.drop(columns=terms) for log in logs), rtol=1e-5)
+
+
+def test_a_backup_with_averaged_weights_is_refused(tmp_path):
+    with zipfile.ZipFile(EARLY_VERSION / "backup.keras") as early:
+        parts = {name: early.read(name) for name in early.namelist()}
+    config = parts["config.json"]
+    parts["config.json"] = config.replace(b'"use_ema": false', b'"use_ema": true')
+    assert parts["config.json"] != config
+    with zipfile.ZipFile(tmp_path / "backup.keras", "w") as changed:
+        for name, content in parts.items():
+            changed.writestr(name, content)
+    with pytest.raises(InputError, match=r"no use_ema.*Delete it to train from the start"):
+        train("topk", tmp_path, "--k", 2)
