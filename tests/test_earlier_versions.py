@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -184,13 +185,29 @@ def test_training_goes_on(run_here):
     log, whole = read_log(folder), read_log("autoencoder")
     n_kept = int((log["step"] <= int(begun[1])).sum())
     assert 0 < n_kept <= len(earlier_log) < len(log) == len(whole)
-    pd.testing.assert_frame_equal(log[:n_kept], earlier_log[:n_kept], rtol=1e-12)
-    log, whole = (one.drop(columns="seconds") for one in (log, whole))
+    pd.testing.assert_frame_equal(log[:n_kept][[*earlier_log]], earlier_log[:n_kept], rtol=1e-12)
+    terms = log[["loss_reconstruction", "loss_auxiliary"]]  # an earlier log has no such columns
+    assert terms[:n_kept].isna().all(axis=None) and terms[n_kept:].notna().all(axis=None)
+    log, whole = (one[[*earlier_log]].drop(columns="seconds") for one in (log, whole))
     pd.testing.assert_frame_equal(log, whole, check_exact=False, rtol=0.02)
     metrics = read_json(folder / "metrics.json"), read_json(Path("autoencoder") / "metrics.json")
     for name in ("fvu", "l0", "cosine", "dead_fraction", "n_tokens", "n_steps"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=0.02), name
     assert not (folder / "backup.keras").exists()
+
+
+def test_a_backup_with_averaged_weights_is_refused(run_here):
+    path = Path("autoencoder-half") / "backup.keras"
+    with zipfile.ZipFile(path) as backup:
+        parts = {name: backup.read(name) for name in backup.namelist()}
+    config = parts["config.json"]
+    parts["config.json"] = config.replace(b'"use_ema": false', b'"use_ema": true')
+    assert parts["config.json"] != config
+    with zipfile.ZipFile(path, "w") as backup:
+        for name, content in parts.items():
+            backup.writestr(name, content)
+    ended = run_here("train_autoencoder", *TOPK, "--autoencoder-dir", path.parent, check=False)
+    assert re.search(r"no use_ema.*Delete it to train from the start", ended.message)
 
 
 def test_a_sweep_goes_on(run_here):

@@ -1,8 +1,6 @@
 """A training and what it writes: losses by name, kinds of one's own, backups of early versions."""
 
 import importlib
-import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,6 @@ BATCH, D_MODEL = 32, 4
 ROUNDS = Rounds(10, 2)
 # Half of the training of `train("topk", ...)`, made by the version of commit d597169, which logged
 # the loss as a whole.
-EARLY_VERSION = Path(__file__).parent / "early_version"
 
 
 def batches() -> np.ndarray:
@@ -146,35 +143,3 @@ def test_a_loss_that_is_not_a_number_names_its_terms(tmp_path, more_kinds):
     with pytest.raises(InputError, match=rule):
         train("diverging", tmp_path)
     assert len(log_of(tmp_path)) == 0
-
-
-# ----------------------------------------------------------------------- backups of early versions
-
-
-def test_a_training_of_an_early_version_is_gone_on_with(tmp_path):
-    shutil.copytree(EARLY_VERSION, tmp_path / "begun")
-    flags = ("--k", 2, "--selection-dtype", "float32")
-    begun = train("topk", tmp_path / "begun", *flags)
-    whole = train("topk", tmp_path / "whole", *flags)
-    for found, wanted in zip(begun.weights, whole.weights, strict=True):
-        np.testing.assert_allclose(array(found), array(wanted), atol=1e-6)
-    logs = log_of(tmp_path / "begun"), log_of(tmp_path / "whole")
-    assert list(logs[0]) == list(logs[1])
-    terms = ["loss_reconstruction", "loss_auxiliary"]
-    assert logs[0][terms][:5].isna().all(axis=None)
-    logs = [log.drop(columns="seconds") for log in logs]
-    pd.testing.assert_frame_equal(*(log[5:] for log in logs), rtol=1e-5)
-    pd.testing.assert_frame_equal(*(log.drop(columns=terms) for log in logs), rtol=1e-5)
-
-
-def test_a_backup_with_averaged_weights_is_refused(tmp_path):
-    with zipfile.ZipFile(EARLY_VERSION / "backup.keras") as early:
-        parts = {name: early.read(name) for name in early.namelist()}
-    config = parts["config.json"]
-    parts["config.json"] = config.replace(b'"use_ema": false', b'"use_ema": true')
-    assert parts["config.json"] != config
-    with zipfile.ZipFile(tmp_path / "backup.keras", "w") as changed:
-        for name, content in parts.items():
-            changed.writestr(name, content)
-    with pytest.raises(InputError, match=r"no use_ema.*Delete it to train from the start"):
-        train("topk", tmp_path, "--k", 2)

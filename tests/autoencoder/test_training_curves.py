@@ -6,7 +6,7 @@ import pytest
 from pictures import drawn, share_of
 
 from utils.autoencoder.training_curves import plot_training_curves
-from utils.plots import BLUE, ORANGE, SUBSET_COLOURS
+from utils.plots import BLUE, COLOURS, ORANGE
 
 
 def training_log(n=40):
@@ -49,5 +49,5 @@ def test_training_curves_show_each_term_of_the_loss(tmp_path, n_early):
     log["loss_sparsity"] = (0.3 * log.loss).where(late)
     plot_training_curves(log, tmp_path / "training.png")
     picture = drawn(tmp_path / "training.png")
-    shown = [share_of(picture, colour) > 0 for colour in SUBSET_COLOURS[:3]]
+    shown = [share_of(picture, colour) > 0 for colour in COLOURS[:3]]
     assert shown == [n_early < 40, n_early < 40, False]
