@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from utils.artifacts import append_record, make_folder, records_of
+from utils.artifacts import append_record, make_folder, read_log
 from utils.features.catalogue import Catalogue
 from utils.settings import Json, require
 from utils.steering.clamps import Clamp, steered
@@ -86,7 +86,7 @@ def read_records(
     log: Path, results: frozenset[str] = frozenset({"untouched", "steered"})
 ) -> dict[str, dict[str, Json]]:
     """The records with ``results`` by the `key` of their request; torn lines are passed over."""
-    records = records_of(log, {"request", *results})
+    records = read_log(log, {"request", *results})
     return {key(record["request"]): record for record in records}
 
 
