@@ -32,7 +32,7 @@ FLAGS = {
     """,
     "analyze_features": """
         --activations-dir --autoencoder-dir --n-tokens --n-loss-tokens --studies --n-studied
-        --n-neuron-tokens --n-explained --sentence-model --other-autoencoders --map-features
+        --n-neuron-tokens --n-explained --other-autoencoders --map-features
         --n-reported --batch-size --seed --judge --judge-url --judge-price --search --search-like
         --search-prompt --search-not --search-token --search-classifier --n-found --analysis-dir
         --overwrite
