@@ -112,11 +112,11 @@ def find_strength(
 
 def describe_strength(strength: float, n_fluent: int, intervention: str) -> str:
     """The result of `find_strength` in words."""
-    unit = "times what is there" if intervention == "scale" else "times the maximum"
+    unit = "times the activation" if intervention == "scale" else "times the maximum"
     if n_fluent == 0:
-        return f"Texts fall apart already at {strength:g} {unit}, the least tried; this is there."
-    rest = ", the most tried" if n_fluent == len(STRENGTHS) else ""
-    return f"Texts stay fluent up to {strength:g} {unit}{rest}."
+        return f"Texts are not fluent even at the smallest strength tried, {strength:g} {unit}."
+    note = ", the largest strength tried" if n_fluent == len(STRENGTHS) else ""
+    return f"Texts stay fluent up to {strength:g} {unit}{note}."
 
 
 def steers(texts: Texts, feature: int, max_perplexity: float) -> bool:
@@ -150,8 +150,8 @@ def collect(
                 bar.update()
     require(
         len(tables) > 0,
-        f"Evidence needs features that bring what they are about into a text; none of {n_tried} "
-        "proposed does. Let it try more with --n-tried, or write more with --max-new-tokens.",
+        f"Evidence needs features that bring their concept into a text; none of {n_tried} proposed "
+        "does. Try more with --n-tried, or longer texts with --max-new-tokens.",
     )
     return pd.concat(tables, ignore_index=True), n_tried
 

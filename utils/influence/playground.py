@@ -164,8 +164,8 @@ def _lay_out(playground: Playground, settings: PageSettings) -> SimpleNamespace:
             parts.words = gr.Textbox(
                 label="Find features by words, or by number", submit_btn="Find", elem_id="words"
             )
-            standing_out = [(feature, None) for feature in playground.find("")]
-            parts.found = _offer("Some that stand out", playground, standing_out, elem_id="found")
+            proposals = [(feature, None) for feature in playground.find("")]
+            parts.matches = _offer("Some that stand out", playground, proposals, elem_id="found")
             parts.at_token = gr.Radio(visible=False, elem_id="at_token")
             parts.turn = gr.Button(visible=False, variant="primary", elem_id="turn")
             parts.about = gr.Textbox(visible=False, elem_id="about", lines=2, label="What it is")
@@ -208,7 +208,7 @@ def _lay_out(playground: Playground, settings: PageSettings) -> SimpleNamespace:
 def _connect(playground: Playground, parts: SimpleNamespace) -> None:
     """Give each control its function."""
     question = [parts.prompt, parts.chat]
-    turned = [parts.chosen, *(slider for _, slider, _ in parts.slots)]
+    clamps = [parts.chosen, *(slider for _, slider, _ in parts.slots)]
     slots = [component for row, slider, _ in parts.slots for component in (row, slider)]
 
     def search(words):
@@ -231,12 +231,12 @@ def _connect(playground: Playground, parts: SimpleNamespace) -> None:
         strengths = dict(zip(chosen, strengths, strict=False))
         if feature not in strengths and len(strengths) == N_SLOTS:
             raise gr.Error(f"{N_SLOTS} features at most. Remove one first.")
-        return _turned(playground, strengths | {feature: strengths.get(feature, 1.0)})
+        return _update_slots(playground, strengths | {feature: strengths.get(feature, 1.0)})
 
     def remove(slot, chosen, *strengths):
         strengths = dict(zip(chosen, strengths, strict=False))
         del strengths[chosen[slot]]
-        return _turned(playground, strengths)
+        return _update_slots(playground, strengths)
 
     def write(prompt, chat, *controls):
         length, temperature, seed, chosen, *strengths = controls
@@ -247,18 +247,18 @@ def _connect(playground: Playground, parts: SimpleNamespace) -> None:
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
 
-    parts.words.submit(search, parts.words, parts.found)
-    for offer in (parts.found, parts.at_token):
+    parts.words.submit(search, parts.words, parts.matches)
+    for offer in (parts.matches, parts.at_token):
         offer.input(look, offer, [parts.shown, parts.turn, parts.about, *parts.examples])
     for control in question:
         control.change(playground.token_texts, question, parts.tokens, trigger_mode="always_last")
     parts.tokens.select(read, question, parts.at_token)
-    parts.turn.click(add, [parts.shown, *turned], [parts.chosen, *slots])
+    parts.turn.click(add, [parts.shown, *clamps], [parts.chosen, *slots])
     for number, (_, _, button) in enumerate(parts.slots):
-        button.click(functools.partial(remove, number), turned, [parts.chosen, *slots])
+        button.click(functools.partial(remove, number), clamps, [parts.chosen, *slots])
     writing = parts.go.click(
         write,
-        [*question, parts.length, parts.temperature, parts.seed, *turned],
+        [*question, parts.length, parts.temperature, parts.seed, *clamps],
         [parts.untouched, parts.steered],
         concurrency_limit=None,
     )
@@ -284,7 +284,7 @@ def _offer(
     return gr.Radio(choices, value=None, label=title, visible=True, **options)
 
 
-def _turned(playground: Playground, strengths: dict[int, float]) -> list:
+def _update_slots(playground: Playground, strengths: dict[int, float]) -> list:
     """The clamped features, and an update of each slot's row and slider."""
     updates = []
     for feature, strength in strengths.items():
