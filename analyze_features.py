@@ -1,11 +1,11 @@
-"""Analyse the features of a trained autoencoder: how sparse, how faithful, what they fire on.
+"""Analyse the features of a trained autoencoder: sparsity, fidelity, meaning.
 
-Reads data/activations and data/autoencoder, and the model and layer that they were made from.
+Reads data/activations and data/autoencoder, and the language model that they were made from.
 Writes data/analysis: features.parquet and examples.parquet (the catalogue of features), a table for
-each study, summary.json, plots, and browser/index.html, a page to look at it all.
+each study, summary.json, plots, and browser/index.html, a page to browse all of it.
 
     python analyze_features.py --n-reported 40
-    python analyze_features.py --search "San Francisco"   # searches what is there
+    python analyze_features.py --search "San Francisco"   # in a finished analysis
 """
 
 import re
@@ -25,57 +25,46 @@ from utils.settings import Settings, read_settings, require, require_positive, r
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
 
-# --- what to look at
-N_TOKENS: int | None = 10_000_000  # tokens of the activations to go through; None: all of them
-N_LOSS_TOKENS = 16_384  # held-out tokens to measure the language model's cross-entropy on
-STUDIES: tuple[studies.Name, ...] = studies.NAMES  # to make: utils/features/studies/ has them
-N_STUDIED = 1_000  # features drawn for specificity and neurons
-N_NEURON_TOKENS = 65_536  # tokens to correlate features with neurons over, and to compare them
-N_EXPLAINED = 200  # features whose explanations are scored; all have one
-OTHER_AUTOENCODERS: tuple[str, ...] = ()  # other sizes' folders, for completeness and splitting
-MAP_FEATURES = True  # draw the UMAP of decoder directions; a minute for each 20,000 features
-N_REPORTED = 30  # features that stand out, marked in the browser beside ten drawn at random
-BATCH_SIZE = 8_192  # tokens encoded together
-SEED = 0  # of the random examples, the features drawn, and the map
+# --- scope
+N_TOKENS: int | None = 10_000_000  # tokens for statistics and examples of features; None: all
+N_LOSS_TOKENS = 16_384  # held-out tokens for the cross-entropy with reconstructed activations
+STUDIES: tuple[studies.Name, ...] = studies.NAMES  # which to run; see utils/features/studies/
+N_STUDIED = 1_000  # random features in the studies of specificity and neurons
+N_NEURON_TOKENS = 65_536  # tokens over which features are compared with MLP neurons
+N_EXPLAINED = 200  # features whose explanations are scored; every feature has an explanation
+OTHER_AUTOENCODERS: tuple[str, ...] = ()  # folders of other sizes, for completeness and splitting
+MAP_FEATURES = True  # draw a UMAP of the decoder directions; takes a minute per 20,000 features
+N_REPORTED = 30  # notable features to mark in the browser, besides ten random ones
+BATCH_SIZE = 8_192  # tokens encoded in one batch
+SEED = 0  # random seed for examples, drawn features and the map
 
 # --- a judge of specificity and explanations; None: word lists and words at peaks judge
-JUDGE: str | None = None  # an instruct model: embedded, a hub name, a folder, or one at JUDGE_URL
-JUDGE_URL: str | None = None  # OpenAI-compatible, to /v1; its key is JUDGE_API_KEY in .env
-JUDGE_PRICE: tuple[float, float] | None = None  # of a million tokens in and out, for an estimate
+JUDGE: str | None = None  # instruct model to grade features: embedded, hub name, folder or API name
+JUDGE_URL: str | None = None  # OpenAI-compatible API ending in /v1; key: JUDGE_API_KEY in .env
+JUDGE_PRICE: tuple[float, float] | None = None  # per million input and output tokens, to show cost
 
 # --- instead of analysing: search the finished analysis in ANALYSIS_DIR
-SEARCH: str | None = None  # words: features that peak at them, are labelled or promote them
-SEARCH_LIKE: int | None = None  # a feature: those that write the most similar directions
-SEARCH_PROMPT: tuple[str, ...] = ()  # texts: features active on all of them; loads the model
-SEARCH_NOT: tuple[str, ...] = ()  # texts that features found by SEARCH_PROMPT are silent on
-SEARCH_TOKEN: str | None = None  # compare at this token of each text; None: the mean over it
-SEARCH_CLASSIFIER = False  # tell SEARCH_PROMPT from SEARCH_NOT by a linear classifier of features
-N_FOUND = 10  # features to print
+SEARCH: str | None = None  # words; finds features that peak at, are labelled with or promote them
+SEARCH_LIKE: int | None = None  # a feature; finds features with the most similar decoder directions
+SEARCH_PROMPT: tuple[str, ...] = ()  # texts; finds features active on all of them; loads the model
+SEARCH_NOT: tuple[str, ...] = ()  # texts on which features found by SEARCH_PROMPT must be inactive
+SEARCH_TOKEN: str | None = None  # use activations at this token of each text; None: their mean
+SEARCH_CLASSIFIER = False  # fit a linear classifier of features: SEARCH_PROMPT against SEARCH_NOT
+N_FOUND = 10  # number of search results
 
 # --- writing
-ANALYSIS_DIR = "data/analysis"  # folder to write to
-OVERWRITE = False  # delete an earlier analysis in ANALYSIS_DIR that had other settings
+ANALYSIS_DIR = "data/analysis"  # output folder
+OVERWRITE = False  # delete an earlier analysis with other settings in ANALYSIS_DIR
 
 # --- not settings
 NOT_RECORDED = (
-    "activations_dir",
-    "autoencoder_dir",
-    "other_autoencoders",
-    "judge_url",
-    "judge_price",
-    "analysis_dir",
-    "overwrite",
-    "search",
-    "search_like",
-    "search_prompt",
-    "search_not",
-    "search_token",
-    "search_classifier",
-    "n_found",
-)
+    "activations_dir", "autoencoder_dir", "other_autoencoders", "judge_url", "judge_price",
+    "analysis_dir", "overwrite", "search", "search_like", "search_prompt", "search_not",
+    "search_token", "search_classifier", "n_found",
+)  # fmt: skip
 N_DESCRIBED = 5  # features in the closing words
-BYTES_PER_FEATURE = 20_000  # of the tables and the browser
-PAGE = "browser/index.html"  # written last: where it is, the analysis is finished
+BYTES_PER_FEATURE = 20_000  # in the tables and the browser
+PAGE = "browser/index.html"  # written last: if it exists, the analysis is finished
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
     "browser",
@@ -85,12 +74,12 @@ OUTPUTS = (
 def main() -> None:
     settings = read_settings(sys.modules[__name__])
 
-    # 1. Check the settings, and open what the earlier scripts wrote.
+    # 1. Check the settings, and open the outputs of the earlier scripts.
     check(settings)
     if settings.search_prompt or (settings.search, settings.search_like) != (None, None):
         print(show_matches(*search(settings), shutil.get_terminal_size().columns))
         return
-    use_backend("torch")  # beside the language model: one framework, one copy of the weights
+    use_backend("torch")  # like the language model, so that weights need not be copied
     from utils.activations.store import ActivationStore
     from utils.autoencoder.saved import open_autoencoder
     from utils.features.analysis import Analysis
@@ -98,8 +87,9 @@ def main() -> None:
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
-    others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
-    sizes = [one.n_latents for one in (autoencoder, *(other for other, _ in others))]
+    pairs = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
+    other_autoencoders = [other for other, _ in pairs]
+    sizes = [each.n_latents for each in (autoencoder, *other_autoencoders)]
     require(
         len(set(sizes)) == len(sizes),
         "OTHER_AUTOENCODERS must be of other sizes than each other and than the one in "
@@ -111,7 +101,7 @@ def main() -> None:
         NOT_RECORDED,
         activations=store.fingerprint,
         autoencoder=trained["fingerprint"],
-        other_autoencoders=[other["fingerprint"] for _, other in others],
+        other_autoencoders=[metrics["fingerprint"] for _, metrics in pairs],
     )
 
     with open_stage(settings.analysis_dir, record, OUTPUTS, settings.overwrite) as folder:
@@ -119,20 +109,18 @@ def main() -> None:
             print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
             return
         require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
-        analysis = Analysis(
-            folder, settings, store, autoencoder, trained, [other for other, _ in others]
-        )
+        analysis = Analysis(folder, settings, store, autoencoder, trained, other_autoencoders)
         analysis.verify()
 
         # 2. One pass over the activations: statistics and examples of every feature.
         analysis.run_pass()
 
-        # 3. The studies, in the paper's order: utils/features/studies/, a file each.
+        # 3. The studies, in the paper's order; each is a module in utils/features/studies/.
         for name in (*studies.ALWAYS, *studies.NAMES):
             if name in studies.ALWAYS or name in settings.studies:
                 analysis.run_study(name)
 
-        # 4. Save the tables, draw the pictures, and put everything into one page.
+        # 4. Save the tables, draw the pictures, and write the browser's page.
         summary = analysis.save()
         make_report(folder, settings.n_reported, settings.seed)
         print(describe(summary, folder))
@@ -151,9 +139,9 @@ def check(settings: Settings) -> None:
         "out, or add one.",
     )
     check_judge(settings)
-    asked = (settings.search is not None, settings.search_like is not None)
+    searches = (settings.search, settings.search_like, settings.search_prompt or None)
     require(
-        sum(asked) + bool(settings.search_prompt) <= 1,
+        sum(search is not None for search in searches) <= 1,
         "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
     )
     require(
@@ -175,7 +163,7 @@ def check(settings: Settings) -> None:
 
 
 def check_judge(settings: Settings) -> None:
-    """Refuse settings of a judge that cannot be meant, or that would save a password."""
+    """Refuse a judge's settings that are invalid, or that hold a password."""
     url, price = settings.judge_url, settings.judge_price
     if url is not None:
         require(settings.judge is not None, "JUDGE_URL needs JUDGE, the model to ask for there.")
@@ -194,15 +182,15 @@ def check_judge(settings: Settings) -> None:
 
 
 def describe(summary: dict, folder: Path) -> str:
-    """The result in words, and a few features that stand out."""
+    """The result in words, and a few notable features."""
     explained, held_out = 1 - summary["fvu"], 1 - summary["held_out_fvu"]
-    standing_out = Catalogue(folder).propose(N_DESCRIBED).to_dict("records")
+    notable = Catalogue(folder).propose(N_DESCRIBED).to_dict("records")
     lines = [
         f"Over {summary['n_tokens']:,} tokens: variance explained {explained:.3f} ({held_out:.3f} "
         f"on those held out of training), L0 {summary['l0']:.1f}, {summary['n_alive']:,} of "
         f"{summary['n_latents']:,} features alive.",
         *summary["words"],
-        *(f"  {in_words(row)}" for row in standing_out),
+        *(f"  {in_words(row)}" for row in notable),
         f"Open {folder / PAGE} to look at the features.",
     ]
     return "\n".join(lines)

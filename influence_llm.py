@@ -1,16 +1,15 @@
-"""Change what the language model says by clamping a feature, or find the features that lead to it.
+"""Change a language model's texts by clamping features, or find the features that lead to them.
 
-Reads data/analysis (analyze_features.py) and data/autoencoder (train_autoencoder.py); model and
-layer are those they were made from. STUDY chooses:
+Reads data/analysis (analyze_features.py), data/autoencoder (train_autoencoder.py) and the language
+model that they were made from. STUDY is one of:
 
-steer      Prints untouched and steered text side by side and appends both to
-           data/influence/generations.jsonl. What is recorded there is shown, not generated again.
-evidence   Measures how much of their concepts features bring into texts, and at what price, beside
-           mean-difference vectors and random directions; writes data/influence/evidence*.csv
-           and .png. Goes on where it was.
-attribute  Prints which features lead to the next token, by gradient and by ablation, and writes
-           data/influence/attribution.csv, .json and .png, in place of an earlier prompt's; over
-           held-out prompts too, if asked.
+- steer prints untouched and steered text side by side and appends both to
+  data/influence/generations.jsonl; a text that is recorded there is not generated again.
+- evidence measures how much features bring their concepts into texts, and the cost in fluency,
+  compared with mean-difference vectors and random directions; it writes
+  data/influence/evidence*.csv and .png, and continues an interrupted run.
+- attribute prints which features lead to the next token, by gradient and by ablation, and replaces
+  data/influence/attribution.csv, .json and .png; optionally over held-out prompts too.
 
     python influence_llm.py --prompt "My favourite food is" --feature countries --strength 0 1 2
     python influence_llm.py --feature "San Francisco" --strength auto --where generated
@@ -30,59 +29,57 @@ from utils.features.search import choose_features
 from utils.settings import Settings, read_settings, require, require_positive, run
 
 Study = Literal["steer", "evidence", "attribute"]
+Strength = tuple[float, ...] | Literal["auto"]
 
-# --- what to do
-STUDY: Study = "steer"  # steer: with features changed; evidence: does it work; attribute: why
-PLAYGROUND = False  # a page at 127.0.0.1 to find features and turn them, instead of a study
-CHAT = False  # a chat in the terminal with features turned, instead of a study
-PORT = 7_860  # of the playground
+# --- use
+STUDY: Study = "steer"  # steer: change features; evidence: test steering; attribute: explain tokens
+PLAYGROUND = False  # serve a web page at 127.0.0.1 to search and clamp features, not a study
+CHAT = False  # chat in the terminal with clamped features, not a study
+PORT = 7_860  # port of the playground
 
-# --- what to say
+# --- generation
 PROMPT = "My favourite food is"  # text that the model continues
-CHAT_TEMPLATE = False  # put PROMPT into the model's chat template, so that it is replied to
-MAX_NEW_TOKENS = 40  # tokens to generate; fewer where the model ends its text
-TEMPERATURE = 0.0  # 0 takes the likeliest token; 1 draws from the model's own distribution
-SEED = 0  # of the drawing
+CHAT_TEMPLATE = False  # put PROMPT into the model's chat template, so that the model replies to it
+MAX_NEW_TOKENS = 40  # largest number of tokens to generate
+TEMPERATURE = 0.0  # 0: the likeliest tokens; 1: samples from the model's distribution
+SEED = 0  # random seed
 
-# --- what to change
-FEATURE: tuple[int | str, ...] = ()  # numbers, or words to find features by; none proposes some
-INTERVENTION = "clamp"  # clamp to, or add, STRENGTH × the maximum; scale what is there; ablate
-STRENGTH: tuple[float, ...] | Literal["auto"] = (0.0, 1.0, 2.0)  # -10 to 10; auto finds the limit
-WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated, or positions; BOS is at 0
-SAVE_VECTOR: tuple[str, ...] = ()  # .safetensors, or .gguf for llama.cpp: what STRENGTH would add
-N_PROPOSALS = 5  # features to propose where FEATURE names none, or for each word
+# --- steer
+FEATURE: tuple[int | str, ...] = ()  # numbers, or words to search by; if empty, some are proposed
+INTERVENTION = "clamp"  # clamp to or add STRENGTH × maximum, scale by STRENGTH, or ablate
+STRENGTH: Strength = (0.0, 1.0, 2.0)  # from -10 to 10; auto: the largest with fluent texts
+WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated (new tokens), or positions ≥ 1
+SAVE_VECTOR: tuple[str, ...] = ()  # files for a steering vector: .safetensors, .gguf (llama.cpp)
+N_PROPOSALS = 5  # features to propose if FEATURE is empty, or to list for each of its words
 
 # --- evidence, and STRENGTH auto
-N_FEATURES = 20  # features to measure: the first proposed that steer on trial prompts
-N_TRIED = 100  # proposed features to try for that, at most
-MAX_PERPLEXITY = 3.0  # times the untouched, above which a text is no longer fluent
+N_FEATURES = 20  # features to test: the first proposed that steer on trial prompts
+N_TRIED = 100  # largest number of proposed features to try
+MAX_PERPLEXITY = 3.0  # largest perplexity of a fluent text, relative to the untouched text's
 
 # --- attribute
-PAIR: tuple[str, ...] = ()  # two tokens to compare, as ' Paris' ' London'; none: the likeliest two
-N_ABLATED = 20  # features, of the largest attribution, that are ablated too
-N_PROMPTS = 0  # held-out prompts to correlate attribution and ablation over; 50 are plenty
-PROMPT_TOKENS = 24  # of each of them
-FEATURES_PER_PROMPT = 48  # drawn from the active ones of each
+PAIR: tuple[str, ...] = ()  # two tokens to compare, as ' Paris' ' London'; if empty, the likeliest
+N_ABLATED = 20  # features of the largest attribution to ablate
+N_PROMPTS = 0  # held-out prompts to correlate attribution with ablation over, such as 50
+PROMPT_TOKENS = 24  # tokens in each held-out prompt
+FEATURES_PER_PROMPT = 48  # active features drawn for each held-out prompt
 
 # --- folders
-ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py; for N_PROMPTS alone
+ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py; read only with N_PROMPTS
 ANALYSIS_DIR = "data/analysis"  # folder of analyze_features.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder of train_autoencoder.py
-INFLUENCE_DIR = "data/influence"  # folder to write to
+INFLUENCE_DIR = "data/influence"  # output folder
 
 # --- not settings
-# What has a meaning for some uses alone; given for another, it is refused.
+# Settings and the uses that they are for; set for another use, a setting is refused.
 ONLY_FOR = {
-    **dict.fromkeys(("feature", "intervention", "strength", "where", "save_vector"), ("steer",)),
-    "n_proposals": ("steer",),
+    "feature intervention strength where save_vector n_proposals": ("steer",),
     "max_perplexity": ("steer", "evidence"),
-    **dict.fromkeys(("n_features", "n_tried"), ("evidence",)),
-    **dict.fromkeys(("pair", "n_ablated", "n_prompts"), ("attribute",)),
-    **dict.fromkeys(("prompt_tokens", "features_per_prompt"), ("attribute",)),
+    "n_features n_tried": ("evidence",),
+    "pair n_ablated n_prompts prompt_tokens features_per_prompt": ("attribute",),
     "study": ("steer", "evidence", "attribute"),
-    "prompt": ("steer", "attribute", "playground"),
-    "chat_template": ("steer", "attribute", "playground"),
-    **dict.fromkeys(("max_new_tokens", "temperature"), ("steer", "evidence", "playground", "chat")),
+    "prompt chat_template": ("steer", "attribute", "playground"),
+    "max_new_tokens temperature": ("steer", "evidence", "playground", "chat"),
     "port": ("playground",),
 }
 
@@ -92,27 +89,28 @@ def main() -> None:
     use_backend("torch")
     use = use_of(settings)
     check(settings)
-    catalogue, autoencoder_path = read_analysis(settings)
-    studies = {"steer": steer, "evidence": evidence, "attribute": attribute}
-    uses = studies | {"chat": chat, "playground": playground}
+    catalogue = Catalogue(settings.analysis_dir)
+    autoencoder_path = catalogue.autoencoder_path(settings.autoencoder_dir)
+    uses = {"steer": steer, "evidence": evidence, "attribute": attribute}
+    uses |= {"chat": chat, "playground": playground}
     uses[use](settings, catalogue, autoencoder_path)
 
 
 def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
-    """Texts with and without features changed."""
+    """Generate texts with and without features changed."""
     from utils.influence import generations
     from utils.influence.evidence import describe_strength, find_strength
     from utils.influence.export import require_exportable, save_vectors
     from utils.influence.texts import Writer
 
-    # 1. Choose the features to change: by number, by word, or proposed.
+    # 1. Choose the features to change, by number, word or proposal.
     require_exportable(settings.save_vector, catalogue.summary["layer"])
     width = shutil.get_terminal_size().columns
     features = choose_features(catalogue, settings.feature, settings.n_proposals, width)
     log = generations.open_log(settings.influence_dir)
     recorded, model = generations.read_records(log), None
 
-    # 2. Find how strongly, if asked: up to where the text falls apart.
+    # 2. With STRENGTH auto, find the largest strength at which texts are fluent.
     strengths = (0.0,) if settings.intervention == "ablate" else settings.strength
     if strengths == "auto":
         model = generations.load_model(catalogue, autoencoder_path)
@@ -130,59 +128,54 @@ def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> N
     if missing and not model:
         model = generations.load_model(catalogue, autoencoder_path)
 
-    # 4. Generate, untouched and steered, what is not recorded yet.
-    records = generations.generate_records(requests, recorded, model, log)
-
-    # 5. Print the texts side by side.
+    # 4. Generate the texts that are not recorded yet, and print all side by side.
     print(f"Prompt: {settings.prompt}")
-    for record in records:
+    for record in generations.generate_records(requests, recorded, model, log):
         print("\n" + generations.show_record(record, width))
     if not model:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
 
 
 def evidence(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
-    """Whether features steer what they are about, and better than other directions do."""
-    from utils.influence import evidence
-    from utils.influence.generations import load_model
+    """Test whether clamped features bring in their concepts, better than other directions do."""
+    from utils.influence import evidence as study
+    from utils.influence.generations import load_model, open_log
     from utils.influence.texts import Texts
 
     # 1. Propose features by a rule, none by hand.
-    folder = make_folder(settings.influence_dir, "--influence-dir")
+    log = open_log(settings.influence_dir, "evidence.jsonl")
     candidates = catalogue.propose(settings.n_tried)["feature"].tolist()
     model = load_model(catalogue, autoencoder_path)
 
-    # 2. Of those that steer on trial, write texts by every method at every strength, and let the
-    #    untouched model read them.
-    log = folder / "evidence.jsonl"
-    log.open("ab").close()
+    # 2. For those that steer on trial prompts, write texts by every method at every strength, and
+    #    score them with the untouched model.
     texts = Texts(model, catalogue, settings, log)
-    limits = settings.n_features, settings.max_perplexity
-    table, n_tried = evidence.collect(texts, candidates, *limits)
+    max_perplexity = settings.max_perplexity
+    table, n_tried = study.collect(texts, candidates, settings.n_features, max_perplexity)
 
-    # 3. Find each feature's useful strength on some prompts, and judge it on the others.
-    best = evidence.at_useful_strength(table, settings.max_perplexity)
+    # 3. Find each feature's useful strength on trial prompts, and judge it on the other prompts.
+    best = study.at_useful_strength(table, max_perplexity)
     best.insert(1, "label", catalogue.features["label"][best["feature"]].to_numpy())
-    curves = evidence.curves(table, settings.seed)
-    summary = evidence.summarise(best, n_tried, settings.max_perplexity, settings.seed)
+    scores = study.mean_scores(table, settings.seed)
+    summary = study.summarise(best, n_tried, max_perplexity, settings.seed)
 
     # 4. Write tables and a picture, and print the result.
-    best.to_csv(folder / "evidence_features.csv", index=False)
-    curves.to_csv(folder / "evidence_curves.csv", index=False)
-    write_json(folder / "evidence.json", summary)
-    evidence.plot_evidence(curves, settings.max_perplexity, folder / "evidence.png")
-    print(evidence.show_evidence(summary, settings.max_perplexity))
+    best.to_csv(log.with_name("evidence_features.csv"), index=False)
+    scores.to_csv(log.with_name("evidence_curves.csv"), index=False)
+    write_json(log.with_name("evidence.json"), summary)
+    study.plot_evidence(scores, max_perplexity, log.with_name("evidence.png"))
+    print(study.show_evidence(summary, max_perplexity))
 
 
 def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
-    """The features that lead to the next token."""
+    """Find the features that lead to the next token."""
     from utils.activations.store import ActivationStore, spread
     from utils.autoencoder.saved import open_autoencoder
     from utils.influence import attribution
     from utils.steering.feature_model import FeatureModel
     from utils.steering.generation import prompt_tokens
 
-    # 1. Load the model, in float32: what a feature does is small beside bfloat16's precision.
+    # 1. Load the model, in float32: effects of features are too small for bfloat16's precision.
     folder = make_folder(settings.influence_dir, "--influence-dir")
     store = trained = None
     if settings.n_prompts:
@@ -191,13 +184,13 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
     model = FeatureModel.load(catalogue.summary, autoencoder_path, "float32")
     language_model = model.language_model
 
-    # 2. One pass forward and one back: what each active feature adds to the difference of logits.
+    # 2. Attribute the difference of two logits to active features, in one pass forward and back.
     tokens = prompt_tokens(language_model, settings.prompt, settings.chat_template)
     pair = attribution.token_pair(language_model, settings.pair)
     result = attribution.attribute(model, tokens, pair)
-    features = attribution.of_features(result)
+    features = attribution.by_feature(result)
 
-    # 3. Ablate the largest, to see whether it is so.
+    # 3. Ablate the features of the largest attribution.
     top = features.head(settings.n_ablated)
     labels = catalogue.features["label"]
     top = top.assign(
@@ -209,59 +202,57 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
     words = [language_model.tokenizer.decode([token]) for token in (*result.pair, *tokens[0])]
     print(attribution.show_attribution(words[:2], result.difference, top, settings.prompt))
     top.to_csv(folder / "attribution.csv", index=False)
-    asked = {"prompt": settings.prompt, "chat_template": settings.chat_template}
-    answer = {"pair": words[:2], "difference": result.difference}
-    write_json(folder / "attribution.json", asked | answer)
+    content = {"prompt": settings.prompt, "chat_template": settings.chat_template}
+    content |= {"pair": words[:2], "difference": result.difference}
+    write_json(folder / "attribution.json", content)
     attribution.plot_attribution(result, words, labels, folder / "attribution.png")
 
-    # 5. Over held-out prompts: does attribution, or mere activation, tell what ablation does?
+    # 5. Over held-out prompts: does attribution, or activation alone, predict the ablation?
     if settings.n_prompts:
         _, held_out = store.split(trained["held_out"])
         contexts = spread(held_out, settings.n_prompts)
-        sample = attribution.Sample(
-            settings.prompt_tokens, settings.features_per_prompt, settings.seed
-        )
-        table = attribution.correlate(model, store, contexts, sample)
+        sample = settings.prompt_tokens, settings.features_per_prompt, settings.seed
+        table = attribution.compare_with_ablation(model, store, contexts, *sample)
         table.to_csv(folder / "attribution_correlation.csv", index=False)
         print(attribution.show_correlations(attribution.correlations(table, settings.seed)))
 
 
 def chat(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
-    """A chat in the terminal with features turned, until the user leaves."""
+    """Run a chat in the terminal, until the user leaves."""
     from utils.influence.chat import Chat
     from utils.influence.generations import load_model
 
-    model = load_model(catalogue, autoencoder_path)
-    Chat(catalogue, model, settings.max_new_tokens, settings.temperature, settings.seed).run()
+    Chat(catalogue, load_model(catalogue, autoencoder_path), settings).run()
 
 
 def playground(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
-    """A page to find features and turn them, until the user leaves."""
+    """Serve the playground, until the user leaves."""
     from utils.influence.generations import load_model
-    from utils.influence.playground import Playground, require_free, serve
+    from utils.influence.playground import Playground, require_free_port, serve
 
-    require_free(settings.port)
+    require_free_port(settings.port)
     serve(Playground(catalogue, load_model(catalogue, autoencoder_path)), settings)
 
 
 def use_of(settings: Settings) -> str:
-    """Which of the uses is asked for: a study, the playground or the chat.
+    """The use that the settings ask for: a study, the playground or the chat.
 
     Raises:
-        InputError: Two uses are asked for, or one is given what it has not.
+        InputError: They ask for two, or change a setting that the use does not have.
     """
     require(
         not (settings.playground and settings.chat),
         "One of PLAYGROUND and CHAT can be on at a time.",
     )
     use = "playground" if settings.playground else "chat" if settings.chat else settings.study
-    for name, uses in ONLY_FOR.items():
-        value = getattr(settings, name)
-        require(
-            use in uses or value == globals()[name.upper()],
-            f"{name.upper()} is for {', '.join(uses)}; this is {use}, and {name.upper()} is "
-            f"{value!r}. Leave it out.",
-        )
+    for names, uses in ONLY_FOR.items():
+        for name in names.upper().split():
+            value = getattr(settings, name.lower())
+            require(
+                use in uses or value == globals()[name],
+                f"{name} is for {', '.join(uses)}; this is {use}, and {name} is {value!r}. "
+                "Leave it out.",
+            )
     return use
 
 
@@ -297,7 +288,7 @@ def check(settings: Settings) -> None:
 
 
 def check_strength(settings: Settings) -> None:
-    """Refuse a change of features that is none, or a strength that does not suit it."""
+    """Refuse an invalid change of features, and a strength that does not suit it."""
     from utils.steering.clamps import check_change
 
     require(
@@ -337,16 +328,6 @@ def check_saved_vector(settings: Settings) -> None:
         "SAVE_VECTOR needs INTERVENTION clamp or add, for a vector can only be added; it is "
         f"{settings.intervention}.",
     )
-
-
-def read_analysis(settings: Settings) -> tuple[Catalogue, Path]:
-    """The catalogue of features, and the path of the autoencoder that it is of.
-
-    Raises:
-        InputError: One is missing, or the analysis is of another autoencoder.
-    """
-    catalogue = Catalogue(settings.analysis_dir)
-    return catalogue, catalogue.autoencoder_path(settings.autoencoder_dir)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Reads a dataset from the Hugging Face Hub or from local files, and a model. Writes
 data/activations: .npy shards of activations, tokens and their sources, a manifest, settings.json.
-Killed and started again, it goes on where it was; run again when finished, it checks every shard
-and makes damaged ones anew.
+An interrupted run continues when it is started again; a finished one checks every shard and writes
+damaged ones again.
 
     python save_activations.py --model-name embedded --dataset embedded --n-tokens 600_000
 """
@@ -20,32 +20,27 @@ from utils.activations.shards import OUTPUTS, bytes_per_token
 from utils.activations.store import ActivationStore
 from utils.artifacts import RunRecord, open_stage, require_disk_space
 from utils.language_model import load_language_model, read_config
-from utils.settings import (
-    InputError,
-    Settings,
-    read_settings,
-    require,
-    require_positive,
-    run,
-)
+from utils.settings import InputError, Settings, read_settings, require, require_positive, run
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 # --- model
-MODEL_NAME = "meta-llama/Llama-3.2-3B"  # hub name, a folder in the hub's layout, or "embedded"
-LAYER = 15  # take the output of this decoder block, counted from 0; the middle is a good start
-DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where it is fast
+MODEL_NAME = "meta-llama/Llama-3.2-3B"  # Hugging Face name, local model folder, or "embedded"
+LAYER = 15  # decoder block whose output is saved, counted from 0; the middle is a good start
+DTYPE: Dtype = "auto"  # of the model; auto: bfloat16 if the device computes in it
 
 # --- text
-DATASET = "monology/pile-uncopyrighted"  # hub name, a file or folder of text, or "embedded"
-N_TOKENS = 100_000_000  # positions to save, all processes together
-CONTEXT_LENGTH = 1_024  # tokens the model sees together, the first of them BOS
-OUTLIER_FACTOR = 3.0  # leave out of training what has more than so many times the median norm
+DATASET = "monology/pile-uncopyrighted"  # Hugging Face name, text file or folder, or "embedded"
+N_TOKENS = 100_000_000  # tokens to save, by all processes together
+CONTEXT_LENGTH = 1_024  # tokens in a context, including its first, BOS
+OUTLIER_FACTOR = 3.0  # exclude positions whose norm is more than this many times the median
 
 # --- writing
-ACTIVATIONS_DIR = "data/activations"  # folder to write to
-STORAGE_DTYPE: Literal["float16", "float32"] = "float16"  # float32 if activations overflow it
-TOKENS_PER_SHARD = 65_536  # a shard is written as a whole: 400 MB at d_model 3,072
-CONTEXTS_PER_BATCH = 16  # raise it until the accelerator's memory is full
-OVERWRITE = False  # delete an earlier run in ACTIVATIONS_DIR that had other settings
+ACTIVATIONS_DIR = "data/activations"  # output folder
+STORAGE_DTYPE: Literal["float16", "float32"] = "float16"  # on disk; float32 if float16 overflows
+TOKENS_PER_SHARD = 65_536  # tokens in a file of activations, 400 MB at d_model 3,072
+CONTEXTS_PER_BATCH = 16  # contexts in a forward pass; as many as the accelerator's memory holds
+OVERWRITE = False  # delete an earlier run with other settings in ACTIVATIONS_DIR
 
 # --- not settings
 NOT_RECORDED = ("activations_dir", "overwrite")
@@ -73,7 +68,7 @@ def main() -> None:
             print(describe(folder, ranks))
             return
 
-        # 3. Print the plan, and refuse what cannot fit.
+        # 3. Print the plan, and check the disk space.
         print(plan(settings, folder, d_model))
         require_disk_space(folder, extraction.bytes_to_write(d_model) * ranks.world_size)
 
@@ -82,7 +77,7 @@ def main() -> None:
         extraction.begin(language_model, corpus)
         extraction.run()
 
-    # 5. Say what was kept, and what was left out and why.
+    # 5. Print the number of tokens kept and excluded.
     print(describe(folder, ranks))
 
 
@@ -105,7 +100,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
 
 
 def check_context(settings: Settings, longest: int | None) -> None:
-    """Refuse contexts that the model was not made for, if it says so."""
+    """Refuse contexts longer than the model's, if its configuration gives a limit."""
     require(
         longest is None or settings.context_length <= longest,
         f"CONTEXT_LENGTH must be at most {longest} for {settings.model_name}; it is "
@@ -113,8 +108,8 @@ def check_context(settings: Settings, longest: int | None) -> None:
     )
 
 
-def plan(settings, folder: Path, d_model: int) -> str:
-    """What is about to be done, in words."""
+def plan(settings: Settings, folder: Path, d_model: int) -> str:
+    """What the run will save, in words."""
     size = settings.n_tokens * bytes_per_token(d_model, settings.storage_dtype)
     free = shutil.disk_usage(folder).free
     return (
@@ -125,7 +120,7 @@ def plan(settings, folder: Path, d_model: int) -> str:
 
 
 def describe(folder: Path, ranks: Ranks) -> str:
-    """What the folder holds, in words."""
+    """The content of the folder, in words."""
     finished = sum(Manifest.read(path).finished for path in folder.glob("manifest*.json"))
     if finished < ranks.world_size:
         return f"Process {ranks.rank} is done; {finished} of {ranks.world_size} are."

@@ -413,9 +413,9 @@ def test_other_dictionaries_must_be_of_other_sizes(refused, copied):
 
 def test_a_word_finds_a_feature(run_here, tiny_run, tmp_path):
     catalogue = Catalogue(tiny_run.folder / "analysis")
-    found = catalogue.search("anchor", 1)["feature"].item()
+    feature = catalogue.search("anchor", 1)["feature"].item()
     printed = run_here(
         "influence_llm", *tiny_run.flags.influence_llm, "--feature", "anchor", "--strength", 5,
         "--max-new-tokens", 5, "--influence-dir", tmp_path,
     ).stdout  # fmt: skip
-    assert f"Feature {found} is taken," in printed and "anchor" in printed
+    assert f"Feature {feature} is taken," in printed and "anchor" in printed

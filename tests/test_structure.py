@@ -25,8 +25,8 @@ def imports(path: Path) -> set[str]:
     source = path.read_text()
     assert not re.search(r"^\s*from \.", source, re.MULTILINE), f"{path} imports relatively"
     whole = re.findall(r"^\s*import (utils[\w.]*|\w+)", source, re.MULTILINE)
-    found = {module for module, _ in imported(path, ROOT)} | set(whole)
-    return found & {*MODULES, *SCRIPTS}
+    modules = {module for module, _ in imported(path, ROOT)} | set(whole)
+    return modules & {*MODULES, *SCRIPTS}
 
 
 def test_few_modules_lie_directly_in_utils():
@@ -54,8 +54,8 @@ def test_a_folder_says_what_is_in_it(folder):
     """Its docstring names each of its modules; `studies` is a folder of its own."""
     path = ROOT / folder.replace(".", "/") / "__init__.py"
     words = ast.get_docstring(ast.parse(path.read_text()))
-    own = [module for module in MODULES if module.rpartition(".")[0] == folder]
-    assert not [module for module in own if module.split(".")[-1] not in words]
+    names = [module.split(".")[-1] for module in MODULES if module.rpartition(".")[0] == folder]
+    assert not [name for name in names if name not in words]
 
 
 def test_imports_are_seen():
@@ -66,8 +66,8 @@ def test_imports_are_seen():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_import_utils_but_not_each_other(name):
-    found = imports(ROOT / f"{name}.py")
-    assert found and not found & set(SCRIPTS)
+    modules = imports(ROOT / f"{name}.py")
+    assert modules and not modules & set(SCRIPTS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

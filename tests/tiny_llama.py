@@ -1,6 +1,7 @@
 """A random LLaMA of four blocks: with a tokenizer of bytes and pairs in the hub's layout, for whole
 runs; with one of whole words, w2 to w299, in memory, for functions."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.kinds import KINDS
 from utils.language_model import LanguageModel
 
 LAYER = 1
 D_MODEL = 32
+N_LATENTS = 64
 CONTEXT = 64
 WORDS = 300
 PROMPT = "w10 w20 w30 w40 w50"
@@ -67,3 +71,14 @@ def tiny_language_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
     )
     model = tiny_llama(tokenizer, CONTEXT).to(dtype).eval().requires_grad_(False)
     return LanguageModel("tiny", None, model, tokenizer)
+
+
+def tiny_autoencoder(kind: str, residual: torch.Tensor) -> SparseAutoencoder:
+    """A random autoencoder for a residual stream of the model, (..., d_model)."""
+    options = {"k": 8} if "k" in KINDS[kind].options() else {}
+    autoencoder = KINDS[kind](d_model=D_MODEL, n_latents=N_LATENTS, **options)
+    rows = residual.reshape(-1, D_MODEL).float()
+    mean = rows.mean(0)
+    scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
+    autoencoder.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
+    return autoencoder

@@ -1,7 +1,7 @@
-"""What the four scripts share: a folder for each of them, and what all of them need.
+"""The modules of the four scripts: a folder for each script, and here what all of them use.
 
 settings, artifacts    constants as flags, a stage's folder
-backend                which framework Keras computes with
+backend                the framework that Keras uses
 embedded               the offline model and text
 language_model         the model: loading it, its residual stream
 plots, terminal        drawing, lines of text

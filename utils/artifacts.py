@@ -1,7 +1,6 @@
-"""A stage's folder: its data beside the settings that made it.
+"""A stage's folder: its output files, and the settings that they were made with.
 
-A file appears whole or not at all, a folder holds one run, and a run with other settings is refused
-rather than mixed in.
+Files are written atomically, a folder holds one run, and a run with other settings is refused.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from utils.settings import InputError, Json, Settings, as_dict, require
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
 
-# What folders of earlier versions have recorded and a script no longer has, with its default then.
+# Settings that earlier versions recorded and a script no longer has, with their defaults.
 RETIRED: dict[str, dict[str, Json]] = {
     "train_autoencoder.py": {"weight_averaging": None},
     "analyze_features.py": {
@@ -40,11 +39,9 @@ RETIRED: dict[str, dict[str, Json]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """All that decides what a run writes, kept beside it to know the run again.
+    """Everything that a run's outputs depend on: script, settings, and fingerprints of its inputs.
 
-    Attributes:
-        content: The script, its settings, and other facts, such as fingerprints of its inputs.
-        defaults: Of the settings.
+    ``defaults`` holds the settings' default values.
     """
 
     content: dict[str, Json]
@@ -52,12 +49,12 @@ class RunRecord:
 
     @classmethod
     def of(cls, settings: Settings, leave_out: tuple[str, ...], **facts: Json) -> "RunRecord":
-        """The record of a script's run; ``leave_out`` names the settings that decide nothing."""
+        """The record of a script's run; outputs do not depend on the settings in ``leave_out``."""
         recorded = {"script": settings.script, **as_dict(settings, leave_out), **facts}
         return cls(recorded, as_dict(type(settings)(), leave_out))
 
     def differences(self, earlier: dict[str, Json]) -> list[str]:
-        """How the content that an earlier run recorded differs, a line for each name.
+        """A line for each difference from the content that an earlier run recorded.
 
         A setting that one of the two versions does not have counts as its default.
         """
@@ -74,10 +71,10 @@ class RunRecord:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; leaving the block puts that file in its place.
+    """Yield a temporary path to write to; leaving the block renames that file to ``path``.
 
     The rename is atomic and follows an fsync, so that a reader sees the old file or the new one,
-    never half of either, whenever the process is killed.
+    whole, whenever the process is killed.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
@@ -96,11 +93,7 @@ def write_json(path: Path, content: Json) -> None:
 
 
 def read_json(path: Path) -> Json:
-    """Read a JSON file of ours.
-
-    Raises:
-        InputError: The file is not JSON.
-    """
+    """Read a JSON file; raises `InputError` if it is damaged."""
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -110,7 +103,7 @@ def read_json(path: Path) -> Json:
 
 
 def append_record(log: Path, record: dict[str, Json]) -> None:
-    """Add a line of JSON to a log, after ending the line that a killed process left torn."""
+    """Add a line of JSON to a log, after ending a line that a killed process left incomplete."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     with log.open("ab+") as file:
         if file.tell():
@@ -119,9 +112,9 @@ def append_record(log: Path, record: dict[str, Json]) -> None:
         file.write(line.encode())
 
 
-def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
-    """The records of a log that have all the ``needed`` fields; torn lines are passed over."""
-    # Not splitlines(): JSON strings may hold characters that it takes for line ends.
+def read_log(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
+    """The records of a log that have all the ``needed`` fields; incomplete lines are skipped."""
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
     for line in log.read_text("utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, AttributeError):
             record = json.loads(line)
@@ -130,7 +123,7 @@ def records_of(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
 
 
 def fingerprint(*paths: Path) -> str:
-    """A short digest of the bytes of some files, by which a later stage knows its input again."""
+    """A short digest of the bytes of files, by which a later stage recognises its input."""
     digests = []
     for path in paths:
         with open(path, "rb") as file:
@@ -139,11 +132,7 @@ def fingerprint(*paths: Path) -> str:
 
 
 def make_folder(folder: str | Path, flag: str) -> Path:
-    """A folder that can be written to, made if it is not there; ``flag`` is what names it.
-
-    Raises:
-        InputError: It cannot be written to.
-    """
+    """Create a folder unless it exists; raises `InputError` if it cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,10 +145,10 @@ def make_folder(folder: str | Path, flag: str) -> Path:
     return folder
 
 
-def missing_stage(folder: Path, what: str, script: str) -> InputError:
-    """The error for an input that is not there yet: names the script to run first."""
+def missing_stage(folder: Path, content: str, script: str) -> InputError:
+    """The error for an input that does not exist yet; it names the script to run first."""
     return InputError(
-        f"No {what} in {folder}. Run {script} first, or name the folder that has them."
+        f"No {content} in {folder}. Run {script} first, or name the folder that has them."
     )
 
 
@@ -171,18 +160,14 @@ def open_stage(
     overwrite: bool = False,
     lock_name: str = LOCK_FILE,
 ) -> Iterator[Path]:
-    """Hold a stage's output folder for one run.
+    """Lock a stage's output folder for one run, and yield it: empty or with that run's outputs.
 
     Args:
-        folder: Where the stage writes; made if it is not there.
-        record: What decides the content of the outputs; other runs are refused.
+        record: A folder that holds a run with another record is refused.
         outputs: Patterns of the files and folders that the stage writes.
-        overwrite: Delete the outputs of an earlier run with other settings. One with the same
-            settings is gone on with, so that a command that was killed can be given again as it is.
+        overwrite: Delete the outputs of an earlier run with other settings. A run with the same
+            settings continues, so that a killed command can be repeated unchanged.
         lock_name: Processes that share a run (ranks) hold locks of different names.
-
-    Yields:
-        The folder, which holds nothing, or an unfinished or finished run of the same settings.
 
     Raises:
         InputError: The folder cannot be written, is in use, or holds another run.
@@ -197,7 +182,7 @@ def open_stage(
 
 
 def _refuse_other_holders(folder: Path, lock_name: str) -> None:
-    """Refuse to delete what another rank, whose lock has another name, is still writing."""
+    """Refuse to delete outputs while another rank, whose lock has another name, writes them."""
     for path in folder.glob(f"{LOCK_FILE}*"):
         if path.name not in (lock_name, f"{LOCK_FILE}-settings"):
             with _hold(folder, path.name):
@@ -205,7 +190,7 @@ def _refuse_other_holders(folder: Path, lock_name: str) -> None:
 
 
 def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite: bool) -> None:
-    """Write ``record`` to a folder without outputs; compare it in one that has some."""
+    """Write ``record`` to a folder without outputs, or compare it with that of an earlier run."""
     recorded = folder / SETTINGS_FILE
     if overwrite and not _holds_run_of(recorded, record):
         _remove_outputs(folder, (*outputs, SETTINGS_FILE))
@@ -213,8 +198,7 @@ def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite:
     if recorded.exists():
         other, script = read_json(recorded).get("script"), record.content.get("script")
         require(
-            other == script,
-            f"{folder} is the folder of {other}. Name another folder for {script}.",
+            other == script, f"{folder} is the folder of {other}. Name another folder for {script}."
         )
     require(
         not begun or recorded.exists(),
@@ -275,7 +259,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
-    """Refuse work whose outputs, ``needed`` bytes, do not fit on the disk that holds ``folder``."""
+    """Refuse to write ``needed`` bytes to a disk, that of ``folder``, with less free space."""
     free = shutil.disk_usage(folder).free
     require(
         needed < free,

@@ -1,4 +1,4 @@
-"""Which framework Keras computes with in this process. Import before anything imports Keras."""
+"""The framework that Keras uses in this process. Import this before anything imports Keras."""
 
 import importlib.util
 import os
@@ -19,22 +19,18 @@ PROBES = {
     "jax": "import jax; print(jax.default_backend() != 'cpu')",
     "tensorflow": "import tensorflow as tf; print(bool(tf.config.list_physical_devices('GPU')))",
 }
-# From the fastest on a CPU to the slowest, as measured by tests/benchmarks.
-FASTEST_ON_CPU = ("torch", "tensorflow", "jax")
+FASTEST_ON_CPU = ("torch", "tensorflow", "jax")  # first; measured by tests/benchmarks
 
 
 def use_backend(name: str, huge_pages: bool = False) -> str:
-    """Make Keras use a backend, before Keras is imported.
+    """Make Keras use a backend, before Keras is imported; returns its name.
 
     Args:
         name: ``"tensorflow"``, ``"jax"``, ``"torch"``, or ``"auto"``: the first installed one that
             sees an accelerator, else the installed one that is fastest on a CPU.
-        huge_pages: Have PyTorch ask Linux for pages of 2 MB. The gradients of a large dictionary
-            are new memory in each step: with 18,432 latents it takes a tenth less for it, on a CPU.
-            The smaller arrays of a language model get slower.
-
-    Returns:
-        The name of the backend taken.
+        huge_pages: Have PyTorch ask Linux for pages of 2 MB. On a CPU a training step of 18,432
+            latents, which allocates its gradients anew, takes a tenth less time; the smaller arrays
+            of a language model get slower.
 
     Raises:
         InputError: The backend is not installed.
@@ -47,18 +43,18 @@ def use_backend(name: str, huge_pages: bool = False) -> str:
     if huge_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if chosen != "tensorflow" and "tensorflow" not in sys.modules:
-        # Keras imports TensorFlow, if it can, merely to save a model: seconds, and GPU memory.
+        # Keras would import TensorFlow only to save a model, which takes seconds and GPU memory.
         sys.modules["tensorflow"] = None
     return chosen
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory that this process held so far, its own and the accelerator's, in GB."""
+    """The most memory that this process has used, on the host and on the accelerator, in GB."""
     status = Path("/proc/self/status")
-    if status.exists():  # for what getrusage tells there may be of the process that started this
+    if status.exists():  # on Linux getrusage may count the parent process
         host = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
     else:
-        import resource  # not on Windows, where the rest of this module works
+        import resource  # does not exist on Windows
 
         unit = 1 if sys.platform == "darwin" else 1024
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

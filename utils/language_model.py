@@ -1,6 +1,6 @@
 """The language model: loading it, and reading and changing its residual stream.
 
-"Layer L" is the output of decoder block L, counted from 0, wherever it is captured or replaced.
+"Layer L" is the output of decoder block L, counted from 0.
 Shapes: tokens (batch, context), residual (batch, context, d_model).
 """
 
@@ -66,9 +66,9 @@ def separator_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token within a text, by its number.
+    """The text of each token of the vocabulary, as it is in the middle of a text.
 
-    Decoded behind another token, for some tokenizers strip the space before a first one.
+    Each is decoded behind another token, because some tokenizers strip the space before the first.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     clean = {"clean_up_tokenization_spaces": False}
@@ -77,14 +77,13 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def read_config(name: str, layer: int) -> PreTrainedConfig:
-    """The configuration of a model, once ``layer`` is known to fit; no weights.
+    """The configuration of a model, without its weights.
 
     Args:
         name: A hub name, a folder in the hub's layout, or ``"embedded"``.
-        layer: The layer to be used.
 
     Raises:
-        InputError: No access to the model, or a layer out of range.
+        InputError: No access to the model, or ``layer`` is out of range.
     """
     try:
         config = AutoConfig.from_pretrained(_source(name), token=hub_token())
@@ -99,7 +98,7 @@ def read_config(name: str, layer: int) -> PreTrainedConfig:
 
 
 def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageModel:
-    """Load a model and its tokenizer; ``"auto"`` is bfloat16 where the device computes in it.
+    """Load a model and its tokenizer; for ``dtype`` see `resolve_dtype`.
 
     Raises:
         InputError: As for `read_config`.
@@ -119,8 +118,8 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
         f"{type(model).__name__}.",
     )
     model.requires_grad_(False)
-    # Given a slice, such as the last position of a batch, PyTorch would multiply by a copy of the
-    # unembedding for each text.
+    # Given a slice, such as the last position of a batch, PyTorch would copy the unembedding for
+    # each text.
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, inputs: (inputs[0].contiguous(),)
     )
@@ -155,7 +154,7 @@ def pick_device() -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn the name of a dtype, or ``"auto"``, into a torch dtype for a device."""
+    """The torch dtype of a name; ``"auto"`` is bfloat16 if the device computes in it."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -167,18 +166,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 class _Stopped(Exception):
-    """Ends a forward pass at the block that was asked for."""
+    """Ends a forward pass at a block."""
 
 
 @contextlib.contextmanager
 def replaced_output(
     block: nn.Module, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
 ) -> Iterator[None]:
-    """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it as it is.
+    """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it unchanged.
 
-    ``with_positions`` passes it the positions too, (batch or 1, context), counted from 0 in each
-    text whatever was padded or cached before. The hook comes off when the block is left, by an
-    exception too.
+    ``with_positions`` passes the positions too, (batch or 1, context), counted from 0 in each text
+    without its padding.
     """
 
     def hook(_module, _inputs, options, output):
@@ -198,7 +196,7 @@ def replaced_output(
 
 @contextlib.contextmanager
 def watched_tokens(language_model: LanguageModel) -> Iterator[list[torch.Tensor]]:
-    """While open, the list's one entry is the tokens of the pass under way, (batch, context)."""
+    """While open, the list's one entry is the tokens of the current pass, (batch, context)."""
     tokens = []
 
     def watch(_module, inputs, options):
@@ -215,11 +213,8 @@ def watched_tokens(language_model: LanguageModel) -> Iterator[list[torch.Tensor]
 def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream after block ``layer``; the blocks above it are not run.
 
-    Args:
-        tokens: Token ids, shape (batch, context), without padding.
-
-    Returns:
-        Shape (batch, context, d_model), in the model's dtype, on its device.
+    From tokens (batch, context), without padding, to (batch, context, d_model), in the model's
+    dtype and on its device.
     """
     captured = []
 
@@ -227,9 +222,7 @@ def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int)
         captured.append(residual)
         raise _Stopped
 
-    with (
-        replaced_output(language_model.blocks[layer], capture_and_stop),
-        contextlib.suppress(_Stopped),
-    ):
+    block = language_model.blocks[layer]
+    with replaced_output(block, capture_and_stop), contextlib.suppress(_Stopped):
         language_model.model(tokens.to(language_model.device), use_cache=False, logits_to_keep=1)
     return captured[0]

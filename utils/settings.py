@@ -2,8 +2,8 @@
 
 ``N_LATENTS = 65_536  # size of the dictionary`` in a script becomes ``--n-latents INT`` with that
 default and that help text. Settings stand under headings, ``# --- name``; the heading
-``# --- not settings`` ends them. Nothing is executed and nothing is declared twice: the names,
-values and annotations come from the imported script, the comments from its source.
+``# --- not settings`` ends them. Names, values and annotations come from the imported script, the
+comments from its source.
 """
 
 import ast
@@ -21,41 +21,34 @@ from typing import Annotated, Any, ClassVar
 import tyro
 from dotenv import load_dotenv
 
-Json = Any  # what JSON can hold
+Json = Any  # a value of JSON
 HEADING, END = "# --- ", "# --- not settings"
 
 
 class InputError(ValueError):
-    """A mistake of the user's: printed as one message, without a traceback."""
+    """An error of the user's: printed as one message, without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A script's settings, an attribute each in lower case; `read_settings` makes them.
-
-    Attributes:
-        script: File name of the script.
-    """
+    """A script's settings, as attributes in lower case; ``script`` is its file name."""
 
     script: ClassVar[str]
 
 
 def read_settings(script: types.ModuleType, arguments: list[str] | None = None) -> Settings:
-    """Build the settings of a script from its constants and the command line.
+    """The settings of a script, from its constants (see `settings_block`) and the command line.
+
+    A wrong flag or value ends the process with status 2 and a message that names the nearest flag
+    or the rule.
 
     Args:
-        script: The script's module; each constant that `settings_block` finds is a setting. One
-            whose value does not show its type (``None``, a tuple) carries an annotation.
-        arguments: Command-line words, without the program's name; the process's own by default.
-
-    Returns:
-        One field a constant, in lower case, its default the constant. A wrong flag or a value of
-        another type ends the process with status 2 and a message that names the nearest flag or the
-        rule.
+        script: The script's module. A constant needs an annotation if its value does not show its
+            type (``None``, a tuple).
+        arguments: Those of the command line; by default the process's.
 
     Raises:
-        InputError: A setting has no comment, or its constant a value that its annotation does not
-            allow.
+        InputError: A constant has no comment, or its annotation does not allow its value.
     """
     path = Path(script.__file__)
     annotations = typing.get_type_hints(script)
@@ -73,12 +66,9 @@ def read_settings(script: types.ModuleType, arguments: list[str] | None = None) 
 
 
 def settings_block(source: str) -> dict[str, str]:
-    """Map each constant in capitals between a script's first heading and `END` to its comment.
+    """Each constant in capitals between a script's first heading and `END`, with its comment.
 
-    The comment is at the end of a line of the constant, the last one where it has several.
-
-    Raises:
-        InputError: A constant has no comment.
+    The comment is the last one at the end of a line of the constant; `InputError` if it has none.
     """
     comments = {
         token.start[0]: token.string
@@ -95,18 +85,18 @@ def settings_block(source: str) -> dict[str, str]:
             is_constant = isinstance(target, ast.Name) and target.id.isupper()
             if is_constant and begin < node.lineno < end:
                 lines = range(node.lineno, node.end_lineno + 1)
-                beside = [comments[line] for line in lines if line in comments]
+                texts = [comments[line] for line in lines if line in comments]
                 require(
-                    bool(beside),
+                    bool(texts),
                     f"{target.id} must have a comment at the end of its line, which --help shows. "
                     f"Add one, or move {target.id} below the line `{END}`.",
                 )
-                described[target.id] = beside[-1].lstrip("# ").strip()
+                described[target.id] = texts[-1].lstrip("# ").strip()
     return described
 
 
 def _allows(kind: type, value: object) -> bool:
-    """Whether an annotation of a setting allows a value, which tyro asks of flags alone."""
+    """Whether a setting's annotation allows a value; tyro checks only flags."""
     kinds = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return value in kinds
@@ -118,7 +108,7 @@ def _allows(kind: type, value: object) -> bool:
 
 
 def _in_words(kind: type) -> str:
-    """An annotation of a setting for a message, as "one of linear, cosine" or "float or None"."""
+    """A setting's annotation in words, such as "one of linear, cosine" or "float or None"."""
     kinds = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, kinds))}"
@@ -130,7 +120,7 @@ def _in_words(kind: type) -> str:
 
 
 def as_dict(settings: Settings, leave_out: tuple[str, ...] = ()) -> dict[str, Json]:
-    """The settings as plain JSON types (tuples become lists), without those in ``leave_out``."""
+    """The settings as JSON types (tuples become lists), except ``leave_out``."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(settings).items()
@@ -145,7 +135,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(settings: Settings, *names: str) -> None:
-    """Refuse settings among ``names`` that are not greater than zero (``None`` means off)."""
+    """Refuse settings among ``names`` that are neither ``None`` nor finite and greater than 0."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value > 0:
@@ -161,7 +151,7 @@ def hub_token() -> str | None:
 
 
 def run(main: typing.Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's mistake or Ctrl-C ends it in one clear message."""
+    """Run a script's ``main``; a user's error or Ctrl-C ends it with one message."""
     try:
         main()
     except InputError as error:

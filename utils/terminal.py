@@ -1,4 +1,4 @@
-"""Text for the terminal: lines of a width, two texts side by side, a token marked in its line."""
+"""Text for the terminal: wrapped lines, two texts side by side, a marked token in its context."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from rich.text import Text
 
 
 def mark_peak(token_texts: Sequence[str], peak: int, width: int) -> str:
-    """One line of the text around the token ``token_texts[peak]``, which is put in « »."""
+    """One line of the text around the token ``token_texts[peak]``, which is marked by « »."""
     token_texts = [one_line(text) for text in token_texts]
     left, right = "".join(token_texts[:peak]), "".join(token_texts[peak + 1 :])
     word = token_texts[peak].lstrip() or token_texts[peak]
     left += token_texts[peak][: len(token_texts[peak]) - len(word)]
     room = max(2, width - len(word) - 2)
-    # What the token means to the model comes from the left, so that side gets more of the line.
+    # The left side gets more of the line, because the model's activations depend on it alone.
     kept_right = min(len(right), max(room // 3, room - len(left)))
     kept_left = room - kept_right
     if len(left) > kept_left:
@@ -26,31 +26,27 @@ def mark_peak(token_texts: Sequence[str], peak: int, width: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text as it can be printed within a line: line breaks as ⏎, control characters as spaces."""
+    """Text for printing within a line: line breaks as ⏎, control characters as spaces."""
     return "".join(c if c.isprintable() else " " for c in text.replace("\n", "⏎"))
 
 
 def side_by_side(
     titles: tuple[str, str], texts: tuple[str, str], width: int, narrowest: int = 28
 ) -> str:
-    """Two columns, or one text under the other where columns would be under ``narrowest`` wide."""
+    """Two columns, or one text under the other if a column would be narrower than ``narrowest``."""
     column = (width - 3) // 2
     stacked = column < narrowest
     column = width if stacked else column
-    blocks = []
-    for title, text in zip(titles, texts, strict=True):
-        heading = wrap(title, column)
-        blocks.append([*heading, "─" * column, *wrap(text, column)])
+    pairs = zip(titles, texts, strict=True)
+    blocks = [[*wrap(title, column), "─" * column, *wrap(text, column)] for title, text in pairs]
     if stacked:
-        rows = [*blocks[0], "", *blocks[1]]
-    else:
-        pairs = itertools.zip_longest(*blocks, fillvalue="")
-        rows = [f"{set_cell_size(left, column)} │ {right}" for left, right in pairs]
-    return "\n".join(rows)
+        return "\n".join([*blocks[0], "", *blocks[1]])
+    rows = itertools.zip_longest(*blocks, fillvalue="")
+    return "\n".join(f"{set_cell_size(left, column)} │ {right}" for left, right in rows)
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines that take at most ``width`` columns of a terminal; line breaks of the text are kept."""
+    """Lines of at most ``width`` columns of a terminal; line breaks of the text are kept."""
     lines = []
     for line in map(one_line, text.strip().split("\n")):
         lines += [row.plain.rstrip() for row in Text(line).wrap(Console(width=width), width)]

@@ -19,8 +19,8 @@ from utils.settings import InputError
 TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]
 
 
-def json_line(text: object, **others: object) -> bytes:
-    return json.dumps({"text": text, **others}).encode() + b"\n"
+def json_line(text: object, **fields: object) -> bytes:
+    return json.dumps({"text": text, **fields}).encode() + b"\n"
 
 
 def texts_of(dataset: Path, **options: int) -> list[str]:
@@ -202,7 +202,7 @@ def test_parquet_and_hub_without_a_text_column(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="must have a column text; it has content"):
         list(read_hub(str(tmp_path), 0, 1))
-    (tmp_path / "a.jsonl").write_bytes(json_line("found first"))
+    (tmp_path / "a.jsonl").write_bytes(json_line("read first"))
     with pytest.raises(InputError, match="must have a column text; it has content"):
         Corpus(str(tmp_path)).check()
 
@@ -232,7 +232,9 @@ def test_ranks_partition_the_usable_documents(tmp_path):
     corpus = Corpus(str(path))
     everything = list(corpus.documents())
     by_rank = [list(corpus.documents(rank=rank, world_size=3)) for rank in range(3)]
-    assert sorted((d for own in by_rank for d in own), key=lambda d: d.index) == everything
+    assert (
+        sorted((d for documents in by_rank for d in documents), key=lambda d: d.index) == everything
+    )
     assert [document.index for document in by_rank[1]] == [1, 4, 7, 10]
     for rank in range(3):
         rest = list(corpus.documents(skip=2, rank=rank, world_size=3))

@@ -60,8 +60,8 @@ def test_known_scale_and_mean(tmp_path):
     activations[0, :3] = [[1000, 0, 0, 0], [3, 4, 0, 0], [-5, 0, 0, 0]]
     kept = np.zeros((1, CONTEXT), bool)
     kept[0, 1:3] = True
-    others = {name: np.zeros((1, CONTEXT), np.int16) for name in ("tokens", "documents", "subsets")}
-    write_activations(tmp_path, {"activations": activations, "kept": kept, **others})
+    zeros = {name: np.zeros((1, CONTEXT), np.int16) for name in ("tokens", "documents", "subsets")}
+    write_activations(tmp_path, {"activations": activations, "kept": kept, **zeros})
     store = ActivationStore(tmp_path)
     assert store.scale == pytest.approx(0.4)
     assert store.mean.tolist() == [-1, 2, 0, 0]
@@ -316,8 +316,8 @@ def test_what_was_read_is_not_held(tmp_path, monkeypatch):
     store = write_store(tmp_path, rows)
     before = mapped()
     for start in range(0, len(rows), 100):
-        found = store.kept_rows(range(start, start + 100))
-        assert np.array_equal(found, rows[start : start + 100].reshape(-1, 512))
+        kept = store.kept_rows(range(start, start + 100))
+        assert np.array_equal(kept, rows[start : start + 100].reshape(-1, 512))
     assert mapped() - before < 40
     # Neither in one reading of places all over.
     monkeypatch.setattr(module, "SPANS_MAPPED", 100)

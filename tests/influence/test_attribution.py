@@ -9,19 +9,16 @@ import pytest
 import torch
 from keras import ops
 from pictures import drawn, share_of
-from tiny_llama import LAYER, PROMPT, tiny_language_model
+from tiny_llama import LAYER, PROMPT, tiny_autoencoder, tiny_language_model
 
-from utils.autoencoder.kinds import KINDS
 from utils.influence import attribution
-from utils.influence.attribution import ablate, attribute, correlations, of_features, token_pair
+from utils.influence.attribution import ablate, attribute, by_feature, correlations, token_pair
 from utils.language_model import residual_at
 from utils.plots import ORANGE
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import prompt_tokens
-
-D_MODEL, N_LATENTS = 32, 64
 
 
 @pytest.fixture(scope="module")
@@ -36,58 +33,49 @@ def tokens(language_model):
 
 @pytest.fixture(scope="module", params=["topk", "l1"])
 def model(request, language_model, tokens):
-    rows = residual_at(language_model, tokens, LAYER)[0].float()
-    options = {"k": 8} if request.param == "topk" else {}
-    made = KINDS[request.param](d_model=D_MODEL, n_latents=N_LATENTS, **options)
-    mean = rows.mean(0)
-    scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
-    made.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
-    return FeatureModel(language_model, LAYER, made, math.inf)
+    autoencoder = tiny_autoencoder(request.param, residual_at(language_model, tokens, LAYER))
+    return FeatureModel(language_model, LAYER, autoencoder, math.inf)
 
 
-def difference(model, tokens, pair, change=None) -> float:
+def difference(model, tokens, pair, change=0.0) -> float:
     """ΔL, with something added to the residual stream at the layer."""
 
-    def add(residual):
-        return residual if change is None else residual + change
-
-    with model.replaced(add), torch.no_grad():
+    with model.replaced(lambda residual: residual + change), torch.no_grad():
         logits = model.language_model.model(tokens, use_cache=False).logits[0, -1]
     return float(logits[pair[0]] - logits[pair[1]])
 
 
 def test_the_pair_is_the_likeliest_two_if_none_is_given(model, tokens):
-    found = attribute(model, tokens, None)
+    result = attribute(model, tokens, None)
     logits = model.language_model.model(tokens).logits[0, -1]
-    assert found.pair == tuple(logits.argsort(descending=True)[:2].tolist())
-    assert found.difference == pytest.approx(difference(model, tokens, found.pair)) and (
-        found.difference > 0
-    )
+    assert result.pair == tuple(logits.argsort(descending=True)[:2].tolist())
+    assert result.difference > 0
+    assert result.difference == pytest.approx(difference(model, tokens, result.pair))
 
 
 def test_the_gradient_is_that_of_finite_differences(model, tokens):
-    found = attribute(model, tokens, (7, 20))
+    result = attribute(model, tokens, (7, 20))
     draw = torch.Generator().manual_seed(0)
     for _ in range(5):
-        direction = torch.randn(found.gradient.shape, generator=draw, dtype=torch.float64)
+        direction = torch.randn(result.gradient.shape, generator=draw, dtype=torch.float64)
         step = 1e-3 * direction  # the norms compute in float32
-        up = difference(model, tokens, found.pair, step)
-        down = difference(model, tokens, found.pair, -step)
-        expected = float((found.gradient * direction).sum())
+        up = difference(model, tokens, result.pair, step)
+        down = difference(model, tokens, result.pair, -step)
+        expected = float((result.gradient * direction).sum())
         assert (up - down) / 2e-3 == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
 def test_attributions_are_activations_times_the_gradient_along_their_rows(model, tokens):
-    found = attribute(model, tokens, (7, 20))
+    result = attribute(model, tokens, (7, 20))
     residual = model.residual(tokens)[0].float()
     latents = ops.convert_to_tensor(model.autoencoder.encode(residual)).detach().double()
     latents[0] = 0  # BOS
     W_dec = ops.convert_to_tensor(model.autoencoder.W_dec).detach().double()
-    expected = latents * (found.gradient @ W_dec.T) / float(model.autoencoder.scale)
+    expected = latents * (result.gradient @ W_dec.T) / float(model.autoencoder.scale)
     dense = np.zeros(expected.shape)
-    dense[found.places.position, found.places.feature] = found.places.attribution
+    dense[result.places.position, result.places.feature] = result.places.attribution
     np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-6)
-    summed = of_features(found).set_index("feature").attribution
+    summed = by_feature(result).set_index("feature").attribution
     np.testing.assert_allclose(summed, expected.sum(0)[summed.index], rtol=1e-4, atol=1e-6)
 
 
@@ -96,20 +84,20 @@ def test_attribution_is_one_pass_forward_and_one_back(model, tokens, monkeypatch
     handle = model.language_model.model.register_forward_hook(lambda *_: forward.append(1))
     once = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: backward.append(1) or once(*args))
-    found = attribute(model, tokens, None)
+    result = attribute(model, tokens, None)
     handle.remove()
-    assert len(of_features(found)) > 1  # of all features together
+    assert len(by_feature(result)) > 1  # of all features together
     assert (len(forward), len(backward)) == (1, 1)
 
 
 def test_ablation_is_a_clamp_at_0(model, tokens):
-    found = attribute(model, tokens, (7, 20))
-    features = of_features(found).feature.to_numpy()[:40]  # more than are ablated together
-    effects = ablate(model, found, features)
+    result = attribute(model, tokens, (7, 20))
+    features = by_feature(result).feature.to_numpy()[:40]  # more than are ablated together
+    effects = ablate(model, result, features)
     for feature, effect in list(zip(features, effects, strict=True))[::13]:
         with steered(model, [Clamp(int(feature), 0.0, 1.0)]):
-            left = difference(model, tokens, found.pair)
-        assert effect == pytest.approx(found.difference - left, abs=1e-5)
+            left = difference(model, tokens, result.pair)
+        assert effect == pytest.approx(result.difference - left, abs=1e-5)
 
 
 def test_positions_of_outlying_norm_are_left_alone(model, tokens):
@@ -127,10 +115,10 @@ def test_positions_of_outlying_norm_are_left_alone(model, tokens):
 def test_correlations_known_answer():
     table = pd.DataFrame({"prompt": [0, 0, 1, 1], "ablation": [1.0, 2.0, 3.0, 4.0]})
     table["attribution"], table["activation"] = 2 * table.ablation, -table.ablation
-    found = correlations(table, seed=0, n_draws=20)
-    assert (found["n_features"], found["n_prompts"]) == (4, 2)
-    assert found["attribution"] == pytest.approx([1, 1, 1])
-    assert found["activation"] == pytest.approx([-1, -1, -1])
+    result = correlations(table, seed=0, n_draws=20)
+    assert (result["n_features"], result["n_prompts"]) == (4, 2)
+    assert result["attribution"] == pytest.approx([1, 1, 1])
+    assert result["activation"] == pytest.approx([-1, -1, -1])
 
 
 def test_pairs_of_tokens(language_model):
@@ -146,10 +134,10 @@ def test_attribution_of_a_long_prompt_shows_the_tokens_that_count(tmp_path):
     def shown(n: int, strong: int | None):
         values = np.where(np.arange(n) == strong, 2.0, 0.001)
         places = pd.DataFrame({"position": range(n), "feature": range(n), "attribution": values})
-        found = SimpleNamespace(difference=1.0, places=places)
+        result = SimpleNamespace(difference=1.0, places=places)
         labels = pd.Series([f"label {i}" for i in range(n)])
         words = ["a", "b", *(f"w{i}" for i in range(n))]
-        attribution.plot_attribution(found, words, labels, tmp_path / "attribution.png")
+        attribution.plot_attribution(result, words, labels, tmp_path / "attribution.png")
         return drawn(tmp_path / "attribution.png")
 
     long, short = shown(200, 150), shown(attribution.N_POSITIONS, None)

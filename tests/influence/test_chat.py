@@ -107,12 +107,12 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(say):
         child.expect("rose tulip\r\n.")
         child.sendintr()
         stopped = not child.expect([r"\(stopped\)", PROMPT])
-        said = child.before
-        child.sendline("/nonsense")  # what it prints shows where the next line can be typed
+        answer = child.before
+        child.sendline("/nonsense")  # its output shows where the next line can be typed
         child.expect("/quit .*" + PROMPT)
         if stopped:
             break
-    assert stopped and len(said) < len(whole)
+    assert stopped and len(answer) < len(whole)
     assert "Steering" in say("/features")
     child.sendintr()  # with no answer to stop
     child.expect("Ctrl-D leaves")
@@ -135,7 +135,8 @@ def test_an_answer_cannot_command_the_terminal():
 def test_ctrl_c_before_the_first_token_does_not_end_the_chat(monkeypatch, capsys):
     class Interrupted(Chat):
         def __init__(self):
-            self.model, self.how = SimpleNamespace(language_model=SimpleNamespace(name="m")), (1,)
+            self.model = SimpleNamespace(language_model=SimpleNamespace(name="m"))
+            self.settings = SimpleNamespace(max_new_tokens=1)
 
         def answer(self, line):
             raise KeyboardInterrupt

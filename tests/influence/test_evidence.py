@@ -40,9 +40,9 @@ def made_table() -> pd.DataFrame:
             rows += [{**base, **flat, "method": name} for name in evidence.METHODS[:2]]
             for strength in evidence.STRENGTHS:
                 at = {**base, "strength": strength}
-                ratio = 2.0 if strength <= 1 else 4.0
-                own = {"concept": 0.3 * strength, "perplexity": 5 * ratio}
-                rows.append({**at, **own, "method": "feature"})
+                perplexity = 10.0 if strength <= 1 else 20.0
+                steered = {"concept": 0.3 * strength, "perplexity": perplexity}
+                rows.append({**at, **steered, "method": "feature"})
                 collapsed = {"concept": 0.1, "perplexity": 5.0, "repetition": 0.1 + strength}
                 rows.append({**at, **collapsed, "method": "mean difference"})
                 broken = {"concept": 0.01, "perplexity": 50.0}
@@ -80,29 +80,29 @@ def test_features_are_judged_on_the_prompts_not_tried():
     trial = table["prompt"].isin(evidence.TRIAL_PROMPTS)
     table.loc[trial & (table["method"] == "feature"), "concept"] = 9.0  # must count for nothing
     best = evidence.at_useful_strength(table, 3.2)
-    own = best[best["method"] == "feature"]
-    assert own["concept"].tolist() == pytest.approx([0.3, 0.3]) and (own["strength"] == 1).all()
+    rows = best[best["method"] == "feature"]
+    assert rows["concept"].tolist() == pytest.approx([0.3, 0.3]) and (rows["strength"] == 1).all()
     same = best[best["method"] == "random at the feature's strength"]
     assert same["concept"].tolist() == pytest.approx([0.01, 0.01]) and (same["strength"] == 1).all()
-    found = evidence.summarise(best, 5, 3.2, seed=0)
-    shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
-    assert (found["n_tried"], found["n_features"]) == (5, 2) and shares == [1, 1, 1]
-    assert found["perplexity"] == pytest.approx(2) and found["median_strength"] == 1
-    assert found["concept"]["feature"] == pytest.approx([0.3, 0.3, 0.3])
-    assert found["p_feature_greater"]["random"] == pytest.approx(0.25)  # the least for two pairs
+    summary = evidence.summarise(best, 5, 3.2, seed=0)
+    shares = [summary[f"share_{name}"] for name in ("raised", "fluent", "both")]
+    assert (summary["n_tried"], summary["n_features"]) == (5, 2) and shares == [1, 1, 1]
+    assert summary["perplexity"] == pytest.approx(2) and summary["median_strength"] == 1
+    assert summary["concept"]["feature"] == pytest.approx([0.3, 0.3, 0.3])
+    assert summary["p_feature_greater"]["random"] == pytest.approx(0.25)  # the least for two pairs
     broken = best.copy()  # one feature raised and not fluent, the other fluent and not raised
     first = (broken["method"] == "feature") & (broken["feature"] == broken["feature"].min())
     second = (broken["method"] == "feature") & ~first
     broken.loc[first, "perplexity"], broken.loc[second, "concept"] = 9.0, 0.0
-    found = evidence.summarise(broken, 5, 3.2, seed=0)
-    shares = [found[f"share_{name}"] for name in ("raised", "fluent", "both")]
+    summary = evidence.summarise(broken, 5, 3.2, seed=0)
+    shares = [summary[f"share_{name}"] for name in ("raised", "fluent", "both")]
     assert shares == [0.5, 0.5, 0]
 
 
 def test_curves_are_means_over_features():
     table = made_table()
     table.loc[(table["method"] == "feature") & (table["feature"] == 8), "perplexity"] *= 4
-    curve = evidence.curves(table, seed=0).set_index(["method", "strength"])
+    curve = evidence.mean_scores(table, seed=0).set_index(["method", "strength"])
     row = curve.loc[("feature", 1.0)]
     assert row.n == 2 and row.concept == pytest.approx(0.3)
     assert row.perplexity == pytest.approx(4)  # the geometric mean of 2 and 8
@@ -163,12 +163,12 @@ class MadeTexts(Texts):
     def __init__(self, concepts):
         self.concepts = concepts
 
-    def of(self, feature, methods, prompts):
+    def table(self, feature, methods, prompts):
         table = made_table()
         table = table[(table["feature"] == 3) & table["method"].isin(methods)]
         table = table[table["prompt"].isin(prompts)].assign(feature=feature)
-        own = table["method"] == "feature"
-        return table.assign(concept=table["concept"].where(~own, self.concepts[feature]))
+        concept = table["concept"].mask(table["method"] == "feature", self.concepts[feature])
+        return table.assign(concept=concept)
 
 
 def test_features_that_do_not_steer_on_trial_are_passed_over():
@@ -203,7 +203,7 @@ def test_texts_of_another_analysis_are_written_anew(monkeypatch, tmp_path):
     log.touch()
 
     def read():
-        Texts(None, catalogue, settings, log).of(0, ("feature",), ("w1",))
+        Texts(None, catalogue, settings, log).table(0, ("feature",), ("w1",))
         return len(written)
 
     assert (read(), read()) == (1, 1)

@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from utils.features.catalogue import Catalogue
 from utils.influence.generations import load_model
-from utils.influence.playground import HOST, N_FOUND, Playground
+from utils.influence.playground import HOST, N_OFFERED, Playground
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import prompt_tokens
 
@@ -139,7 +139,7 @@ def test_search_turn_generate(visit, playground):
 
 
 @needs_chromium
-def test_words_find_features_and_a_token_tells_its_own(visit, playground):
+def test_words_and_tokens_find_features(visit, playground):
     page = visit()
     turn(page, "rose", 1)
     first = playground.catalogue.search("rose", 1)["feature"].iloc[0]
@@ -220,11 +220,11 @@ def test_features_of_a_token_are_the_largest_of_its_latents(playground):
     latents = ops.convert_to_tensor(model.autoencoder.encode(residual)).detach()
     expected = latents * ops.norm(model.autoencoder.W_dec, axis=1).detach()
     for position in range(1, tokens.shape[1]):
-        found = playground.features_at(PROMPT, False, position)
-        assert 0 < len(found) <= N_FOUND
-        numbers = [feature for feature, _ in found]
-        values = torch.tensor([activation for _, activation in found])
-        torch.testing.assert_close(values, expected[position, numbers])
+        pairs = playground.features_at(PROMPT, False, position)
+        assert 0 < len(pairs) <= N_OFFERED
+        features, activations = zip(*pairs, strict=True)
+        values = torch.tensor(activations)
+        torch.testing.assert_close(values, expected[position, list(features)])
         assert values.tolist() == sorted(values.tolist(), reverse=True)
         assert values[0] == pytest.approx(expected[position].max().item(), rel=1e-5)
     # Every position is above a norm of 0.

@@ -1,15 +1,18 @@
 """Clamps, on a random LLaMA of four blocks and random autoencoders."""
 
-import os
-
-os.environ["KERAS_BACKEND"] = "torch"
-
 import math
 
 import pytest
 import torch
 from keras import ops
-from tiny_llama import CONTEXT, D_MODEL, LAYER, PROMPT, tiny_language_model
+from tiny_llama import (
+    CONTEXT,
+    LAYER,
+    N_LATENTS,
+    PROMPT,
+    tiny_autoencoder,
+    tiny_language_model,
+)
 
 from utils.autoencoder.kinds import KINDS
 from utils.language_model import residual_at
@@ -17,8 +20,6 @@ from utils.settings import InputError
 from utils.steering.clamps import Clamp, change_by, steered
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 from utils.steering.generation import generate, generate_tokens, prompt_tokens
-
-N_LATENTS = 64
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,7 @@ def residual(language_model, tokens):
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def autoencoder(request, residual):
-    cls = KINDS[request.param]
-    options = {"k": 8} if "k" in cls.options() else {}
-    made = cls(d_model=D_MODEL, n_latents=N_LATENTS, **options)
-    rows = residual.reshape(-1, D_MODEL)
-    mean = rows.mean(0)
-    scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
-    made.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
-    return made
+    return tiny_autoencoder(request.param, residual)
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +91,10 @@ def test_known_answer():
     made.W_dec.assign([[2.0, 0.0], [0.0, 2.0]])
     made.scale.assign(0.1)
     # A reported maximum of 8 is a latent of 4: it grows by 1, x by 2, the raw residual by 20.
-    change = change_by(FeatureEncoder(made), [Clamp(0, 1.0, maximum=8.0)])(
-        torch.tensor([[30.0, 7.0]])
-    )
-    torch.testing.assert_close(change, torch.tensor([[20.0, 0.0]]))
-    change = change_by(FeatureEncoder(made), [Clamp(0, -1.0, maximum=8.0)])(
-        torch.tensor([[30.0, 7.0]])
-    )
-    torch.testing.assert_close(change, torch.tensor([[-140.0, 0.0]]))
+    for strength, expected in ((1.0, 20.0), (-1.0, -140.0)):
+        change = change_by(FeatureEncoder(made), [Clamp(0, strength, maximum=8.0)])
+        result = change(torch.tensor([[30.0, 7.0]]))
+        torch.testing.assert_close(result, torch.tensor([[expected, 0.0]]))
 
 
 def test_steered_residual_moves_to_the_target(model, autoencoder, tokens, residual, features):
@@ -256,16 +246,9 @@ def test_clamps_are_checked(model):
         ([[], [Clamp(3, math.nan, 1.0)]], "everywhere", "STRENGTH must be finite; it is nan"),
         ([Clamp(3, 1.0, 1.0, "push")], "everywhere", "INTERVENTION must be one of clamp, add"),
         ([Clamp(3, 1.0, 1.0)], "somewhere", "WHERE must be everywhere or generated, or positions"),
-        (
-            [Clamp(3, 1.0, 1.0)],
-            [-1],
-            "or positions from 1 on, for BOS, at 0, is never .*; it is .-1",
-        ),
+        ([Clamp(3, 1.0, 1.0)], [-1], "or positions from 1 on, for BOS, at 0, is never .* is .-1"),
     ]:
-        with (
-            pytest.raises(InputError, match=rule),
-            steered(model, clamps, where),
-        ):
+        with pytest.raises(InputError, match=rule), steered(model, clamps, where):
             pass
 
 
@@ -296,8 +279,8 @@ def test_places(model, language_model, features, use_cache):
 
         def after(residual, positions, seen=seen, before=before):
             moved = (residual != before.pop()).any(-1)
-            for own, at, row in zip(seen, positions.expand(2, -1), moved, strict=True):
-                own |= set(at[row].tolist())
+            for places, at, row in zip(seen, positions.expand(2, -1), moved, strict=True):
+                places |= set(at[row].tolist())
 
         with (
             model.replaced(before.append),
@@ -312,11 +295,11 @@ def test_a_padded_batch_says_what_its_prompts_say_alone(model, language_model, f
     clamps = [Clamp(features[0], 3.0, 4.0)]
     prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8", "w9")]
     for where in ("everywhere", "generated"):
-        said = []
-        for some in (prompts, *([prompt] for prompt in prompts)):
+        texts = []
+        for batch in (prompts, *([prompt] for prompt in prompts)):
             with steered(model, clamps, where):
-                said.append([row.tolist() for row in generate_tokens(language_model, some, 12)])
-        assert said[0] == said[1] + said[2] + said[3]
+                texts.append([row.tolist() for row in generate_tokens(language_model, batch, 12)])
+        assert texts[0] == texts[1] + texts[2] + texts[3]
 
 
 def test_chat_is_put_into_the_models_template(model, language_model, monkeypatch):
@@ -348,9 +331,9 @@ def test_drawing_depends_on_the_seed_alone(language_model):
 def test_generation_ignores_the_models_own_settings(model, language_model, monkeypatch):
     expected = generate(language_model, PROMPT, 10, temperature=1.0)
     greedy = generate(language_model, PROMPT, 10)
-    own = language_model.model.generation_config
+    config = language_model.model.generation_config
     for name, value in {"do_sample": True, "temperature": 0.01, "top_p": 0.1, "top_k": 1}.items():
-        monkeypatch.setattr(own, name, value)
+        monkeypatch.setattr(config, name, value)
     assert generate(language_model, PROMPT, 10, temperature=1.0) == expected
     assert generate(language_model, PROMPT, 10) == greedy
 

@@ -1,19 +1,15 @@
 """A language model with an autoencoder in it, against its equations written out."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from keras import ops
-from tiny_llama import D_MODEL, LAYER, PROMPT, tiny_language_model
+from tiny_llama import LAYER, N_LATENTS, PROMPT, tiny_autoencoder, tiny_language_model
 
 from utils.autoencoder.kinds import KINDS
 from utils.language_model import residual_at
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import prompt_tokens
-
-N_LATENTS = 64
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +20,7 @@ def tokens():
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(request, tokens):
     language_model = tiny_language_model()
-    rows = residual_at(language_model, tokens, LAYER)[0]
-    cls = KINDS[request.param]
-    options = {"k": 8} if "k" in cls.options() else {}
-    autoencoder = cls(d_model=D_MODEL, n_latents=N_LATENTS, **options)
-    mean = rows.mean(0)
-    scale = float(math.sqrt(D_MODEL) / (rows - mean).norm(dim=-1).square().mean().sqrt())
-    autoencoder.initialize(scale, mean.numpy(), mean.numpy(), decoder_norm=0.5, seed=1)
+    autoencoder = tiny_autoencoder(request.param, residual_at(language_model, tokens, LAYER))
     norms = np.linspace(0.5, 2, N_LATENTS, dtype=np.float32)[:, None]  # so that they matter
     autoencoder.W_dec.assign(autoencoder.W_dec * norms)
     return FeatureModel(language_model, LAYER, autoencoder, 1e9)
@@ -49,10 +39,9 @@ def test_activations_are_latents_times_the_norms_of_their_rows(model, tokens):
     expected = (latents.double() * W_dec.norm(dim=1)).float()
     assert (expected > 0).any() and (expected == 0).any()
     torch.testing.assert_close(model.encode(residual), expected)
-    some = torch.tensor([5, 0, 63])
-    torch.testing.assert_close(
-        model.encode(residual[None], some), expected[None, :, some], rtol=1e-5, atol=1e-6
-    )
+    subset = torch.tensor([5, 0, 63])
+    alone = model.encode(residual[None], subset)
+    torch.testing.assert_close(alone, expected[None, :, subset], rtol=1e-5, atol=1e-6)
     row, feature, activation, _ = model.active(residual.numpy())
     dense = torch.zeros_like(expected)
     dense[row, feature] = torch.from_numpy(activation)

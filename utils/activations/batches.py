@@ -8,24 +8,16 @@ import numpy as np
 from utils.activations.store import ActivationStore
 from utils.settings import require
 
-PIECE = 32  # positions read together; neighbours in text, so fewer are better mixed and slower
-POOL_BYTES = 512 * 2**20  # rows shuffled together are held in memory up to this size
+PIECE = 32  # neighbouring positions, read together; fewer are mixed better, and read more slowly
+POOL_BYTES = 512 * 2**20  # size of the rows in memory, which are shuffled together
 
 
 class ShuffledBatches:
-    """Kept activations in a random order that depends on the seed and the step alone.
+    """Batches of ``batch_size`` kept activations, in an order that depends on seed and step alone.
 
-    In each pass, pieces of contexts are permuted over the whole set; the rows of as many pieces as
-    fit into ``pool_bytes`` are then shuffled together, while a thread reads the next ones. Memory
-    does not grow with the data, and the batches from any step on can be made without the earlier
-    ones.
-
-    Args:
-        store: The activations.
-        contexts: The contexts to draw from.
-        batch_size: Rows a batch.
-        seed: Decides the order.
-        pool_bytes: Size of the rows shuffled together.
+    Each pass permutes pieces of all contexts, and shuffles together the rows of as many pieces as
+    fit into ``pool_bytes``, while a thread reads the next ones. Memory does not grow with the data,
+    and training can start at any step without the batches before it.
 
     Raises:
         InputError: ``batch_size`` is larger than the data.
@@ -53,7 +45,7 @@ class ShuffledBatches:
         self._pool_pieces = max(1, pool_bytes // piece_bytes)
 
     def n_steps(self, n_passes: float) -> int:
-        """Whole batches in ``n_passes`` passes over the rows."""
+        """The number of whole batches in ``n_passes`` passes over the rows."""
         steps = int(n_passes * self.n_rows) // self.batch_size
         require(
             steps > 0,
@@ -71,18 +63,18 @@ class ShuffledBatches:
             while True:
                 pool = upcoming.result()
                 upcoming = reader.submit(self._read_pool, *next(places))
-                at = self.batch_size - len(carried)
-                if len(pool) < at:
+                end = self.batch_size - len(carried)
+                if len(pool) < end:
                     carried = np.concatenate([carried, pool])
                     continue
-                yield np.concatenate([carried, pool[:at]])
-                while at + self.batch_size <= len(pool):
-                    yield pool[at : at + self.batch_size]
-                    at += self.batch_size
-                carried = pool[at:]
+                yield np.concatenate([carried, pool[:end]])
+                while end + self.batch_size <= len(pool):
+                    yield pool[end : end + self.batch_size]
+                    end += self.batch_size
+                carried = pool[end:]
 
     def _pools_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
-        """Yield (pass, number, pieces, rows to skip) of each pool, ``skip`` rows into the run."""
+        """Yield (pass, number, pieces, rows to skip) of each pool, from row ``skip`` of the run."""
         n_pass, skip = divmod(skip, self.n_rows)
         while True:
             order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._kept))
@@ -97,7 +89,7 @@ class ShuffledBatches:
             n_pass += 1
 
     def _read_pool(self, n_pass: int, number: int, pieces: np.ndarray, skip: int) -> np.ndarray:
-        """The rows of a pool in their final order, read in the order of the disk."""
+        """The rows of a pool in shuffled order, read in the order of the disk."""
         pieces = np.sort(pieces) + self._first_piece
         places = zip(*np.divmod(pieces, len(self._starts)), strict=True)
         rows = self.store.kept_spans((c, self._starts[p], PIECE) for c, p in places)

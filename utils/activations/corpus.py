@@ -1,8 +1,8 @@
-"""The corpus: where text comes from, and how it becomes contexts of tokens.
+"""The corpus: its documents, and how they become contexts of tokens.
 
 A corpus is the embedded text, a local file or folder (``.jsonl``, ``.jsonl.zst``, ``.parquet``,
-``.txt``), or a dataset of the Hugging Face Hub, streamed. Its records look like the Pile's,
-``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` has to be there.
+``.txt``), or a streamed dataset of the Hugging Face Hub. Its records are those of the Pile,
+``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from utils import embedded
 from utils.language_model import separator_token
 from utils.settings import InputError, Json, hub_token, require
 
-Record = Json | Exception  # a record of a dataset, or why it has none
+Record = Json | Exception  # a record, or the error that reading it raised
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its place among the usable documents of the corpus, and its subset of the Pile."""
+    """A text, its index among the usable documents of the corpus, and its subset."""
 
     index: int
     text: str
@@ -41,7 +41,7 @@ class Document:
 class Position(NamedTuple):
     """A place in a rank's stream of tokens."""
 
-    document: int  # counted among the rank's own documents
+    document: int  # counted among the rank's documents
     token: int  # tokens of that document already used, its BOS included
 
 
@@ -50,7 +50,7 @@ BEGINNING = Position(0, 0)
 
 @dataclass(frozen=True)
 class Context:
-    """A row of tokens for the language model. A BOS belongs to the document it precedes."""
+    """A row of tokens for the language model. A BOS belongs to the document that follows it."""
 
     tokens: np.ndarray  # int32, shape (context_length,); the first is BOS
     documents: np.ndarray  # int32, shape (context_length,): `Document.index` of each token
@@ -61,42 +61,45 @@ class Context:
 class Corpus:
     """The documents of ``"embedded"``, a local file or folder, or a hub dataset, in a fixed order.
 
-    A bad record is skipped, and counted by reason in ``skipped`` (of the latest pass; of local
-    files, all ranks' records). What cannot be read at all is an `InputError`.
+    ``skipped`` counts by reason the records of the latest pass that cannot be used; for local
+    files, those of all ranks.
+
+    Raises:
+        InputError: The dataset cannot be read.
     """
 
     def __init__(self, dataset: str):
         self.name = dataset
         self.skipped: Counter[str] = Counter()
         path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
-        is_there = bool(dataset) and os.path.exists(path)  # False for what can be no path at all
-        self.files = list_files(path) if is_there else []  # none: of the hub
+        exists = bool(dataset) and os.path.exists(path)  # False for a name too long for a path
+        self.files = list_files(path) if exists else []  # empty for a hub dataset
         is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not dataset.endswith(SUFFIXES)
         if not self.files and not is_name:
             raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
 
     def check(self) -> None:
-        """Open every ``.parquet`` and ``.txt``, read one document: errors before the long work."""
+        """Raise errors before long work: open each ``.parquet`` and ``.txt``, read a document."""
         for path in self.files:
             if path.suffix in (".parquet", ".txt"):
                 next(READERS[path.suffix](path), None)
         next(self.documents())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each local file, by name: by this the corpus is known again."""
+        """Bytes of each local file, by name; they identify the corpus."""
         return {path.name: path.stat().st_size for path in self.files}
 
     def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of one rank, without its first ``skip``."""
-        own = self._usable(self._records(rank, world_size))
-        if self.files:  # dealt out only when known to be good, so that all ranks number them alike
-            own = itertools.islice(own, rank, None, world_size)
-        for number, (text, subset) in enumerate(own):
+        texts = self._usable(self._records(rank, world_size))
+        if self.files:  # ranks count usable documents only, so that their indices agree
+            texts = itertools.islice(texts, rank, None, world_size)
+        for number, (text, subset) in enumerate(texts):
             if number >= skip:
                 yield Document(number * world_size + rank, text, subset)
 
     def _records(self, rank: int, world_size: int) -> Iterator[tuple[Record, str]]:
-        """(record, default subset): all those of local files, the rank's own of a hub dataset."""
+        """(record, default subset) of all local records, or of the rank's of a hub dataset."""
         if not self.files:
             yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
         for path in self.files:
@@ -104,7 +107,7 @@ class Corpus:
             yield from ((record, stem) for record in READERS[path.suffix](path))
 
     def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
-        """(text, subset) of each record that has a text; an error if none has."""
+        """(text, subset) of each usable record; `InputError` if there is none."""
         self.skipped.clear()
         empty = True
         for record, default_subset in records:
@@ -117,26 +120,22 @@ class Corpus:
             subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
             yield record["text"], subset or default_subset
         if empty:
-            found = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             raise InputError(
-                f"{self.name} must hold documents with a text; it holds {found or 'no record'}."
+                f"{self.name} must hold documents with a text; it holds {content or 'no record'}."
             )
 
 
 def list_files(path: Path) -> list[Path]:
     """A file, or the supported files below a folder in sorted order."""
-    if path.is_file():
-        files = [path] if path.name.endswith(SUFFIXES) else []
-    else:
-        files = sorted(
-            file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()
-        )
+    paths = [path] if path.is_file() else path.rglob("*")
+    files = sorted(file for file in paths if file.name.endswith(SUFFIXES) and file.is_file())
     require(bool(files), f"{path} must be or hold a file of a known type: {', '.join(SUFFIXES)}.")
     return files
 
 
 def unusable(record: Record) -> str | None:
-    """Why a record cannot be used, or None."""
+    """The reason why a record cannot be used, or None."""
     if isinstance(record, Exception):
         return "not UTF-8" if isinstance(record, UnicodeDecodeError) else "not JSON"
     text = record.get("text") if isinstance(record, dict) else None
@@ -152,7 +151,7 @@ def unusable(record: Record) -> str | None:
 
 
 def parse_line(line: bytes) -> Record:
-    """The value of a JSON line, or the error that says why it has none."""
+    """The value of a JSON line, or the error that reading it raises."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -172,7 +171,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
     """The content of a file in chunks, decompressed if it is a ``.zst`` of one or more frames.
 
-    zstandard's own stream reader takes a truncated file for a short one; this does not.
+    Unlike zstandard's stream reader, it raises an error for a truncated file.
     """
     frame = None
     try:
@@ -195,7 +194,7 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 def read_parquet(path: Path) -> Iterator[dict]:
-    """The rows of a parquet file: its columns ``text`` and, where there is one, ``meta``."""
+    """The rows of a parquet file: its columns ``text`` and, if present, ``meta``."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -208,7 +207,7 @@ def read_parquet(path: Path) -> Iterator[dict]:
 
 
 def read_txt(path: Path) -> Iterator[dict]:
-    """A text file is one document."""
+    """A text file as one document."""
     try:
         yield {"text": path.read_bytes().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
@@ -220,7 +219,7 @@ def read_txt(path: Path) -> Iterator[dict]:
 
 def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
     """Stream one rank's records of a hub dataset's train split."""
-    # Imported here: loading the library takes seconds that local text does not need.
+    # Imported here, because it takes seconds that local text does not need.
     import datasets
     import datasets.distributed
 
@@ -275,13 +274,11 @@ def pack_contexts(
     """Cut the stream of all documents' tokens into contexts that begin with BOS.
 
     The stream is, for each document, BOS and its tokens. A context that begins inside a document
-    gets a BOS of its own, so it holds ``context_length - 1`` tokens of the stream; one that begins
-    with a document has that document's. An incomplete last context is dropped.
+    gets an additional BOS, so it holds ``context_length - 1`` tokens of the stream. An incomplete
+    last context is dropped.
 
     Args:
         documents: A rank's documents from number ``start.document`` on.
-        tokenizer: A Hugging Face tokenizer.
-        context_length: Tokens a context, at least 2.
         start: The ``next_position`` of an earlier run's last context continues that run exactly.
     """
     require(context_length >= 2, f"CONTEXT_LENGTH must be at least 2; it is {context_length}.")

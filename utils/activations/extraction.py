@@ -1,11 +1,11 @@
-"""Extraction: contexts through the language model into shards, from where an earlier run ended."""
+"""Extraction: contexts through the language model into shards, continuing an earlier run."""
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +19,12 @@ from utils.activations.shards import Shard, ShardWriter, bytes_per_token
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
 
-MOST_SUBSETS = 2**15  # that int16 can number
+MOST_SUBSETS = 2**15  # the range of int16
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those that share a run."""
+    """The rank of this process, and the number of processes that share the run."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,7 +34,7 @@ class Ranks:
         """As set by torchrun or accelerate launch; a single process otherwise.
 
         Raises:
-            InputError: The two make no sense.
+            InputError: The environment's values are invalid.
         """
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         require(
@@ -50,12 +50,12 @@ class Ranks:
 
     @property
     def lock_name(self) -> str:
-        """Ranks share a folder, so each holds a lock of its own."""
+        """Ranks share a folder, so each holds another lock."""
         return f".lock-{self.rank}"
 
 
 class ExtractionSettings(Protocol):
-    """What an extraction reads of the settings of save_activations.py."""
+    """The settings of save_activations.py that an extraction uses."""
 
     model_name: str
     layer: int
@@ -69,16 +69,11 @@ class ExtractionSettings(Protocol):
 
 
 class Extraction:
-    """One rank's part of a run.
+    """One rank's part of a run, which writes shards to ``folder``.
 
-    Args:
-        folder: Where the shards go.
-        settings: Of save_activations.py.
-        ranks: Which part of the corpus is this process's.
-
-    Shard numbers of a rank are ``rank + i · world_size``. The manifest is written after each
-    shard; a shard that is missing or fails its checksum is made anew from its recorded place in
-    the corpus, so that running a finished extraction again repairs it.
+    A rank's shards have the numbers ``rank + i · world_size``. The manifest is written after each
+    shard. A shard that is missing or fails its checksum is written again from its recorded position
+    in the corpus, so running a finished extraction again repairs it.
     """
 
     def __init__(self, folder: Path, settings: ExtractionSettings, ranks: Ranks):
@@ -92,22 +87,21 @@ class Extraction:
         wanted = -(-settings.n_tokens // settings.context_length)
         self.n_contexts = -(-wanted // ranks.world_size)
 
-    # ---- what is there
+    # ---- checking
 
     def is_finished(self) -> bool:
-        """Whether all shards are there and whole; damaged ones are noted, to be made anew."""
+        """Whether all shards are whole; `run` repairs the damaged ones."""
         if self.manifest is None:
             return False
         entries = tqdm(self.manifest.shards, "checking shards", unit="shard", leave=False)
-        damaged = [entry.shard for entry in entries if not self._is_whole(entry)]
-        for shard in damaged:
+        self.damaged = [entry.shard for entry in entries if not self._is_whole(entry)]
+        for shard in self.damaged:
             print(f"Shard {shard} is damaged or missing: making it anew.")
-        self.damaged = damaged
-        return self.manifest.finished and not damaged
+        return self.manifest.finished and not self.damaged
 
     def _is_whole(self, entry: ShardEntry) -> bool:
         try:
-            Shard.of(self.folder, entry).verify()
+            Shard(self.folder, entry).verify()
         except InputError:
             return False
         return True
@@ -122,14 +116,14 @@ class Extraction:
     # ---- running
 
     def begin(self, language_model: LanguageModel, corpus: Corpus) -> None:
-        """Take up an earlier run's manifest, or set the outlier norm on the first batch."""
+        """Continue an earlier run's manifest, or set the outlier norm on the first batch."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
         if self.manifest.outlier_norm is None:
             self._calibrate()
 
     def run(self) -> None:
-        """Make all shards that are not there yet."""
+        """Write all missing and damaged shards."""
         done = sum(entry.contexts for entry in self.manifest.shards)
         with tqdm(
             total=self.n_contexts * self.settings.context_length,
@@ -161,16 +155,16 @@ class Extraction:
         if self.manifest is None:
             self.manifest = Manifest(**facts)
         for name, value in facts.items():
-            begun_with = getattr(self.manifest, name)
-            is_unknown = name == "files" and begun_with is None  # early versions recorded none
+            earlier = getattr(self.manifest, name)
+            is_unknown = name == "files" and earlier is None  # early versions recorded none
             require(
-                is_unknown or begun_with == value,
-                f"The activations in {self.folder} were begun with {name} {begun_with!r}, which "
+                is_unknown or earlier == value,
+                f"The activations in {self.folder} were begun with {name} {earlier!r}, which "
                 f"is {value!r} now. Delete it to start anew.",
             )
 
     def _calibrate(self) -> None:
-        """Set the norm above which a position is an outlier; print the rate of this machine."""
+        """Set the norm above which a position is an outlier; print this machine's speed."""
         batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
         require(
             bool(batch),
@@ -216,27 +210,23 @@ class Extraction:
             self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
             position = after
             self.manifest.position = list(after)
-            self.manifest.skipped = dict(self.corpus.skipped)  # of all records up to here
+            self.manifest.skipped = dict(self.corpus.skipped)  # among all records up to here
             self.manifest.write(self.manifest_path)
             done += entry.contexts
 
     def _fill(
         self, number: int, n_contexts: int, contexts: Iterator[Context]
     ) -> tuple[ShardWriter | None, Position | None]:
-        """Run contexts through the model into a shard; also returns where the corpus goes on.
+        """Run contexts through the model into a shard; also return the next position in the corpus.
 
-        Reading and tokenising the next batch, and writing the last, run beside the model.
+        One thread reads and tokenises the next batch while the model runs, another writes the last.
         """
-        taken = itertools.islice(contexts, n_contexts)
-        writer = last = None
-        with (
-            concurrent.futures.ThreadPoolExecutor(1) as reading,
-            concurrent.futures.ThreadPoolExecutor(1) as writing,
-        ):
-            upcoming = reading.submit(self._next_batch, taken)
-            written = None
+        contexts = itertools.islice(contexts, n_contexts)
+        writer = written = position = None
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            upcoming = reading.submit(self._next_batch, contexts)
             while batch := upcoming.result():
-                upcoming = reading.submit(self._next_batch, taken)
+                upcoming = reading.submit(self._next_batch, contexts)
                 if writer is None:
                     shape = (n_contexts, self.settings.context_length, self.manifest.d_model)
                     writer = ShardWriter(self.folder, number, shape, self.settings.storage_dtype)
@@ -245,10 +235,10 @@ class Extraction:
                     written.result()
                 written = writing.submit(writer.append, excluded, **arrays)
                 self.progress.update(arrays["tokens"].size)
-                last = batch[-1]
+                position = batch[-1].next_position
             if written is not None:
                 written.result()
-        return writer, last and last.next_position
+        return writer, position
 
     def _next_batch(self, contexts: Iterator[Context]) -> list[Context]:
         return list(itertools.islice(contexts, self.settings.contexts_per_batch))
@@ -271,7 +261,7 @@ class Extraction:
         return arrays, excluded
 
     def _subset_numbers(self, context: Context) -> np.ndarray:
-        """The subset of each token, as an index into the manifest's growing list of names."""
+        """The subset of each token, as an index into the manifest's list, which grows."""
         names = self.manifest.subsets
         names.extend(name for name in context.subsets.values() if name not in names)
         require(

@@ -1,6 +1,6 @@
-"""The manifest of a folder of activations: what they are of, and which shards are whole.
+"""The manifest of a folder of activations: their model and corpus, and the finished shards.
 
-With several processes each has a manifest of its own, ``manifest-RANK.json``.
+Each of several processes writes a manifest, ``manifest-RANK.json``.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from utils.artifacts import read_json, write_json
 from utils.settings import InputError
 
-LATER = ("files", "position", "start")  # left out where there is none, as in early versions
+LATER = ("files", "position", "start")  # not written if None, as early versions did not have them
 
 
 @dataclasses.dataclass
@@ -22,10 +22,9 @@ class ShardEntry:
 
     Attributes:
         shard: Its number.
-        contexts: How many it holds.
-        kept: Positions that count.
+        contexts, kept: The number of contexts and of kept positions in it.
         crc32: The checksum of each array's file.
-        start: Place in the corpus at which it begins: document and token (`corpus.Position`).
+        start: The `corpus.Position` at which it begins.
     """
 
     shard: int
@@ -37,17 +36,16 @@ class ShardEntry:
 
 @dataclasses.dataclass
 class Manifest:
-    """What the activations of one process are of, and what it has written.
+    """The source of one process's activations, and the shards it has finished.
 
     Attributes:
         files: Bytes of each local file of the corpus, by name.
-        finished: Whether all shards are there.
-        skipped: Records of the corpus that could not be used, by reason.
+        skipped: Number of records of the corpus that could not be used, by reason.
         outlier_norm: Positions of a larger raw norm are not kept.
-        excluded: Positions that are not kept, by reason.
+        excluded: Number of positions that are not kept, by reason.
         sum, sum_squared_norm: Over kept positions, of raw activations (d_model,) and of ‖x‖².
-        subsets: The names that the shards' arrays of subsets number.
-        position: Place in the corpus after the last shard.
+        subsets: Names of the subsets; the shards hold indices into them.
+        position: The `corpus.Position` after the last shard.
     """
 
     model_name: str
@@ -73,11 +71,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a manifest file.
-
-        Raises:
-            InputError: It is damaged.
-        """
+        """Read a manifest file; raises `InputError` if it is damaged."""
         content = read_json(path)
         try:
             entries = [ShardEntry(**entry) for entry in content["shards"]]
@@ -90,10 +84,10 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write the manifest, atomically."""
 
-        def without_absent(pairs):
+        def drop_none(pairs):
             return {name: v for name, v in pairs if v is not None or name not in LATER}
 
-        write_json(path, dataclasses.asdict(self, dict_factory=without_absent))
+        write_json(path, dataclasses.asdict(self, dict_factory=drop_none))
 
     def add(
         self, entry: ShardEntry, total: np.ndarray, squares: float, excluded: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""Shards: activations on disk, written whole, checked, and read as memory-mapped arrays.
+"""Shards: activations on disk, written atomically, with checksums, read as memory-mapped arrays.
 
 A folder holds, for each shard n, arrays whose first axis is the context:
 
@@ -8,11 +8,10 @@ A folder holds, for each shard n, arrays whose first axis is the context:
     documents-n.npy    int32   (contexts, context_length)   number of the usable document
     subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
 
-and a manifest, which alone says that a shard is whole: it is written after the shard's files.
+and a manifest, written after a shard's files: only shards that are listed there are whole.
 """
 
 import collections
-import dataclasses
 import errno
 import functools
 import mmap
@@ -35,15 +34,15 @@ def shard_path(folder: Path, array: str, shard: int) -> Path:
 
 def checksum(path: Path) -> int:
     """CRC-32 of a file, its header included."""
-    found = 0
+    crc32 = 0
     with path.open("rb") as file:
         while block := file.read(2**24):
-            found = zlib.crc32(block, found)
-    return found
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
 
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:
-    """What a token takes on disk: its activation, and 11 bytes of token, kept and source."""
+    """Size of a token on disk: its activation, and 11 bytes in the other arrays."""
     return d_model * np.dtype(storage_dtype).itemsize + 11
 
 
@@ -51,7 +50,7 @@ def bytes_per_token(d_model: int, storage_dtype: str) -> int:
 
 
 class ShardWriter:
-    """Writes one shard: filled batch by batch under names aside, then renamed when it is full."""
+    """Writes one shard, batch by batch under temporary names; renames its files when finished."""
 
     def __init__(self, folder: Path, shard: int, shape: tuple[int, int, int], storage_dtype: str):
         self.folder, self.shard = folder, shard
@@ -77,10 +76,10 @@ class ShardWriter:
         return path.with_name(f".partial-{path.name}")
 
     def _reserve(self, path: Path) -> None:
-        """Take a file's space on the disk now: a write to a map that finds none kills the process.
+        """Allocate a file's disk space now, because a memory map without space kills the process.
 
         Raises:
-            InputError: There is too little.
+            InputError: The disk is full.
         """
         if not hasattr(os, "posix_fallocate"):  # not on Windows and macOS
             return
@@ -95,15 +94,15 @@ class ShardWriter:
                 ) from error
 
     def discard(self) -> None:
-        """Delete what was written so far."""
+        """Delete the unfinished files."""
         self._arrays.clear()
         for array in ARRAYS:
             self._partial(array).unlink(missing_ok=True)
 
     def append(self, excluded: dict[str, int], **batch: np.ndarray) -> None:
-        """Add contexts: one array a name of `ARRAYS`, each of shape (batch, context_length, ...).
+        """Add contexts: an array for each of `ARRAYS`, of shape (batch, context_length, ...).
 
-        ``excluded`` counts the positions of these contexts that are not kept, by reason.
+        ``excluded`` counts by reason their positions that are not kept.
 
         Raises:
             InputError: An activation is not finite in the storage dtype.
@@ -126,10 +125,10 @@ class ShardWriter:
         self._filled = stop
 
     def finish(self, crc32: dict[str, int] | None = None) -> ShardEntry:
-        """Put the shard's files in place; returns its entry for the manifest.
+        """Rename the shard's files to their final names; returns its entry for the manifest.
 
         Raises:
-            InputError: ``crc32`` is given, and theirs is another: what was there is left alone.
+            InputError: The checksums differ from ``crc32``; the earlier files are kept.
         """
         n_kept = int(self._arrays["kept"][: self._filled].sum())
         entry = ShardEntry(self.shard, self._filled, n_kept, crc32={})
@@ -156,19 +155,12 @@ class ShardWriter:
 # ---------------------------------------------------------------------------------------- reading
 
 
-@dataclasses.dataclass(frozen=True)
 class Shard:
-    """One finished shard; ``shard["tokens"]`` is a memory-mapped array of it."""
+    """The finished shard of a manifest's entry; ``shard["tokens"]`` is a memory-mapped array."""
 
-    folder: Path
-    number: int
-    contexts: int
-    crc32: dict[str, int]
-
-    @classmethod
-    def of(cls, folder: Path, entry: ShardEntry) -> "Shard":
-        """The shard that an entry of a folder's manifest tells of."""
-        return cls(folder, entry.shard, entry.contexts, entry.crc32)
+    def __init__(self, folder: Path, entry: ShardEntry):
+        self.folder, self.number = folder, entry.shard
+        self.contexts, self.crc32 = entry.contexts, entry.crc32
 
     def __getitem__(self, array: str) -> np.ndarray:
         return _open_array(shard_path(self.folder, array, self.number), self.contexts)
@@ -182,21 +174,21 @@ class Shard:
                 raise damaged_shard(path, "does not match its checksum")
 
     def release(self) -> None:
-        """Give back the memory of what was read: it stays in the system's cache alone."""
+        """Unmap the pages of activations that were read; the system's cache may keep them."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self["activations"]._mmap.madvise(mmap.MADV_DONTNEED)
 
     def state(self) -> str:
-        """The path, size and time of change of every file: what was checked is known by it."""
+        """Path, size and modification time of every file, to recognise a checked shard."""
         paths = [shard_path(self.folder, array, self.number).resolve() for array in ARRAYS]
         return " ".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
 
 
-@functools.lru_cache(maxsize=64)  # a map holds a file descriptor, and those are few
+@functools.lru_cache(maxsize=64)  # each map holds a file descriptor, whose number is limited
 def _open_array(path: Path, contexts: int) -> np.ndarray:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header raises whatever its parser runs into
+    except Exception as error:  # a damaged header can raise any error
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
             raise
         raise damaged_shard(path, f"cannot be read: {error}") from error
@@ -205,8 +197,8 @@ def _open_array(path: Path, contexts: int) -> np.ndarray:
     return values
 
 
-def damaged_shard(path: Path, what: str) -> InputError:
+def damaged_shard(path: Path, problem: str) -> InputError:
     return InputError(
-        f"{path} {what}. To repair it, run save_activations.py again with the settings in "
+        f"{path} {problem}. To repair it, run save_activations.py again with the settings in "
         f"{path.parent / 'settings.json'}: it makes damaged and missing shards anew."
     )

@@ -1,4 +1,4 @@
-"""The store: all activations of a folder, in batches of contexts with their tokens and sources."""
+"""The store: all activations of a folder, with their tokens, documents and subsets."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,30 +10,29 @@ from tqdm import tqdm
 
 from utils.activations.manifest import Manifest
 from utils.activations.shards import ARRAYS, Shard, damaged_shard, shard_path
-from utils.artifacts import append_record, fingerprint, missing_stage, records_of
+from utils.artifacts import append_record, fingerprint, missing_stage, read_log
 from utils.settings import require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
-CHECKED_TOGETHER = 4  # shards: one thread reads slower than a disk
-SPANS_MAPPED = 1_024  # spans read before the memory that they are mapped into is given back
+CHECK_THREADS = 4  # one thread reads slower than a disk
+SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
 
 Contexts = Sequence[int]  # numbers of contexts of a store: a range or a list
 
 
 def spread(contexts: Contexts, n: int) -> Contexts:
-    """``n`` contexts evenly over others, for neighbours may be of one document; all of fewer."""
+    """``n`` evenly spaced contexts, as neighbours may share a document; all if there are fewer."""
     return contexts[:: max(1, len(contexts) // n)][:n]
 
 
 class ContextBatch:
-    """Some contexts of a store.
+    """A batch of contexts of a store.
 
     Attributes:
         contexts: Their numbers.
-        tokens: int32, shape (contexts, context_length).
-        kept: Whether a position counts: neither BOS nor a norm outlier; bool, of that shape.
-        documents: Number of the document of each position, int32, of that shape.
-        subsets: Number of its corpus subset in the store's ``subset_names``, of that shape.
+        tokens, documents: int32, shape (contexts, context_length).
+        kept: Whether a position is neither BOS nor a norm outlier; bool, of that shape.
+        subsets: Index into the store's ``subset_names``, of that shape.
     """
 
     def __init__(self, store: "ActivationStore", contexts: Contexts):
@@ -48,7 +47,7 @@ class ContextBatch:
         return self.store.kept_rows(self.contexts).astype(np.float32)
 
     def places(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where rows come from: the place of the context in this batch, and the position in it."""
+        """The context of rows, as an index into this batch, and their position in it."""
         return np.divmod(np.flatnonzero(self.kept)[row], self.kept.shape[1])
 
 
@@ -56,18 +55,15 @@ class ActivationStore:
     """All finished shards of a folder.
 
     Attributes:
-        folder: Where the shards are.
-        model_name, revision, layer, dtype: The model and place they were taken from.
-        d_model, context_length: Their widths.
         storage_dtype: Of the activations on disk.
-        scale: The scalar by which activations are multiplied so that E‖x‖² = d_model over kept
-            positions ("Scaling Monosemanticity", Training).
+        scale: The factor that gives activations E‖x‖² = d_model over kept positions ("Scaling
+            Monosemanticity", Training).
         mean: Raw mean over kept positions, shape (d_model,).
         outlier_norm: Positions of a larger raw norm are excluded.
-        excluded: Number of positions left out, by reason.
-        n_tokens: Kept positions.
+        excluded: Number of positions that are not kept, by reason.
+        n_tokens: Number of kept positions.
         skipped: Number of records of the corpus that could not be used, by reason.
-        subset_names: Names of the corpus subsets, sorted; batches number them in this order.
+        subset_names: Names of the corpus subsets, sorted.
     """
 
     def __init__(self, folder: str | Path):
@@ -106,13 +102,13 @@ class ActivationStore:
         )
 
     def _open_shards(self, manifests: list[Manifest]) -> None:
-        """Open every array, which finds damaged headers; number subsets alike in all shards."""
+        """Open every array, which finds damaged headers; number subsets across manifests."""
         self.subset_names = sorted({name for manifest in manifests for name in manifest.subsets})
         number_of = {name: number for number, name in enumerate(self.subset_names)}
         shards = []
         for manifest in manifests:
             numbers = np.array([number_of[name] for name in manifest.subsets], np.int16)
-            shards += [(Shard.of(self.folder, entry), numbers) for entry in manifest.shards]
+            shards += [(Shard(self.folder, entry), numbers) for entry in manifest.shards]
         shards.sort(key=lambda pair: pair[0].number)
         self.shards = [shard for shard, _ in shards]
         self._subset_numbers = {shard.number: numbers for shard, numbers in shards}
@@ -129,13 +125,13 @@ class ActivationStore:
     # ---- choosing contexts
 
     def first(self, n_tokens: int | None) -> range:
-        """The first contexts that hold ``n_tokens``; all of them for None."""
+        """The first contexts that hold ``n_tokens``; all contexts for None."""
         if n_tokens is None:
             return range(self.n_contexts)
         return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
 
     def split(self, held_out: float) -> tuple[range, range]:
-        """Contexts for training and, at the end of the corpus, the share held out of it."""
+        """Contexts for training and, at the end of the corpus, a share ``held_out`` of them."""
         n_train = self.n_contexts - max(1, round(held_out * self.n_contexts))
         require(
             n_train > 0, f"{self.folder} has {self.n_contexts} contexts: too few to hold any out."
@@ -145,31 +141,25 @@ class ActivationStore:
     # ---- reading
 
     def batches(self, contexts: Contexts, n_tokens: int, title: str = "") -> Iterator[ContextBatch]:
-        """Contexts in order, about ``n_tokens`` positions at a time, with a bar if titled."""
+        """Batches of about ``n_tokens`` positions, with a progress bar if there is a title."""
         size = max(1, n_tokens // self.context_length)
-        with tqdm(
-            total=len(contexts) * self.context_length,
-            desc=title,
-            unit="tok",
-            unit_scale=True,
-            disable=not title,
-        ) as progress:
+        total = len(contexts) * self.context_length
+        with tqdm(None, title, total, unit="tok", unit_scale=True, disable=not title) as progress:
             for start in range(0, len(contexts), size):
                 batch = ContextBatch(self, contexts[start : start + size])
                 yield batch
-                progress.update(len(batch.contexts) * self.context_length)
+                progress.update(batch.tokens.size)
 
     def read(self, array: str, contexts: Iterable[int]) -> np.ndarray:
-        """One of `ARRAYS` of some contexts, shape (contexts, context_length, ...)."""
+        """One of `ARRAYS` of the given contexts, shape (contexts, context_length, ...)."""
         return np.stack([self._row(array, context) for context in contexts])
 
     def windows(
         self, array: str, contexts: np.ndarray, starts: np.ndarray, width: int
     ) -> np.ndarray:
-        """``width`` positions of a context from a start on, for each pair of the two.
+        """A window of each context from its start on, int32, shape (len(contexts), width).
 
-        Returns:
-            Shape (pairs, width), int32; −1 beyond the end of a context.
+        Positions beyond the end of a context are −1.
         """
         values = np.full((len(contexts), width), -1, np.int32)
         for i in np.argsort(contexts, kind="stable"):
@@ -185,34 +175,34 @@ class ActivationStore:
         return np.concatenate(counts)[contexts.start : contexts.stop]
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
-        """The kept activations of some contexts, shape (rows, d_model), in the storage dtype."""
+        """The kept activations of contexts, shape (rows, d_model), in the storage dtype."""
         return self.kept_spans((context, 0, self.context_length) for context in contexts)
 
     def kept_spans(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         """The kept activations of spans (context, start, length), shape (rows, d_model).
 
         Raises:
-            InputError: One is NaN or infinite; names the shard and the place.
+            InputError: One is NaN or infinite; names the shard and the position.
         """
-        rows, last = [], None
+        rows, previous = [], None
         for number, (context, start, length) in enumerate(spans, 1):
             shard, row = self._locate(context)
-            if last is not None and (shard is not last or number % SPANS_MAPPED == 0):
-                last.release()
-            last = shard
+            if previous is not None and (shard is not previous or number % SPANS_MAPPED == 0):
+                previous.release()
+            previous = shard
             kept = shard["kept"][row, start : start + length]
             rows.append(shard["activations"][row, start : start + length][kept])
             if not np.isfinite(rows[-1]).all():
                 self._raise_not_finite(context)
-        if last is not None:
-            last.release()
+        if previous is not None:
+            previous.release()
         return np.concatenate(rows) if rows else np.empty((0, self.d_model), self.storage_dtype)
 
     def _locate(self, context: int) -> tuple[Shard, int]:
         """The shard of a context, and the context's row in it."""
-        at = int(np.searchsorted(self._ends, context, side="right"))
-        shard = self.shards[at]
-        return shard, int(context - (self._ends[at] - shard.contexts))
+        index = int(np.searchsorted(self._ends, context, side="right"))
+        shard = self.shards[index]
+        return shard, int(context - (self._ends[index] - shard.contexts))
 
     def _row(self, array: str, context: int) -> np.ndarray:
         shard, row = self._locate(context)
@@ -223,31 +213,27 @@ class ActivationStore:
         shard, row = self._locate(context)
         bad = ~np.isfinite(shard["activations"][row]).all(axis=-1)
         path = shard_path(self.folder, "activations", shard.number)
-        at = f"context {row}, position {int(bad.argmax())}"
-        raise damaged_shard(path, f"holds NaN or infinity at {at}")
+        position = f"context {row}, position {int(bad.argmax())}"
+        raise damaged_shard(path, f"holds NaN or infinity at {position}")
 
     # ---- checking
 
     def verify(self, folder: Path, contexts: Iterable[int] | None = None) -> None:
-        """Check shards against their checksums, with a progress bar.
+        """Check the shards of ``contexts``, or all, against their checksums, with a progress bar.
 
-        Args:
-            folder: Of the stage, which records there the shards that are whole: these are not read
-                again while their files are unchanged.
-            contexts: Those whose shards are checked; None for all.
+        A log in ``folder``, the stage's, spares checking a shard again while it is unchanged.
 
         Raises:
-            InputError: One is damaged; names the file.
+            InputError: A shard is damaged; names the file.
         """
         log = folder / CHECKED
         log.touch()
-        whole = {record["whole"] for record in records_of(log, ["whole"])}
-        shards = self.shards
-        if contexts is not None:
-            of = np.searchsorted(self._ends, np.fromiter(contexts, np.int64), side="right")
-            shards = [self.shards[number] for number in np.unique(of)]
+        whole = {record["whole"] for record in read_log(log, ["whole"])}
+        contexts = range(self.n_contexts) if contexts is None else contexts
+        numbers = np.searchsorted(self._ends, np.fromiter(contexts, np.int64), side="right")
+        shards = [self.shards[number] for number in np.unique(numbers)]
         shards = [shard for shard in shards if shard.state() not in whole]
-        with ThreadPoolExecutor(CHECKED_TOGETHER) as pool:
+        with ThreadPoolExecutor(CHECK_THREADS) as pool:
             checks = zip(shards, pool.map(Shard.verify, shards), strict=True)
             bar = {"total": len(shards), "unit": "shard", "leave": False}
             for shard, _ in tqdm(checks, "checking shards", **bar):

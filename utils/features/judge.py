@@ -20,7 +20,7 @@ import pandas as pd
 from dotenv import load_dotenv
 from tqdm import tqdm
 
-from utils.artifacts import append_record, records_of
+from utils.artifacts import append_record, read_log
 from utils.features.questions import (
     GRADES_TOKENS,
     LABEL_TOKENS,
@@ -148,7 +148,7 @@ class Answers:
     def __init__(self, judge: Judge, path: Path, price: tuple[float, float] | None = None):
         self.judge, self.path, self.price = judge, path, price
         path.open("ab").close()
-        records = records_of(path, ("key", "answer"))
+        records = read_log(path, ("key", "answer"))
         self._kept = {record["key"]: record["answer"] for record in records}
         self.count_anew()
 

@@ -1,8 +1,8 @@
-"""What features do to texts, for influence_llm.py. Read in this order:
+"""The influence of features on texts, for influence_llm.py. Read in this order:
 
-generations          texts with and without features changed, and their log
+generations          untouched and steered texts, and their log
 texts, evidence      texts by steering and by other methods; does steering bring in a concept?
 attribution          which features lead to the next token
 export               steering vectors for other programs
-chat, playground     features turned by hand
+chat, playground     features clamped by hand
 """

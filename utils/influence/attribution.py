@@ -1,13 +1,13 @@
 """Which features lead a model to its next token: attribution by gradient, and exact ablation.
 
 With ΔL the difference of two tokens' logits after a prompt, x the residual stream at the layer and
-f_i the latents,
+f_i the latents, in raw units, so that both are logits:
 
     attribution of feature i    Σ over positions of f_i · (W_dec,i · ∇_x ΔL)
-    its effect by ablation      ΔL − ΔL with f_i = 0 at every position, the error term kept
+    effect of its ablation      ΔL − ΔL with f_i = 0 at every position, the error term kept
 
-in raw units, so that both are logits. The first costs one pass forward and one back for all
-features together, the second a pass forward for each.
+Attribution takes one forward and one backward pass for all features together, ablation a forward
+pass for each.
 
 Reference: "Scaling Monosemanticity", Features as Computational Intermediates.
 """
@@ -29,21 +29,21 @@ from utils.settings import Json, require
 from utils.steering.feature_model import FeatureModel
 from utils.terminal import one_line
 
-N_SHOWN = 5  # features of a token
-N_POSITIONS = 30  # tokens of a prompt whose attributions are drawn
-N_TOGETHER = 32  # features ablated in one batch
+N_SHOWN = 5  # features drawn at a token
+N_POSITIONS = 30  # tokens of a prompt that are drawn
+ABLATION_BATCH = 32  # features
 
 
 class Attribution(NamedTuple):
-    """What `attribute` found.
+    """The result of `attribute`.
 
     Attributes:
         difference: ΔL, in logits.
-        places: A row a feature and position at which it is active: ``position, feature,
-            activation``, f_i ‖W_dec,i‖, and ``attribution``, in logits.
+        places: A row for each active feature at each position: ``position, feature, activation``,
+            f_i ‖W_dec,i‖, and ``attribution``, in logits.
         gradient: ∇_x ΔL of the raw residual stream, shape (context, d_model).
-        tokens: The prompt's, shape (1, context).
-        pair: The two tokens' numbers.
+        tokens: The prompt, shape (1, context).
+        pair: Ids of the two tokens.
     """
 
     difference: float
@@ -54,7 +54,7 @@ class Attribution(NamedTuple):
 
 
 def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[int, int] | None:
-    """The numbers of two tokens; None if no words are given.
+    """The ids of two tokens; None if no words are given.
 
     Raises:
         InputError: There are not two words, or one is not a single token.
@@ -62,7 +62,7 @@ def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[i
     if not words:
         return None
     require(len(words) == 2, f"PAIR must be two tokens, or none; it is {len(words)}: {words}.")
-    numbers = []
+    pair = []
     for word in words:
         tokens = language_model.tokenizer(word, add_special_tokens=False)["input_ids"]
         token_texts = [language_model.tokenizer.decode([token]) for token in tokens]
@@ -71,9 +71,9 @@ def token_pair(language_model: LanguageModel, words: tuple[str, ...]) -> tuple[i
             f"PAIR must be of single tokens; {word!r} is {len(tokens)}: {token_texts}. "
             "A word within a text begins with a space, as in ' France'.",
         )
-        numbers += tokens
-    require(numbers[0] != numbers[1], f"PAIR must be two different tokens; it is {words}.")
-    return tuple(numbers)
+        pair += tokens
+    require(pair[0] != pair[1], f"PAIR must be two different tokens; it is {words}.")
+    return tuple(pair)
 
 
 def attribute(
@@ -81,20 +81,20 @@ def attribute(
 ) -> Attribution:
     """Attribute the difference of two logits after a prompt to features and positions.
 
-    BOS and norm outliers are left out, as they were of training.
+    BOS and norm outliers are left out, as in training.
 
     Args:
-        model: With a language model in float32: effects are small beside bfloat16's precision.
-        tokens: Of the prompt, shape (1, context).
-        pair: Numbers of the two tokens; None: the likeliest and the second.
+        model: In float32: the effects are too small for the precision of bfloat16.
+        tokens: The prompt, shape (1, context).
+        pair: Ids of the two tokens; None: the two likeliest.
     """
     streams = []
 
-    def watch(residual):
+    def record(residual):
         streams.append(residual.detach().requires_grad_())
         return streams[0]
 
-    with model.replaced(watch), torch.enable_grad():
+    with model.replaced(record), torch.enable_grad():
         run = model.language_model.model
         logits = run(tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
         pair = tuple(logits.topk(2).indices.tolist()) if pair is None else pair
@@ -105,67 +105,56 @@ def attribute(
     activations *= model.trained_positions(tokens[0], residual)[:, None]
     position, feature = activations.nonzero(as_tuple=True)
     value = activations[position, feature]
-    along = (model.directions(feature) * gradient[position]).sum(dim=1)
-    columns = {
-        "position": position,
-        "feature": feature,
-        "activation": value,
-        "attribution": value * along,
-    }
+    slope = (model.directions(feature) * gradient[position]).sum(dim=1)
+    columns = {"position": position, "feature": feature}
+    columns |= {"activation": value, "attribution": value * slope}
     places = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
     return Attribution(difference.item(), places, gradient, tokens, pair)
 
 
-def of_features(attribution: Attribution) -> pd.DataFrame:
-    """Per feature ``activation``, its largest, and ``attribution``, its sum; largest first."""
-    both = {"activation": ("activation", "max"), "attribution": ("attribution", "sum")}
-    features = attribution.places.groupby("feature").agg(**both)
+def by_feature(attribution: Attribution) -> pd.DataFrame:
+    """The largest ``activation`` and summed ``attribution`` of each feature; largest first."""
+    columns = {"activation": "max", "attribution": "sum"}
+    features = attribution.places.groupby("feature").agg(columns)
     return features.sort_values("attribution", key=abs, ascending=False).reset_index()
 
 
 @torch.no_grad()
 def ablate(model: FeatureModel, attribution: Attribution, features: np.ndarray) -> np.ndarray:
-    """The effect of each feature on ΔL: by how much it falls without that feature.
-
-    Returns:
-        Logits, shape (len(features),).
-    """
+    """By how much ΔL falls without each feature, in logits, shape (len(features),)."""
     if not len(features):
         return np.zeros(0)
     tokens, effects = attribution.tokens, []
-    numbers = torch.tensor(np.array(features), device=model.language_model.device)
-    for some in numbers.split(N_TOGETHER):
+    latents = torch.tensor(np.array(features), device=model.language_model.device)
+    for batch in latents.split(ABLATION_BATCH):
 
-        def remove(residual, some=some):
-            present = model.encode(residual[0], some).T  # (features, context)
-            present *= model.trained_positions(tokens[0], residual[0])
-            return residual - present[..., None] * model.directions(some)[:, None]
+        def remove(residual, batch=batch):
+            activations = model.encode(residual[0], batch).T  # (features, context)
+            activations *= model.trained_positions(tokens[0], residual[0])
+            return residual - activations[..., None] * model.directions(batch)[:, None]
 
         with model.replaced(remove):
             logits = model.language_model.model(
-                tokens.expand(len(some), -1), use_cache=False, logits_to_keep=1
+                tokens.expand(len(batch), -1), use_cache=False, logits_to_keep=1
             ).logits[:, -1]
         first, second = attribution.pair
         effects.append(attribution.difference - (logits[:, first] - logits[:, second]))
     return torch.cat(effects).cpu().numpy()
 
 
-class Sample(NamedTuple):
-    """How many prompts' tokens and features attribution is correlated over, and the seed."""
-
-    n_tokens: int
-    n_features: int
-    seed: int
-
-
-def correlate(
-    model: FeatureModel, store: ActivationStore, contexts: Contexts, sample: Sample
+def compare_with_ablation(
+    model: FeatureModel,
+    store: ActivationStore,
+    contexts: Contexts,
+    n_tokens: int,
+    n_features: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """Attribution, activation and ablation of features drawn from those active on some prompts.
+    """Attribution, activation and ablation of active features on the beginnings of contexts.
 
     Args:
-        contexts: Contexts of the store whose beginnings are the prompts, best those held out.
-        sample: Length of a prompt, and how many features are drawn for each.
+        contexts: Preferably held out of training; the first ``n_tokens`` of each are a prompt.
+        n_features: Drawn at random from the features active on each prompt.
 
     Returns:
         A row a prompt and feature: ``prompt, feature, activation, attribution, ablation``.
@@ -173,41 +162,36 @@ def correlate(
     tables = []
     device = model.language_model.device
     for context in tqdm(contexts, desc="ablating", unit="prompt"):
-        tokens = store.read("tokens", [context])[:, : sample.n_tokens]
+        tokens = store.read("tokens", [context])[:, :n_tokens]
         attribution = attribute(model, torch.from_numpy(tokens).long().to(device), None)
-        table = of_features(attribution)
-        order = np.random.default_rng([sample.seed, context]).permutation(len(table))
-        drawn = table.iloc[np.sort(order[: sample.n_features])]
+        table = by_feature(attribution)
+        order = np.random.default_rng([seed, context]).permutation(len(table))
+        drawn = table.iloc[np.sort(order[:n_features])]
         effects = ablate(model, attribution, drawn["feature"].to_numpy())
         tables.append(drawn.assign(prompt=context, ablation=effects))
     return pd.concat(tables, ignore_index=True)
 
 
 def correlations(table: pd.DataFrame, seed: int, n_draws: int = 1_000) -> dict[str, Json]:
-    """Pearson correlation of attribution, and of activation, with ablation.
+    """Pearson correlation of ``attribution``, and of ``activation``, with the effect of ablation.
 
-    Returns:
-        For each of the two its value and 95% interval, over prompts drawn again (bootstrap), three
-        numbers; ``n_features`` and ``n_prompts``.
+    Each is three numbers: its value and the ends of its 95% interval, by a bootstrap over prompts.
     """
     prompts = [group for _, group in table.groupby("prompt")]
     draws = draw_again(len(prompts), seed, n_draws)
-    names = ("attribution", "activation")
-    again = [pd.concat([prompts[i] for i in draw]).corr()["ablation"] for draw in draws]
+    resampled = [pd.concat([prompts[i] for i in draw]).corr()["ablation"] for draw in draws]
     summary = {"n_features": len(table), "n_prompts": len(prompts)}
-    for name in names:
-        ends = interval([corr[name] for corr in again])
+    for name in ("attribution", "activation"):
+        ends = interval([correlation[name] for correlation in resampled])
         summary[name] = [float(table.corr()["ablation"][name]), *ends]
     return summary
 
 
 def show_attribution(pair: Sequence[str], difference: float, top: pd.DataFrame, prompt: str) -> str:
-    """The features that most raise or lower one token's logit over another's, a line each.
+    """A line for each row of ``top``: ``feature, label, activation, attribution, ablation``.
 
     Args:
-        pair: Texts of the two tokens.
-        difference: Of their logits.
-        top: A row a feature: ``feature, label, activation, attribution, ablation``.
+        pair: Texts of the two tokens; ``difference`` is that of their logits.
     """
     first, second = (repr(one_line(word)) for word in pair)
     lines = [
@@ -226,7 +210,7 @@ def show_attribution(pair: Sequence[str], difference: float, top: pd.DataFrame, 
 
 
 def show_correlations(summary: dict[str, Json]) -> str:
-    """How well attribution, and mere activation, tell what ablation does, with 95% intervals."""
+    """The result of `correlations` in words, with 95% intervals."""
     lines = [
         f"\nCorrelation with the effect of ablation, over {summary['n_features']:,} active "
         f"features of {summary['n_prompts']} held-out prompts:"
@@ -240,12 +224,11 @@ def show_correlations(summary: dict[str, Json]) -> str:
 def plot_attribution(
     attribution: Attribution, words: list[str], labels: pd.Series, path: Path
 ) -> None:
-    """The tokens of a prompt, and at each the features that most add to the difference of logits.
+    """Draw the features that contribute most to the difference of logits, at each prompt token.
 
     Args:
-        attribution: Of `attribute`.
-        words: Texts of the two tokens that are compared, then of the prompt's.
-        labels: Of features, by number.
+        words: Texts of the two tokens compared, then of the prompt's tokens.
+        labels: By feature.
     """
     first, second, *prompt = (repr(word)[1:-1] for word in words)
     title = f"What makes “{first.strip()}” likelier than “{second.strip()}”: "
@@ -254,26 +237,26 @@ def plot_attribution(
     total = places["attribution"].abs().groupby(places["position"]).sum()
     total = total.reindex(range(len(prompt)), fill_value=0.0)
     positions = sorted(total.nlargest(N_POSITIONS).index)
-    some = f"; of {len(prompt)} tokens the {N_POSITIONS} that count most" * (
-        len(prompt) > N_POSITIONS
-    )
+    note = f"At each token its {N_SHOWN} largest; named are the two largest"
+    if len(prompt) > N_POSITIONS:
+        note += f"; of {len(prompt)} tokens the {N_POSITIONS} that count most"
     height = 1.2 + 0.34 * len(positions)
     with plots.picture(path, title, (9, height)) as (_, axes):
-        for position, token in enumerate(positions):
-            own = places[places.position == token].head(N_SHOWN)
+        for row, token in enumerate(positions):
+            largest = places[places.position == token].head(N_SHOWN)
             ends = {True: 0.0, False: 0.0}
-            for value in own.attribution:
+            for value in largest.attribution:
                 colour = plots.ORANGE if value > 0 else plots.BLUE
-                axes.barh(position, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
+                axes.barh(row, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
                 ends[value > 0] += value
-            named = [f"{feature} “{str(labels[feature])[:18]}”" for feature in own.feature]
-            place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
-            text = "; ".join(named[:2]).replace("$", r"\$")
-            axes.text(1.02, position, text, color=plots.GREY, **place)
+            names = [
+                f"{feature} “{str(labels[feature])[:18]}”" for feature in largest.feature.head(2)
+            ]
+            style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+            axes.text(1.02, row, "; ".join(names).replace("$", r"\$"), color=plots.GREY, **style)
         axes.axvline(0, color=plots.GREY, linewidth=0.8)
         shown = [prompt[token].replace("$", r"\$") for token in positions]
         axes.set_yticks(range(len(shown)), shown)
-        axes.set(xlabel="attribution (logits); orange adds, blue takes away")
-        axes.set(title=f"At each token its {N_SHOWN} largest; named are the two largest{some}")
+        axes.set(xlabel="attribution (logits); orange adds, blue takes away", title=note)
         axes.set_ylim(len(positions) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)

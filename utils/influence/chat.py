@@ -1,4 +1,4 @@
-"""A chat in the terminal, with features turned and turned off between any two messages."""
+"""A chat in the terminal, in which features can be clamped between any two messages."""
 
 import contextlib
 import math
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 from utils.features.catalogue import Catalogue
 from utils.features.search import show_feature
+from utils.influence.generations import WritingSettings
 from utils.settings import InputError, require
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
@@ -17,39 +18,24 @@ with contextlib.suppress(ImportError):  # not on Windows
     import readline  # noqa: F401  input() edits its line, and remembers
 
 HELP = """\
-/find WORDS              features that go by some words
-/clamp FEATURE STRENGTH  hold a feature at so many times its maximum: 0 ablates it
-/off, /on                answer untouched, answer with the features again
-/features                what is clamped
-/reset                   begin a new conversation, with no feature
+/find WORDS              search features by words
+/clamp FEATURE STRENGTH  set a feature to STRENGTH times its maximum; 0 ablates it
+/off, /on                switch the clamps off, on
+/features                show the clamps
+/reset                   start a new conversation without clamps
 /quit                    leave (or Ctrl-D); Ctrl-C stops an answer"""
-N_FOUND = 5
+N_MATCHES = 5  # of a search
 
 
 class Chat:
-    """A conversation, and the clamps that it is answered with.
-
-    Args:
-        catalogue: The features.
-        model: With a chat template.
-        max_new_tokens: Of an answer, at most.
-        temperature: As for `stream`.
-        seed: As for `stream`.
+    """A conversation, and the clamps that are applied to its answers.
 
     Raises:
         InputError: The model has no chat template.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        model: FeatureModel,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-    ):
-        self.catalogue, self.model = catalogue, model
-        self.how = max_new_tokens, temperature, seed
+    def __init__(self, catalogue: Catalogue, model: FeatureModel, settings: WritingSettings):
+        self.catalogue, self.model, self.settings = catalogue, model, settings
         prompt_tokens(model.language_model, "", chat=True)
         self.reset()
 
@@ -59,8 +45,8 @@ class Chat:
     def run(self) -> None:
         """Read lines until the user leaves."""
         print(
-            f"Chat with {self.model.language_model.name}, answers of at most {self.how[0]} tokens "
-            "(--max-new-tokens). /help shows the commands."
+            f"Chat with {self.model.language_model.name}, answers of at most "
+            f"{self.settings.max_new_tokens} tokens (--max-new-tokens). /help shows the commands."
         )
         while True:
             try:
@@ -80,7 +66,7 @@ class Chat:
                 print("(stopped)")
 
     def obey(self, line: str) -> None:
-        """Do what a command says, and print what there is now."""
+        """Carry out a command, and print the clamps."""
         command, *words = line.split()
         if command == "/find":
             self.find(" ".join(words))
@@ -96,7 +82,7 @@ class Chat:
             print(self.state())
 
     def find(self, words: str) -> None:
-        features = self.catalogue.search(words, N_FOUND)["feature"]
+        features = self.catalogue.search(words, N_MATCHES)["feature"]
         for feature in features:
             print(show_feature(self.catalogue, feature, shutil.get_terminal_size().columns, 1))
         if not len(features):
@@ -126,33 +112,35 @@ class Chat:
         return f"Steering {'on' if self.is_on else 'off'}: {'; '.join(clamps) or 'no feature'}."
 
     def steering(self) -> AbstractContextManager:
-        """What changes the model for the next token."""
-        if not (self.is_on and self.clamps):
-            return contextlib.nullcontext()
-        return steered(self.model, list(self.clamps.values()))
+        """Opens the clamps for the next token, if they are on."""
+        clamps = list(self.clamps.values())
+        is_steered = self.is_on and clamps
+        return steered(self.model, clamps) if is_steered else contextlib.nullcontext()
 
     def answer(self, line: str) -> None:
-        """Print the answer to a message while it is written; Ctrl-C ends it there.
+        """Print the answer to a message while it is written.
 
-        The conversation keeps what was said so far, so that it goes on from there.
+        Ctrl-C ends the answer; the conversation keeps the part that was written.
         """
         if not line:
             return
         messages = [*self.messages, {"role": "user", "content": line}]
-        tokens = prompt_tokens(self.model.language_model, messages, chat=True)
-        said = ""
+        language_model, settings = self.model.language_model, self.settings
+        tokens = prompt_tokens(language_model, messages, chat=True)
+        limits = settings.max_new_tokens, settings.temperature, settings.seed
+        written = ""
         try:
-            for (text,) in stream(self.model.language_model, tokens, self.steering, *self.how):
-                print(printable(text[len(said) :]), end="", flush=True)
-                said = text
+            for (text,) in stream(language_model, tokens, self.steering, *limits):
+                print(printable(text[len(written) :]), end="", flush=True)
+                written = text
         except InputError as error:  # the conversation is too long, or a strength too large
             raise InputError(f"{error} /reset begins a new conversation.") from None
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
-        self.messages = [*messages, {"role": "assistant", "content": said}]
+        self.messages = [*messages, {"role": "assistant", "content": written}]
 
 
 def printable(text: str) -> str:
-    """Text without the control characters by which it could command the terminal."""
+    """Text without control characters, which could command the terminal."""
     return "".join(c for c in text if c.isprintable() or c == "\n")

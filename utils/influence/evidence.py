@@ -1,9 +1,9 @@
-"""Evidence: does clamping a feature bring its concept into the text, and at what price?
+"""Evidence: does clamping a feature bring its concept into the text, and at what cost in fluency?
 
-The useful range of a strength ends where fluency breaks, which is found on some prompts, the trial.
-A feature that does not raise its concept there merely reads, and is passed over; what the others
-do, and what other methods do in their place (`texts` says which), is judged on other prompts.
-Intervals come from drawing features again (bootstrap).
+Trial prompts show at which strength a feature's texts stop being fluent, and whether the feature
+raises its concept at all; one that does not is passed over. The other features, and the methods
+that they are compared with (see `texts`), are judged on other prompts. Intervals come from a
+bootstrap over features.
 
 Reference: "Scaling Monosemanticity", Influence on Behavior.
 """
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from utils import plots
 from utils.features.sampling import mean_and_interval
+from utils.influence.generations import GenerationSettings
 from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, Writer
 from utils.settings import Json, require
 from utils.steering.clamps import Clamp, change_by
@@ -33,18 +34,18 @@ PROMPTS = (
     "In the city there is",
     "He told me",
 )
-TRIAL_MARGIN = 2 / 3  # of the perplexity allowed; other prompts come out higher, or lower
+TRIAL_MARGIN = 2 / 3  # of the perplexity allowed, on trial: on other prompts it may be higher
 GREEN = "#117733"
-MORE_REPETITION = 0.25  # than untouched, at which a text has collapsed
+MORE_REPETITION = 0.25  # above the untouched text's: a text that repeats more has collapsed
 
 
 def relative(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean scores over prompts beside those of the untouched texts after the same prompts.
+    """Mean scores over prompts, compared with the untouched texts after the same prompts.
 
     Returns:
-        A row a feature, method and strength: mean ``concept``, ``words`` and ``repetition``;
-        ``perplexity``, its geometric mean over that of the untouched texts; ``untouched_concept``
-        and ``more_repetition``, than theirs.
+        A row a feature, method and strength: mean ``concept``, ``words`` and ``repetition``; the
+        ratio of the geometric means of ``perplexity``; ``untouched_concept``; and
+        ``more_repetition``, the difference of the means.
     """
     table = table.assign(perplexity=np.log(table["perplexity"]))
     means = table.groupby(["feature", "method", "strength"])[list(SCORES)].mean().reset_index()
@@ -58,23 +59,23 @@ def relative(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def least_fluent(table: pd.DataFrame) -> pd.DataFrame:
-    """As `relative`, but each score the largest of any prompt."""
-    each = [relative(own) for _, own in table.groupby("prompt")]
-    return pd.concat(each).groupby(["feature", "method", "strength"]).max().reset_index()
+    """As `relative`, with the largest score over prompts instead of the mean."""
+    tables = [relative(group) for _, group in table.groupby("prompt")]
+    return pd.concat(tables).groupby(["feature", "method", "strength"]).max().reset_index()
 
 
 def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> tuple[float, int]:
-    """Where the useful range of a feature and method ends: the last strength before fluency breaks.
+    """The largest strength up to which texts are fluent after every prompt.
 
-    It breaks where after any prompt the perplexity is above `TRIAL_MARGIN` of ``max_perplexity``
-    times the untouched, or the text is more repetitive by `MORE_REPETITION`.
+    A text is fluent if its perplexity is at most `TRIAL_MARGIN` · ``max_perplexity`` times that of
+    the untouched text, and its repetition at most `MORE_REPETITION` above it.
 
     Args:
-        worst: Of `least_fluent`, of one feature and method.
+        worst: `least_fluent` of one feature and method.
 
     Returns:
-        The strength, the least if fluency is broken already there; and at how many strengths, from
-        the least on, it is not.
+        The strength, the smallest tried if texts are not fluent even there; and how many strengths,
+        from the smallest on, give fluent texts.
     """
     worst = worst.sort_values("strength")
     most = TRIAL_MARGIN * max_perplexity
@@ -83,12 +84,9 @@ def useful_strength(worst: pd.DataFrame, max_perplexity: float) -> tuple[float, 
     return float(worst["strength"].iloc[max(0, n_fluent - 1)]), n_fluent
 
 
-class StrengthSettings(Protocol):
-    """How features are changed, of the settings of influence_llm.py."""
+class StrengthSettings(GenerationSettings, Protocol):
+    """The settings of influence_llm.py that a strength depends on."""
 
-    intervention: str
-    where: str | tuple[int, ...]
-    chat_template: bool
     max_perplexity: float
 
 
@@ -96,38 +94,38 @@ def find_strength(
     writer: Writer, features: list[int], settings: StrengthSettings
 ) -> tuple[float, int]:
     """The `useful_strength` of features changed together, tried on `TRIAL_PROMPTS`."""
-    places = list(itertools.product((0.0, *STRENGTHS), TRIAL_PROMPTS))
+    trials = list(itertools.product((0.0, *STRENGTHS), TRIAL_PROMPTS))
+    strengths, prompts = zip(*trials, strict=True)
     how = settings.intervention
     rows = [
         [Clamp(i, strength, writer.maximum(i), how) for i in features] if strength else []
-        for strength, _ in places
+        for strength in strengths
     ]
     change = change_by(writer.model, rows, writer.model.language_model.device)
-    prompts = [prompt for _, prompt in places]
     records = writer.write(change, prompts, features[0], settings.where, settings.chat_template)
     table = pd.DataFrame(records).assign(feature=features[0], method="feature", prompt=prompts)
-    table["strength"] = [strength for strength, _ in places]
+    table["strength"] = strengths
     table.loc[table["strength"] == 0, "method"] = "untouched"
     worst = least_fluent(table)
     return useful_strength(worst[worst["method"] == "feature"], settings.max_perplexity)
 
 
 def describe_strength(strength: float, n_fluent: int, intervention: str) -> str:
-    """What `find_strength` found, as a sentence."""
-    unit = "times what is there" if intervention == "scale" else "times the maximum"
+    """The result of `find_strength` in words."""
+    unit = "times the activation" if intervention == "scale" else "times the maximum"
     if n_fluent == 0:
-        return f"Texts fall apart already at {strength:g} {unit}, the least tried; this is there."
-    rest = ", the most tried" if n_fluent == len(STRENGTHS) else ""
-    return f"Texts stay fluent up to {strength:g} {unit}{rest}."
+        return f"Texts are not fluent even at the smallest strength tried, {strength:g} {unit}."
+    note = ", the largest strength tried" if n_fluent == len(STRENGTHS) else ""
+    return f"Texts stay fluent up to {strength:g} {unit}{note}."
 
 
 def steers(texts: Texts, feature: int, max_perplexity: float) -> bool:
-    """Whether a clamp at the strength found for it raises a feature's concept on trial."""
-    table = texts.of(feature, ("untouched", "feature"), TRIAL_PROMPTS)
+    """Whether a feature, clamped at its useful strength, raises its concept on trial prompts."""
+    table = texts.table(feature, ("untouched", "feature"), TRIAL_PROMPTS)
     worst = least_fluent(table)
     strength, _ = useful_strength(worst[worst["method"] == "feature"], max_perplexity)
-    found = relative(table).set_index(["method", "strength"]).loc[("feature", strength)]
-    return bool(found["concept"] > found["untouched_concept"])
+    scores = relative(table).set_index(["method", "strength"]).loc[("feature", strength)]
+    return bool(scores["concept"] > scores["untouched_concept"])
 
 
 def collect(
@@ -136,7 +134,7 @@ def collect(
     """Texts by all methods of the first candidates that steer.
 
     Returns:
-        A row a text, as of `Texts.of`, and how many candidates were tried.
+        A row a text, see `Texts.table`; and how many candidates were tried.
 
     Raises:
         InputError: None of them steers.
@@ -148,54 +146,54 @@ def collect(
                 break
             n_tried += 1
             if steers(texts, feature, max_perplexity):
-                tables.append(texts.of(feature, METHODS, TRIAL_PROMPTS + PROMPTS))
+                tables.append(texts.table(feature, METHODS, TRIAL_PROMPTS + PROMPTS))
                 bar.update()
     require(
         len(tables) > 0,
-        f"Evidence needs features that bring what they are about into a text; none of {n_tried} "
-        "proposed does. Let it try more with --n-tried, or write more with --max-new-tokens.",
+        f"Evidence needs features that bring their concept into a text; none of {n_tried} proposed "
+        "does. Try more with --n-tried, or longer texts with --max-new-tokens.",
     )
     return pd.concat(tables, ignore_index=True), n_tried
 
 
 def at_useful_strength(table: pd.DataFrame, max_perplexity: float) -> pd.DataFrame:
-    """What each feature does at the strength found for it, judged on the prompts not used for that.
+    """The scores of each method at its useful strength, on the prompts that are not for trial.
 
     Returns:
-        A row a feature and method, as of `relative`; of ``random at the feature's strength`` and
-        ``mean difference at the feature's strength`` too.
+        A row a feature and method, see `relative`. The methods that are compared with the feature
+        have a second row, ``... at the feature's strength``.
     """
     is_trial = table["prompt"].isin(TRIAL_PROMPTS)
     trial, judged = least_fluent(table[is_trial]), relative(table[~is_trial])
     judged = judged.set_index(["feature", "method", "strength"], drop=False)
     rows = []
     for feature, worst in trial.groupby("feature"):
-        found = {
+        strengths = {
             method: useful_strength(worst[worst["method"] == method], max_perplexity)[0]
             for method in METHODS
         }
-        rows += [judged.loc[(feature, *place)] for place in found.items()]
+        rows += [judged.loc[(feature, *pair)] for pair in strengths.items()]
         for method in METHODS[3:]:
-            same = judged.loc[(feature, method, found["feature"])].copy()
-            same["method"] = f"{method} at the feature's strength"
-            rows.append(same)
+            row = judged.loc[(feature, method, strengths["feature"])].copy()
+            row["method"] = f"{method} at the feature's strength"
+            rows.append(row)
     return pd.DataFrame(rows).reset_index(drop=True)
 
 
-def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Mean scores over features at each strength of each method, on the prompts judged.
+def mean_scores(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Mean scores over features of each method at each strength, on the prompts not for trial.
 
     Returns:
         A row a method and strength: ``n`` features; ``concept``, ``words`` and ``perplexity``, each
         with its 95% interval ``_low``, ``_high``. Perplexities are relative, their mean geometric.
     """
     rows = []
-    means = relative(table[~table["prompt"].isin(TRIAL_PROMPTS)])
-    for (method, strength), own in means.groupby(["method", "strength"]):
-        row = {"method": method, "strength": strength, "n": len(own)}
+    scores = relative(table[~table["prompt"].isin(TRIAL_PROMPTS)])
+    for (method, strength), group in scores.groupby(["method", "strength"]):
+        row = {"method": method, "strength": strength, "n": len(group)}
         for name in ("concept", "words", "perplexity"):
             is_ratio = name == "perplexity"
-            values = np.log(own[name]) if is_ratio else own[name]
+            values = np.log(group[name]) if is_ratio else group[name]
             values = mean_and_interval(values.to_numpy(), seed)
             values = np.exp(values) if is_ratio else values
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
@@ -206,35 +204,36 @@ def curves(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 def summarise(
     best: pd.DataFrame, n_tried: int, max_perplexity: float, seed: int
 ) -> dict[str, Json]:
-    """What the evidence says, from `at_useful_strength`: shares, means with intervals, tests.
+    """Shares, means with 95% intervals and p-values, from `at_useful_strength`.
 
-    The tests are Wilcoxon's, of the feature's concept against another method's, paired by feature.
+    A p-value is Wilcoxon's signed-rank test of the feature's concept against another method's.
     """
-    of = {method: own.set_index("feature") for method, own in best.groupby("method")}
-    own = of["feature"]
-    raised, fluent = own["concept"] > own["untouched_concept"], own["perplexity"] < max_perplexity
-    found = {
+    methods = {method: group.set_index("feature") for method, group in best.groupby("method")}
+    clamped = methods["feature"]
+    raised = clamped["concept"] > clamped["untouched_concept"]
+    fluent = clamped["perplexity"] < max_perplexity
+    summary = {
         "n_tried": n_tried,
-        "n_features": len(own),
+        "n_features": len(clamped),
         "share_raised": float(raised.mean()),
-        "median_strength": float(own["strength"].median()),
-        "perplexity": float(np.exp(np.log(own["perplexity"]).mean())),
+        "median_strength": float(clamped["strength"].median()),
+        "perplexity": float(np.exp(np.log(clamped["perplexity"]).mean())),
         "share_fluent": float(fluent.mean()),
         "share_both": float((raised & fluent).mean()),
         "concept": {},
         "p_feature_greater": {},
     }
-    for method, other in of.items():
-        found["concept"][method] = mean_and_interval(other["concept"].to_numpy(), seed)
+    for method, scores in methods.items():
+        summary["concept"][method] = mean_and_interval(scores["concept"].to_numpy(), seed)
         if method != "feature":
-            differences = (own["concept"] - other["concept"].loc[own.index]).to_numpy()
+            differences = (clamped["concept"] - scores["concept"].loc[clamped.index]).to_numpy()
             test = stats.wilcoxon(differences, alternative="greater") if differences.any() else None
-            found["p_feature_greater"][method] = float(test.pvalue) if test else 1.0
-    return found
+            summary["p_feature_greater"][method] = float(test.pvalue) if test else 1.0
+    return summary
 
 
 def show_evidence(summary: dict[str, Json], max_perplexity: float) -> str:
-    """The result of `summarise` in a few lines."""
+    """The result of `summarise` in words."""
     concept, p = summary["concept"], summary["p_feature_greater"]
     n = f"{summary['n_features']} features, of {summary['n_tried']} proposed"
     median = f"median {summary['median_strength']:g} × the maximum"
@@ -255,31 +254,26 @@ def show_evidence(summary: dict[str, Json], max_perplexity: float) -> str:
     return "\n".join(lines)
 
 
-def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> None:
-    """How much of a concept a text has, and how fluent it is, by method and strength.
-
-    Args:
-        curves: Of `curves`.
-        max_perplexity: Times the untouched, marked as the end of fluency.
-    """
+def plot_evidence(scores: pd.DataFrame, max_perplexity: float, path: Path) -> None:
+    """Draw `mean_scores`: concept and perplexity by method and strength, one against the other."""
     methods = {"feature": plots.ORANGE, "mean difference": plots.BLUE, "random": plots.GREY}
     flat = {"untouched": (plots.GREY, ":"), "reconstruction": (GREEN, "--")}
-    n = curves["n"].max()
+    n = scores["n"].max()
     title = "Clamping a feature brings its concept into the text, until fluency breaks"
     with plots.picture(path, f"{title} (n = {n} features)", (11, 3.9), ncols=3) as (figure, axes):
         concept, fluency, frontier = axes
         for method, colour in methods.items():
-            own = curves[curves["method"] == method].sort_values("strength")
+            rows = scores[scores["method"] == method].sort_values("strength")
             for panel, name, factor in ((concept, "concept", 100), (fluency, "perplexity", 1)):
-                low, middle, high = (factor * own[f"{name}{end}"] for end in ("_low", "", "_high"))
-                panel.plot(own["strength"], middle, "o-", ms=4, color=colour, label=method)
-                panel.fill_between(own["strength"], low, high, color=colour, alpha=0.15, lw=0)
-            frontier.plot(own["perplexity"], 100 * own["concept"], "o-", ms=4, color=colour)
+                low, mean, high = (factor * rows[f"{name}{end}"] for end in ("_low", "", "_high"))
+                panel.plot(rows["strength"], mean, "o-", ms=4, color=colour, label=method)
+                panel.fill_between(rows["strength"], low, high, color=colour, alpha=0.15, lw=0)
+            frontier.plot(rows["perplexity"], 100 * rows["concept"], "o-", ms=4, color=colour)
         for method, (colour, style) in flat.items():
-            (own,) = curves[curves["method"] == method].itertuples()
-            concept.axhline(100 * own.concept, color=colour, linestyle=style, label=method)
-            fluency.axhline(own.perplexity, color=colour, linestyle=style)
-            frontier.plot(own.perplexity, 100 * own.concept, "s", ms=5, color=colour)
+            (row,) = scores[scores["method"] == method].itertuples()
+            concept.axhline(100 * row.concept, color=colour, linestyle=style, label=method)
+            fluency.axhline(row.perplexity, color=colour, linestyle=style)
+            frontier.plot(row.perplexity, 100 * row.concept, "s", ms=5, color=colour)
         fluency.axhline(max_perplexity, color=plots.INK, linewidth=0.8)
         frontier.axvline(max_perplexity, color=plots.INK, linewidth=0.8)
         fluency.set(yscale="log", title=f"Perplexity of the text; line: {max_perplexity:g} ×")
@@ -293,7 +287,5 @@ def plot_evidence(curves: pd.DataFrame, max_perplexity: float, path: Path) -> No
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:,g}")
             axis.set_minor_formatter(ticker.NullFormatter())
-        legend = "method; bands: 95% over features"
-        figure.legend(
-            *concept.get_legend_handles_labels(), title=legend, ncols=5, loc="outside lower center"
-        )
+        style = {"title": "method; bands: 95% over features", "loc": "outside lower center"}
+        figure.legend(*concept.get_legend_handles_labels(), ncols=5, **style)

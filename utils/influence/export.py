@@ -1,12 +1,12 @@
-"""Take it away: a steering vector as a file for other programs.
+"""Export: a steering vector as a file for other programs.
 
-A file can only hold a constant, which is added at every position:
+Other programs add a constant vector at every position:
 
     v = Σ_i c_i · max_i · W_dec,i / ‖W_dec,i‖ / scale    raw residual stream, shape (d_model,)
 
-for features i at c_i times their maxima. A clamp also takes out what is there, Σ_i f_i W_dec,i /
-scale, so the two agree where the features are not active; where they are, v comes on top. And v is
-added to BOS and other outliers too, which `steered` leaves alone.
+for features i at c_i times their maxima. A clamp also subtracts the features' present activations,
+so the two agree where the features are not active; elsewhere v comes on top. And v is added to BOS
+and other outliers too, which `steered` leaves alone.
 
 .safetensors   ``steering_vector`` (d_model,) in float32, its settings in the metadata
 .gguf          a control vector of llama.cpp: run it with ``--control-vector FILE``
@@ -37,16 +37,14 @@ FORMATS = (".safetensors", ".gguf")
 
 
 def require_exportable(paths: Sequence[str], layer: int) -> None:
-    """Refuse files that a vector of ``layer`` cannot be saved as.
+    """Refuse paths with an unknown ending or that cannot be written to, and layer 0 for llama.cpp.
 
     Raises:
-        InputError: An unknown ending, no folder to write to, a folder in the file's place, or layer
-            0 for llama.cpp.
+        InputError: A path is refused.
     """
     for path in map(Path, paths):
         require(
-            path.suffix in FORMATS,
-            f"SAVE_VECTOR must end in {' or '.join(FORMATS)}; it is {path}.",
+            path.suffix in FORMATS, f"SAVE_VECTOR must end in {' or '.join(FORMATS)}; it is {path}."
         )
         require(
             path.parent.is_dir() and os.access(path.parent, os.W_OK),
@@ -60,7 +58,7 @@ def require_exportable(paths: Sequence[str], layer: int) -> None:
 
 
 def steering_vector(encoder: FeatureEncoder, clamps: Sequence[Clamp]) -> torch.Tensor:
-    """What the clamps would add if their features were not active, raw, float32, (d_model,).
+    """The change that clamps make where their features are inactive: raw, float32, (d_model,).
 
     Raises:
         InputError: A strength is so large that the vector is not finite.
@@ -78,13 +76,10 @@ def steering_vector(encoder: FeatureEncoder, clamps: Sequence[Clamp]) -> torch.T
 def save_vectors(
     paths: Sequence[str], clamps: Sequence[Clamp], summary: dict[str, Json], autoencoder_path: Path
 ) -> None:
-    """Save the vector of some clamps to every path.
+    """Save the steering vector of clamps to every path; the paths' endings choose the formats.
 
     Args:
-        paths: Fit for it, by `require_exportable`; their endings choose the formats.
-        clamps: Of different features.
         summary: The catalogue's, for the model's name and the layer.
-        autoencoder_path: The autoencoder that the features are of.
 
     Raises:
         InputError: As for `steering_vector`.
@@ -92,27 +87,22 @@ def save_vectors(
     name, layer = summary["model_name"], summary["layer"]
     architecture = read_config(name, layer).get_text_config().model_type
     vector = steering_vector(FeatureEncoder(load_autoencoder(autoencoder_path)), clamps)
-    for path in paths:
+    for path in map(Path, paths):
         save_vector(path, vector, clamps, name, architecture, layer)
         print(f"Saved {path}: norm {vector.norm():.4g}, for the output of block {layer}.")
 
 
 def save_vector(
-    path: str | Path,
+    path: Path,
     vector: torch.Tensor,
     clamps: Sequence[Clamp],
     model_name: str,
     architecture: str,
     layer: int,
 ) -> None:
-    """Save a steering vector; the path's ending chooses the format.
+    """Save the `steering_vector` of clamps, to be added to the output of block ``layer``.
 
-    Args:
-        vector: Of `steering_vector`.
-        clamps: What it was made from.
-        model_name: The model, for people.
-        architecture: The model's, as llama.cpp names it: "llama".
-        layer: The block to whose output it is added, counted from 0.
+    ``architecture`` is the model's as llama.cpp names it, such as "llama".
     """
     settings = {
         "model_name": model_name,
@@ -122,8 +112,8 @@ def save_vector(
         "maxima": json.dumps([clamp.maximum for clamp in clamps]),
         "unit": "raw residual stream, added to the output of the block at every position",
     }
-    with replacing(Path(path)) as partial:
-        if Path(path).suffix == ".safetensors":
+    with replacing(path) as partial:
+        if path.suffix == ".safetensors":
             save_file({"steering_vector": vector.contiguous()}, partial, metadata=settings)
         else:
             _write_control_vector(partial, vector.numpy(), settings, architecture, layer)
@@ -136,7 +126,7 @@ def _write_control_vector(
     writer.add_string("controlvector.model_hint", architecture)
     writer.add_uint32("controlvector.layer_count", 1)  # of the directions in the file
     for name, value in settings.items():
-        writer.add_string(f"controlvector.{name}", value)  # for people: llama.cpp passes them over
+        writer.add_string(f"controlvector.{name}", value)  # for people: llama.cpp ignores them
     writer.add_tensor(f"direction.{layer}", vector.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,7 +1,7 @@
-"""Texts that were generated: what decided each, a log of them, and generating what it lacks.
+"""Generations: pairs of an untouched and a steered text, in a log that spares writing them twice.
 
-A line of ``generations.jsonl`` is a request, which holds all that decides a text, with the
-untouched and the steered text. The same request is shown again, not generated again.
+A line of ``generations.jsonl`` is a request, which holds everything that a text depends on, with
+the two texts. A request that is in the log is shown from there.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from utils.artifacts import append_record, make_folder, records_of
+from utils.artifacts import append_record, make_folder, read_log
 from utils.features.catalogue import Catalogue
 from utils.settings import Json, require
 from utils.steering.clamps import Clamp, steered
@@ -18,11 +18,11 @@ from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import generate, prompt_tokens
 from utils.terminal import side_by_side
 
-Request = dict[str, Json]  # all that decides a text
+Request = dict[str, Json]  # everything that a text depends on
 
 
 class WritingSettings(Protocol):
-    """How texts are written, of the settings of influence_llm.py."""
+    """The settings of influence_llm.py that every text depends on."""
 
     max_new_tokens: int
     temperature: float
@@ -30,7 +30,7 @@ class WritingSettings(Protocol):
 
 
 class GenerationSettings(WritingSettings, Protocol):
-    """All that decides a text but features and strengths, of the settings of influence_llm.py."""
+    """The settings of influence_llm.py that a steered text depends on, but FEATURE and STRENGTH."""
 
     prompt: str
     chat_template: bool
@@ -44,7 +44,7 @@ def list_requests(
     features: list[int],
     strengths: Sequence[float],
 ) -> list[Request]:
-    """All that decides a text, for each strength once; ``maxima`` are what strengths multiply."""
+    """A request for each different strength, in multiples of the features' ``maxima``."""
     summary, maxima = catalogue.summary, catalogue.features["max_activation"]
     return [
         {
@@ -71,13 +71,13 @@ def key(request: Request) -> str:
     return json.dumps(request, sort_keys=True)
 
 
-def open_log(folder: str) -> Path:
-    """The file of the records, made if it is not there.
+def open_log(folder: str, name: str = "generations.jsonl") -> Path:
+    """The path of a log in INFLUENCE_DIR; folder and file are created if they are not there.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The folder cannot be written to.
     """
-    log = make_folder(folder, "--influence-dir") / "generations.jsonl"
+    log = make_folder(folder, "--influence-dir") / name
     log.open("ab").close()
     return log
 
@@ -85,13 +85,13 @@ def open_log(folder: str) -> Path:
 def read_records(
     log: Path, results: frozenset[str] = frozenset({"untouched", "steered"})
 ) -> dict[str, dict[str, Json]]:
-    """The records with ``results`` by the `key` of their request; torn lines are passed over."""
-    records = records_of(log, {"request", *results})
+    """The records that hold ``results``, by the `key` of their request; see `read_log`."""
+    records = read_log(log, {"request", *results})
     return {key(record["request"]): record for record in records}
 
 
 def load_model(catalogue: Catalogue, autoencoder_path: Path) -> FeatureModel:
-    """The language model that the analysis names, with the autoencoder in it."""
+    """The language model that was analysed, with the autoencoder in it; prints its name."""
     summary = catalogue.summary
     print(f"Loading {summary['model_name']}, to be changed after block {summary['layer']}.")
     return FeatureModel.load(summary, autoencoder_path)
@@ -103,7 +103,7 @@ def generate_records(
     model: FeatureModel | None,
     log: Path,
 ) -> Iterator[dict[str, Json]]:
-    """Yield the record of each request: as recorded, else generated now and recorded at once."""
+    """Yield the record of each request, from ``recorded`` or newly generated and logged."""
     untouched = None
     for request in requests:
         if key(request) in recorded:
@@ -112,14 +112,14 @@ def generate_records(
         if untouched is None:
             require_reach(model, request)
             untouched = generate_text(model, request, steer=False)
-        steered = generate_text(model, request, steer=True)
-        record = {"request": request, "untouched": untouched, "steered": steered}
+        text = generate_text(model, request, steer=True)
+        record = {"request": request, "untouched": untouched, "steered": text}
         append_record(log, record)
         yield record
 
 
 def require_reach(model: FeatureModel, request: Request) -> None:
-    """Refuse positions that are all beyond the text that a request can come to."""
+    """Refuse positions that are all beyond the longest text that a request can give."""
     prompt = prompt_tokens(model.language_model, request["prompt"], request["chat_template"])
     end = prompt.shape[1] + request["max_new_tokens"]
     where = request["where"]
@@ -131,14 +131,14 @@ def require_reach(model: FeatureModel, request: Request) -> None:
 
 
 def clamps_of(request: Request) -> list[Clamp]:
-    """What a request changes."""
-    features = zip(request["features"], request["maxima"], strict=True)
-    how = request["intervention"]
-    return [Clamp(feature, request["strength"], maximum, how) for feature, maximum in features]
+    """The changes of features that a request asks for."""
+    strength, how = request["strength"], request["intervention"]
+    pairs = zip(request["features"], request["maxima"], strict=True)
+    return [Clamp(feature, strength, maximum, how) for feature, maximum in pairs]
 
 
 def generate_text(model: FeatureModel, request: Request, steer: bool) -> str:
-    """The continuation that a request asks for, or the untouched one."""
+    """The steered or the untouched continuation of a request's prompt."""
     steering = steered(model, clamps_of(request), request["where"])
     with steering if steer else contextlib.nullcontext():
         return generate(
@@ -152,7 +152,7 @@ def generate_text(model: FeatureModel, request: Request, steer: bool) -> str:
 
 
 def show_record(record: dict[str, Json], width: int) -> str:
-    """The two texts of a record under their titles, as lines of at most ``width`` characters."""
+    """The two texts of a record under their titles, in lines of at most ``width`` columns."""
     title = change_title(record["request"])
     if record.get("was_recorded"):
         title += " (recorded)"
@@ -160,13 +160,12 @@ def show_record(record: dict[str, Json], width: int) -> str:
 
 
 def change_title(request: Request) -> str:
-    """What a request does to its features, in words."""
+    """The change that a request makes, in words."""
     features, c, how = request["features"], request["strength"], request["intervention"]
-    several = len(features) > 1
-    name = f"feature{'s' * several} {', '.join(map(str, features))}"
+    plural, its = ("s", "their") if len(features) > 1 else ("", "its")
+    name = f"feature{plural} {', '.join(map(str, features))}"
     if how == "ablate" or (how == "clamp" and c == 0):
         return f"{name} at 0: ablation"
-    its = "their" if several else "its"
     return {
         "clamp": f"{name} at {c:g} × {its} maximum",
         "add": f"{c:g} × {its} maximum added to {name}",

@@ -1,8 +1,8 @@
-"""The playground: a page where features are found, turned, and seen at work while the model writes.
+"""The playground: a web page to search features, clamp them, and watch the model write.
 
-Served to this machine alone. The model is one for all visitors; what a visitor chose is kept in
-that visitor's session. Each token is one pass for the untouched and the steered text together,
-under a lock and with its own hooks: visitors take turns, and never meet another's features.
+It is served to this machine alone. All visitors share one model; each visitor's choices are kept in
+a session. Each token is one pass for the untouched and the steered text together, under a lock and
+with its own hooks, so visitors take turns and no visitor's features affect another's text.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from utils.steering.generation import prompt_tokens, stream
 from utils.terminal import one_line
 
 HOST = "127.0.0.1"
-N_FOUND = 6  # features that a search, or a token, offers
+N_OFFERED = 6  # features that a search or a token offers
 N_EXAMPLES = 4
-N_SLOTS = 5  # features turned at once
+N_SLOTS = 5  # features clamped at once
 LONGEST_PROMPT = 20_000  # characters
 FONTS = ["system-ui", "sans-serif"]  # the themes' own would be fetched from the web
 CSS = """
@@ -47,12 +47,7 @@ footer {display: none !important}
 
 
 class Playground:
-    """What stands behind the controls of the page; it keeps nothing of any visitor.
-
-    Args:
-        catalogue: The features.
-        model: The model that they are of.
-    """
+    """The functions behind the page's controls; no state of any visitor is kept here."""
 
     def __init__(self, catalogue: Catalogue, model: FeatureModel):
         self.catalogue, self.model = catalogue, model
@@ -62,21 +57,21 @@ class Playground:
         return f"{feature} · {one_line(self.catalogue.features.loc[feature, 'label'])}"
 
     def find(self, words: str) -> list[int]:
-        """Living features by a number or by words; without either, some that stand out."""
+        """Living features by number or by words; for an empty text, some proposals."""
         catalogue, words = self.catalogue, words.strip()
         if words.isdecimal():
             alive = catalogue.features.index[~catalogue.features["dead"]]
             return [int(words)] if int(words) in alive else []
-        found = catalogue.search(words, N_FOUND) if words else catalogue.propose(N_FOUND)
-        return found["feature"].tolist()
+        matches = catalogue.search(words, N_OFFERED) if words else catalogue.propose(N_OFFERED)
+        return matches["feature"].tolist()
 
     def examples(self, feature: int) -> list[list[tuple[str, float | None]]]:
-        """A feature's highest examples, each its token_texts with their shares of the maximum."""
+        """A feature's highest examples: token texts with activations as shares of the maximum."""
         maximum = self.catalogue.features.loc[feature, "max_activation"]
         examples = self.catalogue.examples_of([feature])
         texts = []
-        top = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
-        for example in top.itertuples():
+        highest = examples[examples["bucket"] == 0].sort_values("rank").head(N_EXAMPLES)
+        for example in highest.itertuples():
             shares = [float(activation / maximum) or None for activation in example.activations]
             texts.append(list(zip(map(one_line, example.token_texts), shares, strict=True)))
         return texts + [[]] * (N_EXAMPLES - len(texts))
@@ -97,7 +92,7 @@ class Playground:
     def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
         """The strongest features at a token of the prompt, with their activations f_i ‖W_dec,i‖.
 
-        None at BOS and other positions of outlying norm, which no autoencoder is trained on.
+        None at BOS and norm outliers, which autoencoders are not trained on.
         """
         tokens = prompt_tokens(self.model.language_model, prompt, chat)[:, : position + 1]
         with self.running:
@@ -105,33 +100,33 @@ class Playground:
             activations = self.model.encode(residual)
         if not self.model.trained_positions(tokens[0, -1], residual):
             return []
-        strongest = activations.topk(N_FOUND)
+        strongest = activations.topk(N_OFFERED)
         pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
         return [(feature, activation) for feature, activation in pairs if activation > 0]
 
     def write(
         self, prompt: str, chat: bool, strengths: dict[int, float], length: int, *drawing
     ) -> Iterator[tuple[str, str]]:
-        """The untouched and the steered continuation so far, as they are written side by side.
+        """Yield the untouched and the steered continuation, longer by a token each time.
 
         Args:
-            strengths: Of the features that are turned, by number.
+            strengths: By feature.
             length: New tokens, at most.
             drawing: Temperature and seed, as for `stream`.
         """
-        maxima, language_model = (
-            self.catalogue.features["max_activation"],
-            self.model.language_model,
-        )
+        maxima = self.catalogue.features["max_activation"]
+        language_model = self.model.language_model
         clamps = [Clamp(f, strength, float(maxima[f])) for f, strength in strengths.items()]
         change = change_by(self.model, [[], clamps], language_model.device)
         tokens = prompt_tokens(language_model, prompt, chat).expand(2, -1)
-        for texts in stream(language_model, tokens, lambda: self.changed(change), length, *drawing):
+        for texts in stream(
+            language_model, tokens, lambda: self.one_pass(change), length, *drawing
+        ):
             yield tuple(texts)
 
     @contextlib.contextmanager
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """The model, changed, for one pass: nobody else's meanwhile."""
+    def one_pass(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """While open, the model is changed and locked for one pass."""
         with self.running, changed(self.model, change):
             yield
 
@@ -140,7 +135,7 @@ class Playground:
 
 
 class PageSettings(WritingSettings, Protocol):
-    """What the controls begin with, and the page's port, of the settings of influence_llm.py."""
+    """The settings of influence_llm.py that give the controls' first values, and the port."""
 
     prompt: str
     chat_template: bool
@@ -148,18 +143,17 @@ class PageSettings(WritingSettings, Protocol):
 
 
 def build_page(playground: Playground, settings: PageSettings) -> gr.Blocks:
-    """The page: what is seen, and what each control does."""
     with gr.Blocks(title="Playground", analytics_enabled=False) as page:
         _connect(playground, _lay_out(playground, settings))
     return page
 
 
 def _lay_out(playground: Playground, settings: PageSettings) -> SimpleNamespace:
-    """What is seen, by name."""
-    summary, seen = playground.catalogue.summary, SimpleNamespace()
+    """The page's components, by name."""
+    summary, parts = playground.catalogue.summary, SimpleNamespace()
     name = summary["model_name"]
-    seen.shown = gr.State(None)  # number of the feature whose examples are seen
-    seen.chosen = gr.State([])  # numbers of the features that are turned
+    parts.shown = gr.State(None)  # the feature whose examples are shown
+    parts.chosen = gr.State([])  # the features that are clamped
     gr.Markdown(
         f"## Playground\n{summary['n_alive']:,} features of layer {summary['layer']} of "
         f"{TITLES['model_name'] if name == 'embedded' else name}. "
@@ -167,60 +161,55 @@ def _lay_out(playground: Playground, settings: PageSettings) -> SimpleNamespace:
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=360):
-            seen.words = gr.Textbox(
+            parts.words = gr.Textbox(
                 label="Find features by words, or by number", submit_btn="Find", elem_id="words"
             )
-            standing_out = [(feature, None) for feature in playground.find("")]
-            seen.found = _offer("Some that stand out", playground, standing_out, elem_id="found")
-            seen.at_token = gr.Radio(visible=False, elem_id="at_token")
-            seen.turn = gr.Button(visible=False, variant="primary", elem_id="turn")
-            seen.about = gr.Textbox(visible=False, elem_id="about", lines=2, label="What it is")
+            proposals = [(feature, None) for feature in playground.find("")]
+            parts.matches = _offer("Some that stand out", playground, proposals, elem_id="found")
+            parts.at_token = gr.Radio(visible=False, elem_id="at_token")
+            parts.turn = gr.Button(visible=False, variant="primary", elem_id="turn")
+            parts.about = gr.Textbox(visible=False, elem_id="about", lines=2, label="What it is")
             with gr.Column(elem_id="examples", elem_classes="gap"):
-                seen.examples = [
+                parts.examples = [
                     gr.HighlightedText(visible=False, show_label=False) for _ in range(N_EXAMPLES)
                 ]
         with gr.Column(scale=3, min_width=480):
-            seen.prompt = gr.Textbox(
-                settings.prompt,
-                label="Prompt",
-                lines=2,
-                max_length=LONGEST_PROMPT,
-                elem_id="prompt",
-            )
-            seen.chat = gr.Checkbox(
+            size = {"lines": 2, "max_length": LONGEST_PROMPT}
+            parts.prompt = gr.Textbox(settings.prompt, label="Prompt", elem_id="prompt", **size)
+            parts.chat = gr.Checkbox(
                 settings.chat_template,
                 label="Ask it, in the model's chat template",
                 visible=playground.model.language_model.tokenizer.chat_template is not None,
                 elem_id="chat",
             )
-            seen.tokens = gr.HighlightedText(
+            parts.tokens = gr.HighlightedText(
                 playground.token_texts(settings.prompt, settings.chat_template),
                 label="Its tokens; click one for its top features",
                 elem_id="tokens",
             )
-            seen.slots = [_slot(number) for number in range(N_SLOTS)]
+            parts.slots = [_slot(number) for number in range(N_SLOTS)]
             with gr.Row():
-                seen.length = gr.Number(
+                parts.length = gr.Number(
                     settings.max_new_tokens, label="New tokens", precision=0, minimum=1
                 )
-                seen.temperature = gr.Number(settings.temperature, label="Temperature", minimum=0)
-                seen.seed = gr.Number(
+                parts.temperature = gr.Number(settings.temperature, label="Temperature", minimum=0)
+                parts.seed = gr.Number(
                     settings.seed, label="Seed", precision=0, minimum=0, maximum=2**32
                 )
             with gr.Row():
-                seen.go = gr.Button("Generate", variant="primary", elem_id="go")
-                seen.stop = gr.Button("Stop", elem_id="stop")
+                parts.go = gr.Button("Generate", variant="primary", elem_id="go")
+                parts.stop = gr.Button("Stop", elem_id="stop")
             with gr.Row():
-                seen.untouched = gr.Textbox(label="Untouched", lines=9, elem_id="untouched")
-                seen.steered = gr.Textbox(label="Steered", lines=9, elem_id="steered")
-    return seen
+                parts.untouched = gr.Textbox(label="Untouched", lines=9, elem_id="untouched")
+                parts.steered = gr.Textbox(label="Steered", lines=9, elem_id="steered")
+    return parts
 
 
-def _connect(playground: Playground, seen: SimpleNamespace) -> None:
-    """What each control does."""
-    question = [seen.prompt, seen.chat]
-    turned = [seen.chosen, *(slider for _, slider, _ in seen.slots)]
-    slots = [part for row, slider, _ in seen.slots for part in (row, slider)]
+def _connect(playground: Playground, parts: SimpleNamespace) -> None:
+    """Give each control its function."""
+    question = [parts.prompt, parts.chat]
+    clamps = [parts.chosen, *(slider for _, slider, _ in parts.slots)]
+    slots = [component for row, slider, _ in parts.slots for component in (row, slider)]
 
     def search(words):
         pairs = [(feature, None) for feature in playground.find(words)]
@@ -242,12 +231,12 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
         strengths = dict(zip(chosen, strengths, strict=False))
         if feature not in strengths and len(strengths) == N_SLOTS:
             raise gr.Error(f"{N_SLOTS} features at most. Remove one first.")
-        return _turned(playground, strengths | {feature: strengths.get(feature, 1.0)})
+        return _update_slots(playground, strengths | {feature: strengths.get(feature, 1.0)})
 
     def remove(slot, chosen, *strengths):
         strengths = dict(zip(chosen, strengths, strict=False))
         del strengths[chosen[slot]]
-        return _turned(playground, strengths)
+        return _update_slots(playground, strengths)
 
     def write(prompt, chat, *controls):
         length, temperature, seed, chosen, *strengths = controls
@@ -258,26 +247,26 @@ def _connect(playground: Playground, seen: SimpleNamespace) -> None:
         except InputError as error:
             raise gr.Error(html.escape(str(error))) from None
 
-    seen.words.submit(search, seen.words, seen.found)
-    for offer in (seen.found, seen.at_token):
-        offer.input(look, offer, [seen.shown, seen.turn, seen.about, *seen.examples])
-    for asked in question:
-        asked.change(playground.token_texts, question, seen.tokens, trigger_mode="always_last")
-    seen.tokens.select(read, question, seen.at_token)
-    seen.turn.click(add, [seen.shown, *turned], [seen.chosen, *slots])
-    for number, (_, _, button) in enumerate(seen.slots):
-        button.click(functools.partial(remove, number), turned, [seen.chosen, *slots])
-    writing = seen.go.click(
+    parts.words.submit(search, parts.words, parts.matches)
+    for offer in (parts.matches, parts.at_token):
+        offer.input(look, offer, [parts.shown, parts.turn, parts.about, *parts.examples])
+    for control in question:
+        control.change(playground.token_texts, question, parts.tokens, trigger_mode="always_last")
+    parts.tokens.select(read, question, parts.at_token)
+    parts.turn.click(add, [parts.shown, *clamps], [parts.chosen, *slots])
+    for number, (_, _, button) in enumerate(parts.slots):
+        button.click(functools.partial(remove, number), clamps, [parts.chosen, *slots])
+    writing = parts.go.click(
         write,
-        [*question, seen.length, seen.temperature, seen.seed, *turned],
-        [seen.untouched, seen.steered],
+        [*question, parts.length, parts.temperature, parts.seed, *clamps],
+        [parts.untouched, parts.steered],
         concurrency_limit=None,
     )
-    seen.stop.click(None, cancels=[writing])
+    parts.stop.click(None, cancels=[writing])
 
 
 def _slot(number: int) -> tuple[gr.Row, gr.Slider, gr.Button]:
-    """Room for a feature that is turned: a slider, and a button that takes it away."""
+    """A row for a clamped feature: a slider for its strength and a button to remove it."""
     with gr.Row(visible=False) as row:
         slider = gr.Slider(-10, 10, 1, step=0.1, elem_id=f"slider-{number}", scale=8)
         button = gr.Button("✕", elem_id=f"remove-{number}", elem_classes="remove", scale=0)
@@ -287,7 +276,7 @@ def _slot(number: int) -> tuple[gr.Row, gr.Slider, gr.Button]:
 def _offer(
     title: str, playground: Playground, pairs: list[tuple[int, float | None]], **options
 ) -> gr.Radio:
-    """Features to choose one from, each with its activation, if that is known."""
+    """A choice of one feature; each is shown with its activation, where there is one."""
     choices = [
         (playground.name(feature) + ("" if value is None else f": {value:.2f}"), feature)
         for feature, value in pairs
@@ -295,22 +284,18 @@ def _offer(
     return gr.Radio(choices, value=None, label=title, visible=True, **options)
 
 
-def _turned(playground: Playground, strengths: dict[int, float]) -> list:
-    """The numbers of the features that are turned, and every slot as it is to be seen."""
-    seen = []
+def _update_slots(playground: Playground, strengths: dict[int, float]) -> list:
+    """The clamped features, and an update of each slot's row and slider."""
+    updates = []
     for feature, strength in strengths.items():
         label = f"{playground.name(feature)}, times its maximum"
-        seen += [gr.Row(visible=True), gr.Slider(value=strength, label=label)]
-    seen += [gr.Row(visible=False), gr.Slider()] * (N_SLOTS - len(strengths))
-    return [list(strengths), *seen]
+        updates += [gr.Row(visible=True), gr.Slider(value=strength, label=label)]
+    updates += [gr.Row(visible=False), gr.Slider()] * (N_SLOTS - len(strengths))
+    return [list(strengths), *updates]
 
 
-def require_free(port: int) -> None:
-    """Refuse no port, and one that another process listens on, before the model is loaded.
-
-    Raises:
-        InputError: It is none, taken, or not for this user.
-    """
+def require_free_port(port: int) -> None:
+    """Refuse a port that is out of range, in use or not permitted, before the model is loaded."""
     require(1 <= port <= 65_535, f"PORT must be from 1 to 65535; it is {port}.")
     try:
         socket.create_server((HOST, port)).close()
@@ -321,7 +306,7 @@ def require_free(port: int) -> None:
 
 
 def serve(playground: Playground, settings: PageSettings) -> None:
-    """Show the page on this machine, at ``settings.port``, until Ctrl-C; see `build_page`."""
+    """Serve the page on this machine, at ``settings.port``, until Ctrl-C."""
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["monospace"])
     print(f"Playground: http://{HOST}:{settings.port}  (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,21 +1,21 @@
 """Texts written while the model is changed, each scored by the untouched model.
 
-Texts are written after neutral prompts by these methods:
+The methods that change the model at a strength c:
 
     feature          clamped to c · max
-    mean difference  a vector added: the mean residual of texts that the feature is highest on, less
-                     that of texts drawn at random
+    mean difference  a vector added: the mean residual over the feature's highest examples, minus
+                     that over random examples
     random           a random direction added
     reconstruction   x̂ in place of x, nothing clamped
     untouched
 
-The vectors have the norm c · max / scale, what the clamp adds where the feature is silent. The
-untouched model reads each text again:
+The vectors have the norm c · max / scale, which is that of the clamp's change where the feature is
+inactive. The scores of a text, read by the untouched model:
 
-    concept      mean over the generated tokens of the feature's activation, as a share of max
-    words        share of the text's words that the feature's highest examples peak at
+    concept      the feature's mean activation over the generated tokens, as a share of max
+    words        share of the text's words at which the feature's highest examples peak
     perplexity   of the text, given its prompt
-    repetition   share of the text's three-token sequences that were there before
+    repetition   share of the text's three-token sequences that occurred earlier in it
 
 Reference: "Scaling Monosemanticity", Influence on Behavior, and its mean-difference baseline.
 """
@@ -39,19 +39,19 @@ from utils.steering.generation import decode, generate_tokens, prompt_tokens
 
 METHODS = ("untouched", "reconstruction", "feature", "mean difference", "random")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-N_TEXTS = 8  # of each side of a mean difference
-ROWS_TOGETHER = 16  # texts read at once; each token takes a row of logits over the vocabulary
+N_TEXTS = 8  # examples on each side of a mean difference
+SCORING_BATCH = 16  # texts; each of their tokens takes a row of logits over the vocabulary
 SCORES = ("concept", "words", "perplexity", "repetition")
 
 
 def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """Share of the n-token sequences that were there before; 0 for a text shorter than that."""
+    """Share of the n-token sequences that occurred earlier; 0 for a text shorter than n."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def share_of_words(text: str, wanted: set[str]) -> float:
-    """Share of the words of a text that are wanted, in lower case."""
+    """Share of the words of a text that are in ``wanted``, in lower case."""
     words = re.findall(r"\w+", text.lower())
     return sum(word in wanted for word in words) / max(1, len(words))
 
@@ -60,44 +60,35 @@ def share_of_words(text: str, wanted: set[str]) -> float:
 def score_texts(
     model: FeatureModel, prompts: Sequence, texts: Sequence, feature: int
 ) -> tuple[list[float], list[float]]:
-    """What the untouched model makes of texts: their perplexity, and a feature's activation.
+    """The perplexity of each text given its prompt, and a feature's mean activation on its tokens.
 
     Args:
-        prompts, texts: Tokens, (1, prompt) and (text,) each.
-
-    Returns:
-        Perplexity of each text given its prompt, and the mean activation of the feature on its
-        tokens; 1 and 0 for an empty text.
+        prompts, texts: Tokens, shapes (1, prompt) and (text,). An empty text gets 1 and 0.
     """
     language_model = model.language_model
-    number = torch.tensor([feature], device=language_model.device)
+    latent = torch.tensor([feature], device=language_model.device)
     perplexities, means = [], []
     pairs = list(zip(prompts, texts, strict=True))
-    for some in (pairs[i : i + ROWS_TOGETHER] for i in range(0, len(pairs), ROWS_TOGETHER)):
-        rows = [torch.cat([prompt[0], text]) for prompt, text in some]
+    for start in range(0, len(pairs), SCORING_BATCH):
+        batch = pairs[start : start + SCORING_BATCH]
+        rows = [torch.cat([prompt[0], text]) for prompt, text in batch]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, True, language_model.bos)
-        seen = []
-        with model.replaced(seen.append):
+        residuals = []
+        with model.replaced(residuals.append):
             logits = language_model.model(tokens, use_cache=False).logits
-        activations = model.encode(seen[0], number)[..., 0]
-        activations *= model.trained_positions(tokens, seen[0])
-        for row, (prompt, text) in enumerate(some):
-            at = slice(prompt.shape[1], prompt.shape[1] + len(text))
-            before = logits[row, at.start - 1 : at.stop - 1].float()
-            loss = torch.nn.functional.cross_entropy(before, text, reduction="sum")
-            perplexities.append(float(torch.exp(loss / max(1, len(text)))))
-            means.append(float(activations[row, at].sum() / max(1, len(text))))
+        activations = model.encode(residuals[0], latent)[..., 0]
+        activations *= model.trained_positions(tokens, residuals[0])
+        for row, (prompt, text) in enumerate(batch):
+            begin, length = prompt.shape[1], len(text)
+            predictions = logits[row, begin - 1 : begin - 1 + length].float()
+            loss = torch.nn.functional.cross_entropy(predictions, text, reduction="sum")
+            perplexities.append(float(torch.exp(loss / max(1, length))))
+            means.append(float(activations[row, begin : begin + length].sum() / max(1, length)))
     return perplexities, means
 
 
 class Writer:
-    """Writes texts while the model is changed, and scores them.
-
-    Args:
-        model: The model.
-        catalogue: The features.
-        settings: How to write.
-    """
+    """Writes texts while the model is changed, and scores them."""
 
     def __init__(self, model: FeatureModel, catalogue: Catalogue, settings: WritingSettings):
         self.model, self.catalogue, self.settings = model, catalogue, settings
@@ -114,10 +105,10 @@ class Writer:
         where: str | Sequence[int] = "everywhere",
         chat: bool = False,
     ) -> list[dict[str, Json]]:
-        """Generate a text after each prompt, with ``change`` of `changed`, and score it.
+        """Generate and score a text after each prompt: its ``text`` and `SCORES` for ``feature``.
 
-        Returns:
-            For each prompt ``text`` and the `SCORES` by ``feature``.
+        Args:
+            change, where: As for `changed`.
         """
         language_model, settings = self.model.language_model, self.settings
         tokens = [prompt_tokens(language_model, prompt, chat) for prompt in prompts]
@@ -133,32 +124,31 @@ class Writer:
         wanted = words_of(self.catalogue.features.loc[feature, "peak_tokens"])
         records = []
         for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
-            said = decode(language_model, text)
-            records.append(
-                {"text": said, "concept": activation / self.maximum(feature)}
-                | {"words": share_of_words(said, wanted), "perplexity": perplexity}
-                | {"repetition": repetition(text.tolist())}
-            )
+            record = {"text": decode(language_model, text)}
+            record["concept"] = activation / self.maximum(feature)
+            record["words"] = share_of_words(record["text"], wanted)
+            record["perplexity"] = perplexity
+            record["repetition"] = repetition(text.tolist())
+            records.append(record)
         return records
 
     def mean_difference(self, feature: int) -> torch.Tensor:
-        """Mean residual over texts that a feature is highest on, less that over others, (d_model,).
+        """Mean residual over a feature's highest examples, minus that over other features'.
 
-        The baseline of "Scaling Monosemanticity", Influence on Behavior.
+        Shape (d_model,). The baseline of "Scaling Monosemanticity", Influence on Behavior.
         """
         seed, catalogue = self.settings.seed, self.catalogue
         draw = np.random.default_rng([seed, feature])
         alive = catalogue.features.index[~catalogue.features["dead"]]
-        others = draw.choice(alive.drop(feature), min(N_TEXTS, len(alive) - 1), replace=False)
+        drawn = draw.choice(alive.drop(feature), min(N_TEXTS, len(alive) - 1), replace=False)
         highest = catalogue.examples_of([feature])
         highest = highest[highest["bucket"] == 0].sort_values("rank").head(N_TEXTS)
-        drawn = catalogue.examples_of(others.tolist()).groupby("feature")
-        drawn = drawn.sample(1, random_state=seed)
-        means = []
-        for examples in (highest, drawn):
+        random = catalogue.examples_of(drawn.tolist()).groupby("feature")
+        random = random.sample(1, random_state=seed)
+        bos, means = self.model.language_model.bos, []
+        for examples in (highest, random):
             rows = []
             for window in examples["tokens"]:
-                bos = self.model.language_model.bos
                 tokens = torch.tensor([[bos, *window[window >= 0]]])
                 residual = self.model.residual(tokens)[0].float()
                 rows.append(residual[self.model.trained_positions(tokens[0], residual)])
@@ -166,7 +156,7 @@ class Writer:
         return means[0] - means[1]
 
     def change_by_method(self, method: str, feature: int, strengths: list[float]) -> Callable:
-        """What a method adds to the residual stream of a batch, each row at its own strength."""
+        """The change that a method makes to a batch, a strength for each row; see `changed`."""
         model, maximum = self.model, self.maximum(feature)
         device = model.language_model.device
         if method == "untouched":
@@ -186,27 +176,22 @@ class Writer:
         return lambda residual: added.expand_as(residual)
 
     def change_by_requests(self, feature: int, requests: list[dict[str, Json]]) -> Callable:
-        """What a batch of requests, method by method, adds to the residual stream."""
+        """The change that a batch of requests, ordered by method, asks for; see `changed`."""
         changes, sizes = [], []
         for method, group in itertools.groupby(requests, lambda request: request["method"]):
             strengths = [request["strength"] for request in group]
             changes.append(self.change_by_method(method, feature, strengths))
             sizes.append(len(strengths))
 
-        def change(residual: torch.Tensor) -> torch.Tensor:
+        def change_all(residual: torch.Tensor) -> torch.Tensor:
             parts = zip(changes, residual.split(sizes), strict=True)
             return torch.cat([change(part) for change, part in parts])
 
-        return change
+        return change_all
 
 
 class Texts(Writer):
-    """Texts by any method after any prompt, with their scores, each written once.
-
-    Args:
-        model, catalogue, settings: As for `Writer`.
-        log: Records every text as soon as it is written; a recorded one is not written again.
-    """
+    """Texts by any method after any prompt, with their scores; texts in ``log`` are reused."""
 
     def __init__(
         self, model: FeatureModel, catalogue: Catalogue, settings: WritingSettings, log: Path
@@ -219,17 +204,17 @@ class Texts(Writer):
             self._fixed[name] = catalogue.summary[name]
         self._recorded = read_records(log, {"text", *SCORES})
 
-    def of(self, feature: int, methods: Sequence[str], prompts: Sequence[str]) -> pd.DataFrame:
-        """The texts of some methods, at all strengths, after some prompts, written as one batch.
+    def table(self, feature: int, methods: Sequence[str], prompts: Sequence[str]) -> pd.DataFrame:
+        """Texts of each method at all strengths after each prompt, written as one batch.
 
         Returns:
             A row a text: ``feature, method, strength, prompt, text`` and the `SCORES`.
         """
         # Another analysis of the same autoencoder may have other maxima and peaks.
         peaks = list(self.catalogue.features.loc[feature, "peak_tokens"])
-        about = {"feature": feature, "maximum": self.maximum(feature), "peaks": peaks}
+        fixed = {**self._fixed, "feature": feature, "maximum": self.maximum(feature)}
         requests = [
-            {**self._fixed, **about, "method": method, "strength": strength, "prompt": prompt}
+            {**fixed, "peaks": peaks, "method": method, "strength": strength, "prompt": prompt}
             for method in methods
             for strength in ([0.0] if method in METHODS[:2] else STRENGTHS)
             for prompt in prompts

@@ -1,6 +1,6 @@
 """A language model with an autoencoder in it. Read in this order:
 
-feature_model   feature activations, raw directions, reconstruction; what everything later is given
+feature_model   feature activations, raw directions, reconstruction
 clamps          features changed in the residual stream
-generation      prompts as tokens; texts at once, or seen while they are written
+generation      prompts as tokens; texts written at once, or streamed a token at a time
 """

@@ -1,7 +1,8 @@
-"""Steering: change features inside what an autoencoder reconstructs, and let the model go on.
+"""Steering: change features inside the autoencoder's reconstruction while the model runs.
 
-With x = x̂ + error and a_i = f_i ‖W_dec,i‖ the activation of feature i as it is reported, a change
-of a_i is made within x̂ and keeps the error, so that
+With x = x̂ + error, feature activations a_i = f_i ‖W_dec,i‖ and their maxima max_i over the dataset,
+features are changed within x̂ and the error is kept (in normalised units; a raw residual stream
+changes by the sum divided by the autoencoder's ``scale``):
 
     x' = x + Σ_i (a'_i − a_i) W_dec,i / ‖W_dec,i‖
 
@@ -9,9 +10,6 @@ of a_i is made within x̂ and keeps the error, so that
     add     a'_i = a_i + c · max_i
     scale   a'_i = c · a_i
     ablate  a'_i = 0
-
-in normalised units; residual streams here are raw, so the sum is divided by the autoencoder's
-``scale``. max_i is the feature's maximum over the dataset.
 
 Shapes: residual (batch, context, d_model) or any other leading axes; latents (..., n_latents).
 Reference: "Scaling Monosemanticity", Influence on Behavior and Methodological Details.
@@ -34,14 +32,12 @@ PLACES = ("everywhere", "generated")
 
 @dataclasses.dataclass(frozen=True)
 class Clamp:
-    """What a feature's activation is changed to; a clamp, unless ``how`` says otherwise.
+    """A change of a feature's activation.
 
     Attributes:
         feature: Number of the latent.
-        strength: c. Multiples of ``maximum``: 0 ablates the feature, a negative one reverses it.
-            The useful range is −10 to 10. To scale, multiples of the present activation; of no
-            matter to ablate.
-        maximum: The feature's largest reported activation over the dataset, f_i ‖W_dec,i‖.
+        strength: c. The useful range is −10 to 10; unused by ablate.
+        maximum: The feature's largest activation over the dataset, f_i ‖W_dec,i‖.
         how: One of `INTERVENTIONS`.
     """
 
@@ -62,21 +58,20 @@ def change_by(
     clamps: Sequence[Clamp] | Sequence[Sequence[Clamp]],
     device: torch.device | str = "cpu",
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What clamps add to a raw residual stream (..., d_model): a function to the same shape.
+    """A function from a raw residual stream (..., d_model) to the change that clamps add to it.
 
-    Every clamp is measured on the residual as it was given, so clamps do not depend on their order
-    and the change of several is the sum of their changes.
+    All clamps see the unchanged residual, so their order is of no matter and their changes add up.
 
     Args:
-        clamps: Of all texts, or of each row of a batch its own, (batch, context, d_model).
+        clamps: For all texts, or a sequence for each row of a batch (batch, context, d_model).
         device: Of the residual stream.
 
     Raises:
         InputError: A feature is out of range or clamped twice, a strength is not finite, or an
             intervention is unknown.
     """
-    of_all = not clamps or isinstance(clamps[0], Clamp)
-    rows = [clamps] if of_all else clamps
+    is_shared = not clamps or isinstance(clamps[0], Clamp)
+    rows = [clamps] if is_shared else clamps
     for row in rows:
         _check(row, encoder.n_latents)
     features = sorted({clamp.feature for row in rows for clamp in row})
@@ -84,16 +79,16 @@ def change_by(
     for number, row in enumerate(rows):
         for clamp in row:
             lines[:, number, 0, features.index(clamp.feature)] = torch.tensor(clamp.line())
-    offset, slope = (lines[:, 0, 0] if of_all else lines).to(device)
-    chosen = torch.tensor(features, dtype=torch.long, device=device)
-    directions = encoder.directions(chosen)
-    present_matters = bool((slope != 0).any())
+    offset, slope = (lines[:, 0, 0] if is_shared else lines).to(device)
+    latents = torch.tensor(features, dtype=torch.long, device=device)
+    directions = encoder.directions(latents)
+    needs_encoding = bool((slope != 0).any())
 
     def change(residual: torch.Tensor) -> torch.Tensor:
-        rises = offset
-        if present_matters:
-            rises = offset + slope * encoder.encode(residual, chosen)
-        return (rises @ directions).expand(residual.shape)
+        increase = offset
+        if needs_encoding:
+            increase = offset + slope * encoder.encode(residual, latents)
+        return (increase @ directions).expand(residual.shape)
 
     return change
 
@@ -115,7 +110,7 @@ def _check(clamps: Sequence[Clamp], n_latents: int) -> None:
 
 
 def check_change(how: str, where: str | Sequence[int] = "everywhere") -> None:
-    """Refuse what is none of `INTERVENTIONS`, and neither a name of `PLACES` nor positions."""
+    """Refuse an unknown intervention, and a ``where`` that is neither of `PLACES` nor positions."""
     require(
         how in INTERVENTIONS,
         f"INTERVENTION must be one of {', '.join(INTERVENTIONS)}; it is {how!r}.",
@@ -133,25 +128,22 @@ def changed(
     change: Callable[[torch.Tensor], torch.Tensor],
     where: str | Sequence[int] = "everywhere",
 ) -> Iterator[None]:
-    """While open, ``change`` of it is added to the residual stream at the model's layer.
+    """While open, ``change`` of the residual stream at the model's layer is added to it.
 
-    BOS, wherever it is, and norm outliers (a few other positions, 10 to 100 times the rest) are
-    left alone: they were kept out of training, so the latents there mean nothing, and the model
-    uses these positions as attention sinks, whose content is not about the text.
+    BOS, wherever it is, and norm outliers (a few other positions, 10 to 100 times the rest) stay
+    unchanged: they were kept out of training, so latents mean nothing there, and the model uses
+    these positions as attention sinks, not for the text.
 
-    A position's change depends on that position alone, so batches work, padded or not, and so does
-    a KV cache: with and without it the model says the same. Computed in float32, returned in the
-    model's dtype.
+    A position's change depends on that position alone, so padding and a KV cache do not affect it.
 
     Args:
-        model: The model to change.
-        change: Of a raw residual stream in float32, to the same shape.
-        where: ``"everywhere"``; ``"generated"``, from the first generated token on: what comes
-            after the first pass while this is open, which is the prompt's; or positions.
+        change: From a raw residual stream in float32 to the same shape.
+        where: ``"everywhere"``; ``"generated"``, the positions after the first pass, which must be
+            the prompt's; or positions.
 
     Raises:
-        InputError: ``where`` is neither; while running, a change takes the residual stream out of
-            the range of the model's dtype.
+        InputError: ``where`` is unknown; or, while the model runs, the residual stream leaves the
+            range of the model's dtype.
     """
     check_change(INTERVENTIONS[0], where)
     ends = []  # the last position of each prompt
@@ -184,12 +176,5 @@ def steered(
     clamps: Sequence[Clamp] | Sequence[Sequence[Clamp]],
     where: str | Sequence[int] = "everywhere",
 ) -> contextlib.AbstractContextManager[None]:
-    """While open, the residual stream has ``clamps`` applied; see `changed`.
-
-    Args:
-        clamps: Of different features; for all texts, or for each row of a batch its own.
-
-    Raises:
-        InputError: As for `change_by` and `changed`.
-    """
+    """While open, ``clamps`` are applied; arguments and errors as for `change_by`, `changed`."""
     return changed(model, change_by(model, clamps, model.language_model.device), where)

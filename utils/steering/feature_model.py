@@ -1,9 +1,9 @@
-"""A language model with an autoencoder in it: what everything after training is given.
+"""A language model with an autoencoder in it, which everything after training works with.
 
 With raw residual stream x_raw = x / scale + center and latents f_i,
 
-    feature activation    a_i = f_i · ‖W_dec,i‖             what is reported, plotted and clamped
-    direction             d_i = W_dec,i / (‖W_dec,i‖ · scale)   raw; a_i counts it
+    feature activation    a_i = f_i · ‖W_dec,i‖                 reported, plotted and clamped
+    direction             d_i = W_dec,i / (‖W_dec,i‖ · scale)   raw
     reconstruction        x̂_raw = b_dec / scale + center + Σ_i a_i d_i
     error                 x_raw − x̂_raw
 
@@ -30,12 +30,10 @@ from utils.language_model import LanguageModel, load_language_model, replaced_ou
 
 
 class ActiveFeatures(NamedTuple):
-    """The active features of some rows of activations, in order of row.
+    """The active features of rows of activations, in order of row.
 
     Attributes:
-        row: The row of each, shape (n,).
-        feature: Its number, shape (n,).
-        activation: Its feature activation, float32, shape (n,).
+        row, feature, activation: Shape (n,); the feature activation in float32.
         reconstruction: Of every row, raw, shape (rows, d_model).
     """
 
@@ -46,11 +44,7 @@ class ActiveFeatures(NamedTuple):
 
 
 class FeatureEncoder:
-    """An autoencoder in reported units, on the torch backend of Keras.
-
-    Args:
-        autoencoder: Of any kind; its weights must not change any more.
-    """
+    """A trained autoencoder that gives feature activations, on the torch backend of Keras."""
 
     def __init__(self, autoencoder: SparseAutoencoder):
         assert keras.backend.backend() == "torch", "needs use_backend('torch')"
@@ -71,8 +65,7 @@ class FeatureEncoder:
     def encode(self, residual: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
         """Feature activations of a raw residual stream, float32, shape (..., n_latents).
 
-        Given ``features``, numbers of latents, of these alone, (..., len(features)), which is
-        cheaper.
+        With ``features``, only these are computed, shape (..., len(features)).
         """
         rows = residual.float().reshape(-1, residual.shape[-1])
         latents = _as_torch(self.autoencoder.encode(rows, features))
@@ -88,23 +81,15 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def directions(self, features: torch.Tensor) -> torch.Tensor:
-        """What a unit of each feature's activation adds to the raw residual stream.
-
-        Returns:
-            Shape (len(features), d_model), on the device of ``features``.
-        """
+        """The raw direction of each feature, (len(features), d_model), on their device."""
         rows = _as_torch(ops.take(self.autoencoder.W_dec, features, axis=0)).to(features.device)
         return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.scale
 
 
 class FeatureModel(FeatureEncoder):
-    """A language model with an autoencoder in its residual stream.
+    """A language model with an autoencoder of the output of block ``layer``.
 
-    Args:
-        language_model: The model.
-        layer: The block whose output the autoencoder is of.
-        autoencoder: On the torch backend of Keras.
-        outlier_norm: Positions of a larger raw norm were kept out of training.
+    Positions of a raw norm larger than ``outlier_norm`` were kept out of training.
     """
 
     def __init__(
@@ -119,12 +104,11 @@ class FeatureModel(FeatureEncoder):
 
     @classmethod
     def load(cls, summary: dict, autoencoder_path: Path, dtype: str | None = None) -> Self:
-        """Load the model that a summary of an analysis names, and the autoencoder.
+        """Load the model that the summary of an analysis names, and a ``.keras`` autoencoder.
 
         Args:
             summary: Holds ``model_name``, ``layer``, ``dtype`` and ``outlier_norm``.
-            autoencoder_path: A ``.keras`` file.
-            dtype: Of the model; the summary's by default.
+            dtype: In place of the summary's.
         """
         name, layer = summary["model_name"], summary["layer"]
         language_model = load_language_model(name, layer, dtype or summary["dtype"])
@@ -146,19 +130,14 @@ class FeatureModel(FeatureEncoder):
         return replaced_output(self.block, replace, with_positions)
 
     def trained_positions(self, tokens: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The positions that autoencoders are trained on: not BOS, wherever it is, no outlier.
+        """Whether autoencoders are trained on a position: it is neither BOS nor a norm outlier.
 
-        Args:
-            tokens: Any shape.
-            residual: Raw, of that shape and d_model.
-
-        Returns:
-            Bool, of the tokens' shape.
+        Bool, of the shape of ``tokens``; ``residual`` is raw, of that shape and d_model.
         """
         is_bos = tokens.to(residual.device) == self.language_model.bos
         return ~is_bos & (residual.float().norm(dim=-1) <= self.outlier_norm)
 
 
 def _as_torch(values: Tensor) -> torch.Tensor:
-    """A Keras tensor or weight as a torch tensor, without its history; nothing is copied."""
+    """A Keras tensor or weight as a torch tensor, detached; nothing is copied."""
     return ops.convert_to_tensor(values).detach()

@@ -1,7 +1,7 @@
-"""Prompts as tokens, and texts that continue them: at once, or seen while they are written.
+"""Prompts as tokens, and texts that continue them, written at once or streamed.
 
-A change of the model is open only while the model runs, never while a reader looks at what a stream
-has so far. Texts that are written at the same time, in turns, therefore do not reach one another.
+A stream changes the model only while the model runs, not while it yields. Several streams that take
+turns therefore do not affect one another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from utils.settings import require
 def prompt_tokens(
     language_model: LanguageModel, prompt: str | list[dict[str, str]], chat: bool = False
 ) -> torch.Tensor:
-    """Token ids of a prompt, shape (1, context), begun with BOS as the activations' contexts were.
+    """Token ids of a prompt, shape (1, context), beginning with BOS like the contexts in training.
 
-    Without it the first word would take BOS's place as the attention sink, and be an outlier.
+    Without BOS the first word would become the attention sink, and an outlier.
 
     Args:
-        chat: Make the prompt a user's message, and let the model reply as an assistant. Then the
-            prompt may also be a conversation, messages with a ``role`` and their ``content``.
+        prompt: A text; with ``chat`` also a conversation, messages with ``role`` and ``content``.
+        chat: Put the prompt into the model's chat template, so that the model replies to it.
 
     Raises:
         InputError: The model has no chat template.
@@ -62,16 +62,12 @@ def generate_tokens(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[torch.Tensor]:
-    """Continue prompts, all at once, until the model ends a text or ``max_new_tokens`` are there.
+    """Continue prompts in one batch, until the model ends a text or for ``max_new_tokens``.
 
     Args:
-        language_model: May be `steered` meanwhile.
-        prompts: Of `prompt_tokens`, of any lengths; the shorter are padded on the left.
-        max_new_tokens: Greater than 0.
-        use_cache: Keep keys and values; without, each token runs the whole text again.
-        temperature: 0 takes the likeliest token; above it, tokens are drawn from the model's whole
+        prompts: See `prompt_tokens`; shorter ones are padded on the left.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn from the model's whole
             distribution at that temperature.
-        seed: Of the drawing.
 
     Returns:
         The continuations without their prompts, with the token that ended them.
@@ -108,15 +104,11 @@ def generate_tokens(
 
 
 def generate(
-    language_model: LanguageModel, prompt: str, max_new_tokens: int, chat: bool = False, **how
+    language_model: LanguageModel, prompt: str, max_new_tokens: int, chat: bool = False, **options
 ) -> str:
-    """The text that continues a prompt, or replies to it; see `prompt_tokens`, `generate_tokens`.
-
-    Returns:
-        The continuation, without the prompt.
-    """
+    """The continuation of a prompt, or the reply; see `prompt_tokens`, `generate_tokens`."""
     prompts = [prompt_tokens(language_model, prompt, chat)]
-    (tokens,) = generate_tokens(language_model, prompts, max_new_tokens, **how)
+    (tokens,) = generate_tokens(language_model, prompts, max_new_tokens, **options)
     return decode(language_model, tokens)
 
 
@@ -139,12 +131,9 @@ def stream(
 
     Args:
         tokens: Token ids of the prompts, shape (batch, context), without padding.
-        change: Opens what changes the model; called for each token.
-        max_new_tokens: Greater than 0.
-        temperature: 0 takes the likeliest token; above it, tokens are drawn from the model's whole
-            distribution. All rows share the draws, so that equal rows stay equal and the others
-            differ by what changes them, not by chance.
-        seed: Of the drawing.
+        change: Gives a context in which the model is changed; entered anew for each token.
+        temperature: As for `generate_tokens`. All rows share the random numbers, so that rows
+            differ only by the change of the model, not by chance.
 
     Yields:
         The continuations so far, a text a row.
@@ -157,30 +146,25 @@ def stream(
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     draws = torch.Generator(language_model.device).manual_seed(seed)
-    cache, fed = DynamicCache(config=model.config), tokens
+    cache = DynamicCache(config=model.config)
     written = [[] for _ in tokens]
     for _ in range(max_new_tokens):
         with change(), torch.inference_mode():
-            logits = model(fed, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-        chosen = choose(logits, temperature, draws)
-        for text, token in zip(written, chosen.tolist(), strict=True):
+            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+        tokens = choose(logits, temperature, draws)[:, None]
+        for text, (token,) in zip(written, tokens.tolist(), strict=True):
             if not ends.intersection(text):
                 text.append(token)
-        # A character of several tokens is shown once it is whole.
+        # The end of a text may be an incomplete character; it is shown once it is complete.
         yield [decode(language_model, text).rstrip("�") for text in written]
         if all(ends.intersection(text) for text in written):
             return
-        fed = chosen[:, None]
 
 
 def choose(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> torch.Tensor:
-    """A token a row: the likeliest, or one drawn by the Gumbel-max trick with noise for all rows.
+    """The likeliest token of each row, or one drawn by the Gumbel-max trick with shared noise.
 
-    Args:
-        logits: Shape (batch, vocabulary).
-
-    Returns:
-        Shape (batch,).
+    From shape (batch, vocabulary) to (batch,).
     """
     if temperature > 0:
         noise = torch.empty_like(logits[0]).exponential_(generator=draws)
