@@ -35,7 +35,8 @@ PLACES = ("umap_x", "umap_y")
 NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
 MEANINGS = {  # of the numbers of the summary table
     "Tokens analysed": "Tokens of {dataset} on which the features were counted.",
-    "Live features": "Features active at least once on these tokens, of the dictionary's size.",
+    "Live features": "Features active at least once on these tokens, and the size of the "
+    "dictionary.",
     "Dead latents": "The rest: directions that were learnt but never used here.",
     "L0": "Features active on a token, on average. Few are easier to understand than many.",
     "Variance explained": "How much of what distinguishes activations the features rebuild; FVU is "
@@ -91,7 +92,7 @@ def write_browser(
 def _write(folder: Path, name: str, content: Json) -> None:
     """A script that hands ``content`` to the page.
 
-    Only ASCII but "<" is unescaped: no text can end a script, or depend on an encoding.
+    "<" and all that is not ASCII are escaped: no text can end a script, or depend on an encoding.
     """
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     path = folder / "data" / f"{name}.js"
@@ -114,13 +115,13 @@ def _columns(features: pd.DataFrame) -> dict[str, Json]:
 
 
 def _rounded(values: ArrayLike, digits: int = 4) -> list[float | None]:
-    """Numbers to some significant digits; None where there is none."""
+    """Numbers to some significant digits; None for NaN."""
     values = np.asarray(values, float).tolist()
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
 def _searched(features: pd.DataFrame) -> list[str]:
-    """The texts by which a feature is found, beside its label and number, a line each."""
+    """By feature, the texts that are searched besides its label and number, a line each."""
     texts = features.get("explanation", pd.Series("", features.index)).fillna("")
     columns = zip(texts, features["peak_tokens"], features["promoted_tokens"], strict=True)
     return [

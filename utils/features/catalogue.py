@@ -87,8 +87,8 @@ class Catalogue:
 
         The share of a feature's highest examples that peak at one of the words, half the share of
         the words that its label has, a tenth of the share that its explanation has, and a fifth of
-        the share of its promoted tokens that are one of the words. Dead features are left out, and
-        those that match a tenth as well as the best.
+        the share of its promoted tokens that are one of the words, are summed. Dead features are
+        left out, and features that match at most a tenth as well as the best.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]

@@ -12,7 +12,7 @@ from utils.features import studies
 from utils.features.browser import write_browser
 from utils.features.catalogue import Catalogue
 
-N_RANDOM = 10  # features drawn at random, to judge by other than selected ones
+N_RANDOM = 10  # features drawn at random, shown beside the selected ones for a fair impression
 
 
 def make_report(folder: Path, n_selected: int, seed: int) -> None:
