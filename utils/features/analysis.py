@@ -55,7 +55,7 @@ class Analysis:
         folder: For the tables.
         store: The activations that the autoencoder was trained on.
         trained: The metrics of its training, with its settings and fingerprint.
-        others: Further dictionaries of the same activations.
+        other_sizes: Further dictionaries of the same activations.
 
     Attributes:
         all_sizes: All dictionaries, the smallest first.
@@ -74,11 +74,11 @@ class Analysis:
         store: ActivationStore,
         autoencoder: SparseAutoencoder,
         trained: dict[str, Json],
-        others: list[SparseAutoencoder],
+        other_sizes: list[SparseAutoencoder],
     ):
         self.folder, self.settings, self.store = folder, settings, store
         self.autoencoder, self.trained = autoencoder, trained
-        self.all_sizes = sorted([autoencoder, *others], key=lambda one: one.n_latents)
+        self.all_sizes = sorted([autoencoder, *other_sizes], key=lambda one: one.n_latents)
         self.words: list[str] = []
         self.contexts = store.first(settings.n_tokens)
         self.held_out = store.split(trained["held_out"])[1]

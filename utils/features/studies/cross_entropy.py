@@ -1,4 +1,4 @@
-"""Cross-entropy: what the model loses when its residual stream is replaced by the reconstruction.
+"""Cross-entropy: the model's loss when its residual stream is replaced by the reconstruction.
 
     loss recovered = (L_zero − L_reconstruction) / (L_zero − L_untouched)
 
@@ -22,7 +22,7 @@ from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
-LEAST_SHOWN = 200  # tokens of a kind of text, below which what it loses may be chance
+LEAST_SHOWN = 200  # tokens of a subset; the losses of one with fewer may be chance
 
 
 def measure_losses(
@@ -32,7 +32,7 @@ def measure_losses(
     n_tokens: int,
     batch_size: int = 1_024,
 ) -> pd.DataFrame:
-    """What the model loses when its residual stream is replaced, in all text and by corpus subset.
+    """The model's loss when its residual stream is replaced, in all text and by corpus subset.
 
     The stream is replaced at the positions that the store kept. BOS and norm outliers always stay,
     since the autoencoder is not trained on them; predictions of BOS do not count.

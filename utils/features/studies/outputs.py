@@ -6,7 +6,7 @@ clamped to its maximum, alone, after neutral prompts:
     output score = log P(its tokens next | clamped) − log P(its tokens next | untouched)
 
 in nats, a mean over the prompts. Its tokens are those that its highest examples peak at. The same
-clamp with another feature's tokens says what a change of this size does to any tokens.
+clamp with another feature's tokens shows the effect of such a change on any tokens.
 
 Reference: Arad, Mueller and Belinkov 2025, SAEs Are Good for Steering – If You Select the Right
 Features, whose score looks at the rank of tokens that the decoder row promotes.

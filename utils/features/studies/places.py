@@ -1,4 +1,4 @@
-"""Places: what each feature's direction promotes, what it is near to, where it lies on a map.
+"""Places: the tokens each feature's direction promotes, its neighbours, its place on a map.
 
     promoted token    the largest of  W_dec,i · (norm weight ⊙ unembedding)
     neighbour         the largest cosine of decoder rows

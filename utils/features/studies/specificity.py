@@ -97,7 +97,7 @@ def _with_levels(scored: pd.DataFrame, examples: pd.DataFrame) -> pd.DataFrame:
     """The ``feature`` of scored examples, and their ``level``, from those of all examples."""
     maxima = examples.groupby("feature")["activation"].max()
     level = scored["activation"] / scored["feature"].map(maxima)
-    return scored[["feature"]].assign(level=level.astype(float)).reset_index(drop=True)
+    return scored[["feature"]].assign(level=level).reset_index(drop=True)
 
 
 def _words_near(token_texts: list[str], peak: int) -> frozenset[str]:

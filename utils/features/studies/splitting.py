@@ -1,4 +1,4 @@
-"""Splitting: what one feature of a small dictionary becomes in larger ones.
+"""Splitting: the features of larger dictionaries that one feature of a small one becomes.
 
 A feature's parent is the feature of the next smaller dictionary whose decoder row has the highest
 cosine to the feature's, if that is at least `CLOSE`. All features of one ancestor in the smallest
