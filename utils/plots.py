@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -48,3 +53,19 @@ def picture(path: Path, title: str, size: tuple[float, float], **grid) -> Iterat
         yield figure, figure.subplots(**grid)
         with replacing(Path(path)) as partial:
             figure.savefig(partial, format="png")
+
+
+def compare(axes: Axes, groups: dict[str, pd.Series], bins: np.ndarray) -> None:
+    """Histograms of two groups over one another, in % of each; lines at their means."""
+    for (label, values), colour in zip(groups.items(), (ORANGE, GREY), strict=True):
+        percent = np.full(len(values), 100 / max(1, len(values)))
+        within, style = values.clip(bins[0], bins[-1]), {"color": colour, "label": label}
+        axes.hist(within, bins, weights=percent, alpha=0.55, **style)
+        axes.axvline(values.mean(), color=colour, linewidth=1.5)
+
+
+def log_ticks(axis: Axis, multiples: tuple[float, ...]) -> None:
+    """Ticks at these multiples of powers of ten, labelled in plain numbers."""
+    axis.set_major_locator(ticker.LogLocator(subs=multiples))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(ticker.NullFormatter())

@@ -7,6 +7,7 @@ import torch
 from tiny_llama import D_MODEL, tiny_language_model
 
 from utils.autoencoder.kinds import L1Autoencoder
+from utils.features.sampling import another_of
 from utils.features.studies import outputs
 from utils.language_model import residual_at
 from utils.steering.feature_model import FeatureModel
@@ -67,12 +68,11 @@ def test_features_are_scored_alone_however_many_at_once(made, monkeypatch):
 
 
 def test_no_feature_is_compared_with_itself():
-    wanted = {feature: [10 * feature] for feature in (2, 3, 5, 7)}
-    drawn = [outputs.of_another(wanted, seed) for seed in range(3)]
-    for others in drawn:
-        assert others.keys() == wanted.keys()
-        assert sorted(others.values()) == sorted(wanted.values())
-        assert all(others[feature] != wanted[feature] for feature in wanted)
+    features = [2, 3, 5, 7]
+    drawn = [another_of(features, seed) for seed in range(3)]
+    for pairs in drawn:
+        assert sorted(pairs) == sorted(pairs.values()) == features
+        assert all(feature != other for feature, other in pairs.items())
     assert drawn[0] != drawn[1] or drawn[1] != drawn[2]
 
 

@@ -9,9 +9,9 @@ from utils.features.judge import Answers
 from utils.features.labels import Concept, find_concept, word_at
 from utils.features.studies.specificity import (
     by_level,
+    feature_scores,
     judge_specificity,
     measure_specificity,
-    of_features,
     score,
 )
 
@@ -76,8 +76,8 @@ def test_planted_features_get_planted_scores(examples):
     assert (scores[scores.feature == 7].score == 3).all()
     assert scores[scores.feature == 3].score.tolist() == [3] * 10 + [0] * 3
     assert (scores.chance == 0).all()
-    found = of_features(scores, 9)
-    assert found[[3, 7]].tolist() == [3, 3] and np.isnan(found[0])
+    by_feature = feature_scores(scores, 9)
+    assert by_feature[[3, 7]].tolist() == [3, 3] and np.isnan(by_feature[0])
 
 
 def test_nothing_is_scored_twice_nor_where_the_concept_is_from(examples):

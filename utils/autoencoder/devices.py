@@ -52,15 +52,11 @@ def use_devices(distribution: str | None, batch_size: int, n_latents: Iterable[i
         n_latents: Sizes of the dictionaries to be trained.
 
     Raises:
-        InputError: The distribution is unknown, the backend has none, there is one device, or the
-            batch or the dictionary cannot be split evenly.
+        InputError: The backend has no distribution, there is one device, or the batch or the
+            dictionary cannot be split evenly.
     """
     if distribution is None:
         return
-    require(
-        distribution in ("data", "model"),
-        f"DISTRIBUTION must be data or model; it is {distribution!r}.",
-    )
     backend = keras.backend.backend()
     require(
         backend == "jax",

@@ -7,12 +7,12 @@ import keras
 import pandas as pd
 
 import utils.autoencoder.kinds  # noqa: F401  tells Keras the kinds
+from utils import artifacts
 from utils.activations.store import ActivationStore
-from utils.artifacts import Json, fingerprint, missing_stage, read_json, replacing
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import Fidelity
 from utils.backend import peak_memory
-from utils.settings import InputError, require
+from utils.settings import InputError, Json, require
 
 
 def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
@@ -22,7 +22,7 @@ def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
     """
     copy = type(autoencoder).from_config(autoencoder.get_config())
     copy.set_weights(autoencoder.get_weights())
-    with replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         copy.save(partial)
 
 
@@ -76,8 +76,8 @@ def open_autoencoder(
     """
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        raise missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
-    metrics = read_json(folder / "metrics.json")
+        raise artifacts.missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
+    metrics = artifacts.read_json(folder / "metrics.json")
     for name in ("model_name", "layer", "d_model"):
         trained_with, stored = metrics[name], getattr(store, name)
         require(
@@ -85,11 +85,12 @@ def open_autoencoder(
             f"The autoencoder in {folder} was trained with {name} {trained_with!r}, and the "
             f"activations in {store.folder} have {stored!r}. Name folders that belong together.",
         )
-    settings = read_json(folder / "settings.json")
+    settings = artifacts.read_json(folder / "settings.json")
     require(
         settings["activations"] == store.fingerprint,
         f"The autoencoder in {folder} was trained on other activations than those now in "
         f"{store.folder}. Train it again with --overwrite, or name the folder it was trained on.",
     )
     path = folder / "autoencoder.keras"
-    return load_autoencoder(path), {**settings, **metrics, "fingerprint": fingerprint(path)}
+    trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
+    return load_autoencoder(path), trained

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from scipy import stats
 
@@ -216,44 +215,43 @@ def plot_scaling_laws(laws: Laws, path: Path) -> None:
         colours = matplotlib.colormaps["viridis"](np.linspace(0.9, 0, len(sizes)))
         for (n_latents, runs), colour in zip(sizes, colours, strict=True):
             runs = runs.sort_values("flops")
-            about = {"color": colour, "label": f"{n_latents:,}"}
-            axes[0, 0].plot(runs.flops, runs.loss, "o-", ms=4, lw=1.3, **about)
+            style = {"color": colour, "label": f"{n_latents:,}"}
+            axes[0, 0].plot(runs.flops, runs.loss, "o-", ms=4, lw=1.3, **style)
         axes[0, 0].set(title="Loss on held-out tokens", ylabel="loss (per token and dimension)")
         _power_law(axes[0, 0], optima.flops[~optima.at_edge], grid.loss, fits["loss"])
-        place = "lower left" if _falls(fits["loss"]) else "upper left"
-        axes[0, 0].legend(title="latents", loc=place, ncols=1 + len(sizes) // 5)
+        corner = _free_corner(fits["loss"])
+        axes[0, 0].legend(title="latents", loc=corner, ncols=1 + len(sizes) // 5)
         for panel, (name, column, edge, heading, unit) in zip(axes.flat[1:], panels, strict=True):
-            known = optima[optima[column].notna()]
-            at_edge = known[edge].astype(bool)
-            inside, beside = known[~at_edge], known[at_edge]
-            panel.plot(inside.flops, inside[column], "o", c=plots.BLUE, label="optimum")
-            about = {
+            measured = optima[optima[column].notna()]
+            at_edge = measured[edge].astype(bool)
+            fitted, unfitted = measured[~at_edge], measured[at_edge]
+            panel.plot(fitted.flops, fitted[column], "o", c=plots.BLUE, label="optimum")
+            style = {
                 "c": plots.GREY,
                 "mfc": "white",
                 "label": "at an edge of the sweep: not fitted",
             }
-            panel.plot(beside.flops, beside[column], "o", **about)
+            panel.plot(unfitted.flops, unfitted[column], "o", **style)
             panel.set(title=heading, ylabel=unit)
-            _power_law(panel, inside.flops, known[column], fits[name])
+            _power_law(panel, fitted.flops, measured[column], fits[name])
             if at_edge.any():
-                panel.legend(loc="lower left" if _falls(fits[name]) else "upper left")
+                panel.legend(loc=_free_corner(fits[name]))
         for panel in axes[1]:
             panel.set(xlabel="training compute (FLOPs, as if dense)")
 
 
-def _falls(fit: dict) -> bool:
-    return fit.get("exponent", 0) < 0
+def _free_corner(fit: dict) -> str:
+    """The corner for a legend, to the left of the curve's start."""
+    return "lower left" if fit.get("exponent", 0) < 0 else "upper left"
 
 
 def _power_law(axes: Axes, x: pd.Series, y: pd.Series, fit: dict) -> None:
-    """Log axes that hold all of y; the power law over x, its numbers in the corner left free."""
+    """Log axes that hold all of y; the power law over x, its numbers at the right."""
     axes.set(xscale="log", yscale="log")
     if len(y):
         axes.set_ylim(y.min() / 1.6, 1.6 * y.max())
-    ticks = (1, 1.5, 2, 3, 5, 7) if len(y) and y.max() < 6 * y.min() else (1, 2, 5)
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=ticks))
-    axes.yaxis.set_major_formatter("{x:,g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    narrow = len(y) and y.max() < 6 * y.min()
+    plots.log_ticks(axes.yaxis, (1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5))
     text = f"{fit['n_points']} points: too few to fit"
     if "exponent" in fit:
         ends = np.array([x.min(), x.max()])
@@ -262,12 +260,12 @@ def _power_law(axes: Axes, x: pd.Series, y: pd.Series, fit: dict) -> None:
         )
         text = f"exponent {fit['exponent']:.3f} ± {fit['standard_error']:.3f}\n".replace("-", "−")
         text += f"R² = {fit['r_squared']:.3f}, n = {fit['n_points']}"
-    y, va = (0.96, "top") if _falls(fit) else (0.04, "bottom")
-    about = {
+    height, va = (0.96, "top") if fit.get("exponent", 0) < 0 else (0.04, "bottom")
+    style = {
         "ha": "right",
         "va": va,
         "color": plots.ORANGE,
         "linespacing": 1.5,
         "path_effects": plots.HALO,
     }
-    axes.text(0.98, y, text, transform=axes.transAxes, **about)
+    axes.text(0.98, height, text, transform=axes.transAxes, **style)

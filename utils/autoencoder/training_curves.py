@@ -65,9 +65,7 @@ def _scale(axes: Axes, values: pd.Series, wide: float | None) -> None:
     if wide and 0 < wide * values.min() < values.max():
         axes.set_yscale("log")
         subs = (1, 2, 3, 5) if values.max() < 1_000 * values.min() else (1,)
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        plots.log_ticks(axes.yaxis, subs)
     else:
         axes.set_ylim(0, 1.08 * max(values, default=1) or 1)
         axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)

@@ -1,12 +1,12 @@
-"""What each feature is about, for analyze_features.py. Read in this order:
+"""The meaning of each feature, for analyze_features.py. Read in this order:
 
 feature_pass, examples   one pass over the activations: statistics, examples of every feature
 catalogue                the tables of features, written, read and searched
 analysis, studies/       an analysis under way; the paper's studies, a file each
-labels, concepts         what a feature is about without a judge; lists of words known beforehand
+labels, concepts         a feature's meaning without a judge; lists of words of one kind
 judge, questions         language models that are asked about features
 neurons, geometry        neurons in the place of features; nearest directions, a map of them
-sampling                 features drawn to be studied; intervals by drawing again
+sampling                 features drawn to be studied; bootstrap intervals
 report, browser          pictures, and the page that shows them and every feature
-search                   features by words, by prompts, by likeness
+search                   features by words, by prompts, by similarity
 """

@@ -1,4 +1,4 @@
-"""An analysis under way: what its studies have in common, and what each of them found.
+"""An analysis under way: the data that its studies share, and their findings.
 
 Every finished step is kept in the folder, so that an analysis that was killed goes on after it.
 """
@@ -26,7 +26,7 @@ from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 
 class AnalysisSettings(JudgeSettings, Protocol):
-    """What an analysis and its studies read of the settings of analyze_features.py."""
+    """The settings of analyze_features.py that an analysis and its studies read."""
 
     n_tokens: int | None
     n_loss_tokens: int
@@ -40,39 +40,31 @@ class AnalysisSettings(JudgeSettings, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a study found.
+    """The results of a study; empty where it has none."""
 
-    Attributes:
-        summary: Its entry of ``summary.json``; None or empty where nothing was found.
-        words: The same for people, a sentence a line; empty where nothing was found.
-        tables: To write as CSV files, by name.
-        columns: To join to the table of features, by name, an entry a feature each.
-    """
-
-    summary: Json
-    words: str = ""
-    tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
-    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    summary: Json  # its entry of summary.json; None for no entry
+    words: str = ""  # the same for people, a sentence a line
+    tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)  # CSV files by name
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # to join to features
 
 
 class Analysis:
-    """What the studies of one autoencoder read, and where they write.
+    """The data that the studies of one autoencoder share, and the folder they write to.
 
     Args:
-        folder: Where the tables go.
-        settings: Of analyze_features.py.
+        folder: For the tables.
         store: The activations that the autoencoder was trained on.
-        autoencoder: To be analysed.
         trained: The metrics of its training, with its settings and fingerprint.
-        others: Further dictionaries of the same activations.
+        other_sizes: Further dictionaries of the same activations.
 
     Attributes:
-        contexts: Contexts of the store that are gone through.
-        held_out: Those held out of training.
-        features: The table of features, once `run_pass` is done, a row a feature.
-        examples: The table of examples, then too.
-        token_texts: The text of each token, then too.
-        subset_shares: Share of the tokens gone through that each corpus subset has, then too.
+        all_sizes: All dictionaries, the smallest first.
+        contexts: Contexts of the store that are analysed.
+        held_out: Contexts held out of training.
+        features: The table of features, a row a feature; this and the next after `run_pass`.
+        examples: The table of examples.
+        token_texts: The text of each token.
+        subset_shares: Share of the analysed tokens by corpus subset.
     """
 
     def __init__(
@@ -82,18 +74,18 @@ class Analysis:
         store: ActivationStore,
         autoencoder: SparseAutoencoder,
         trained: dict[str, Json],
-        others: list[SparseAutoencoder],
+        other_sizes: list[SparseAutoencoder],
     ):
         self.folder, self.settings, self.store = folder, settings, store
         self.autoencoder, self.trained = autoencoder, trained
-        self.others = sorted(others, key=lambda other: other.n_latents)
+        self.all_sizes = sorted([autoencoder, *other_sizes], key=lambda one: one.n_latents)
         self.words: list[str] = []
         self.contexts = store.first(settings.n_tokens)
         self.held_out = store.split(trained["held_out"])[1]
 
     @functools.cached_property
     def encoder(self) -> FeatureEncoder:
-        """The autoencoder in reported units, without a language model."""
+        """The autoencoder, giving feature activations, without a language model."""
         return FeatureEncoder(self.autoencoder)
 
     @functools.cached_property
@@ -104,13 +96,13 @@ class Analysis:
 
     @functools.cached_property
     def language_model(self) -> LanguageModel:
-        """The model that the activations are of, loaded when a step first needs it."""
+        """The model that made the activations, loaded when a step first needs it."""
         store = self.store
         return load_language_model(store.model_name, store.layer, store.dtype)
 
     @functools.cached_property
     def judge(self) -> Answers | None:
-        """The language model that judges features, where the settings name one."""
+        """The language model that judges features, if the settings name one."""
         return open_judge(self.settings, self.folder)
 
     def verify(self) -> None:
@@ -121,7 +113,7 @@ class Analysis:
 
     @torch.no_grad()
     def run_pass(self) -> None:
-        """One pass over the activations, and the tables of features and examples of it."""
+        """One pass over the activations; it makes the tables of features and examples."""
         done = self.folder / "pass.json"
         if not done.exists():
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
@@ -140,7 +132,7 @@ class Analysis:
 
     @torch.no_grad()
     def run_study(self, name: str) -> None:
-        """Make a study and keep what it found, unless an earlier run did."""
+        """Run a study and keep its findings, unless an earlier run did."""
         kept = self.folder / f"study-{name}.json"
         columns = kept.with_suffix(".parquet")
         if not kept.exists():
@@ -159,11 +151,7 @@ class Analysis:
             self.features[column] = values
 
     def save(self) -> dict[str, Json]:
-        """Join what the studies found to the tables; the summary last: where it is, all is there.
-
-        Returns:
-            The summary.
-        """
+        """Write the table of features and, last, the summary, which it returns."""
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
         self.summary["words"] = self.words
         catalogue.save_features(self.folder / catalogue.FEATURES_FILE, self.features)
@@ -172,29 +160,21 @@ class Analysis:
 
 
 def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Json]:
-    """What the analysis found as a whole, and what it was made from.
-
-    ``trained`` is the training's metrics, with its settings and the autoencoder's fingerprint.
-    """
-    alive = feature_pass.uses > 0
+    """The results of the pass as a whole, and the model, data and autoencoder they are from."""
+    alive, fidelity = feature_pass.uses > 0, feature_pass.fidelity
+    of_store = ("model_name", "revision", "layer", "dtype", "dataset", "outlier_norm", "excluded")
     return {
-        "model_name": store.model_name,
-        "revision": store.revision,
-        "layer": store.layer,
-        "dtype": store.dtype,
-        "dataset": store.dataset,
-        "outlier_norm": store.outlier_norm,
-        "excluded": store.excluded,
+        **{name: getattr(store, name) for name in of_store},
         "autoencoder_fingerprint": trained["fingerprint"],
         "kind": trained["kind"],
         "n_latents": len(alive),
         "n_alive": int(alive.sum()),
         "dead_fraction": float(1 - alive.mean()),
-        "n_tokens": feature_pass.fidelity.n_rows,
-        "fvu": feature_pass.fidelity.fvu,
+        "n_tokens": fidelity.n_rows,
+        "fvu": fidelity.fvu,
         "held_out_fvu": trained["fvu"],
-        "cosine": feature_pass.fidelity.cosine,
-        "l0": feature_pass.fidelity.l0,
-        "l0_counts": feature_pass.fidelity.l0_counts.tolist(),
+        "cosine": fidelity.cosine,
+        "l0": fidelity.l0,
+        "l0_counts": fidelity.l0_counts.tolist(),
         "subset_shares": feature_pass.subset_shares(),
     }

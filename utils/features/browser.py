@@ -1,17 +1,17 @@
 """The feature browser: a static page that needs no network and no server.
 
-index.html         the page; what it looks like and does is in browser_page/
-style.css, *.js    copied from there
-data/index.js      what the list, the filters and the map need of all features
-data/search.js     texts that are searched beside labels, loaded once the page stands
+index.html         the page; this, style.css and *.js are copied from browser_page/
+data/index.js      columns of all features, for the list, the filters and the map
+data/search.js     further texts to search besides labels, loaded after the page is shown
 data/NNNNN.js      details of `PER_FILE` features each, loaded when one is opened
 pictures/          of the studies
 
 Pages from the file system may not fetch, but may load scripts: each file of data is a call of
-`receive` with a name and JSON. The page puts text in as text, never as HTML.
+`receive` with a name and JSON. The page inserts text as text, never as HTML.
 """
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -28,17 +28,15 @@ from utils.settings import Json
 
 PAGE = Path(__file__).parent / "browser_page"
 PER_FILE = 32  # features whose details are in one file: some 250 kB
-FILES_TOGETHER = 16  # whose examples are in memory at once
-# Columns of features.parquet that are no scores; what else holds numbers is one.
+FILES_TOGETHER = 16  # files whose examples are in memory at once
+# All other columns of numbers of features.parquet are scores.
 STATISTICS = ("frequency", "max_activation", "mean_activation", "top_subset_share")
 PLACES = ("umap_x", "umap_y")
 NO_SCORES = ("feature", "dead", "histogram_range", *STATISTICS, *PLACES)
-
-
-# What the numbers of the summary table mean.
-MEANINGS = {
+MEANINGS = {  # of the numbers of the summary table
     "Tokens analysed": "Tokens of {dataset} on which the features were counted.",
-    "Live features": "Features active at least once on these tokens, of the dictionary's size.",
+    "Live features": "Features active at least once on these tokens, and the size of the "
+    "dictionary.",
     "Dead latents": "The rest: directions that were learnt but never used here.",
     "L0": "Features active on a token, on average. Few are easier to understand than many.",
     "Variance explained": "How much of what distinguishes activations the features rebuild; FVU is "
@@ -62,11 +60,10 @@ def write_browser(
     pictures: dict[str, Path],
     shown: dict[str, list[int]],
 ) -> None:
-    """Write the browser of a catalogue; its ``index.html`` last: where it is, all is whole.
+    """Write the browser of a catalogue; ``index.html`` last, so that a page is always whole.
 
     Args:
-        folder: Where to; made if it is not there.
-        summary: Of the catalogue, with names for people; see `facts`.
+        summary: Of the catalogue, with names for people.
         pictures: Files by caption.
         shown: Feature numbers under ``"selected"`` and ``"random"``.
     """
@@ -95,7 +92,7 @@ def write_browser(
 def _write(folder: Path, name: str, content: Json) -> None:
     """A script that hands ``content`` to the page.
 
-    All but ASCII is escaped, and "<" too: no text can end a script, or depend on an encoding.
+    "<" and all that is not ASCII are escaped: no text can end a script, or depend on an encoding.
     """
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     path = folder / "data" / f"{name}.js"
@@ -103,7 +100,7 @@ def _write(folder: Path, name: str, content: Json) -> None:
 
 
 def _columns(features: pd.DataFrame) -> dict[str, Json]:
-    """What the page holds of every feature, a list a column."""
+    """The columns of all features that the page always holds."""
     subsets = features["top_subset"][features["top_subset_share"] >= 0.5].value_counts().index
     subsets = [*subsets, *sorted(set(features["top_subset"].dropna()) - set(subsets))]
     numbers = features.select_dtypes("number")
@@ -118,24 +115,18 @@ def _columns(features: pd.DataFrame) -> dict[str, Json]:
 
 
 def _rounded(values: ArrayLike, digits: int = 4) -> list[float | None]:
-    """Numbers to some significant digits; None where there is none."""
-    values = np.asarray(values, float)
-    finite = np.isfinite(values).tolist()
-    return [
-        float(f"{value:.{digits}g}") if is_finite else None
-        for value, is_finite in zip(values.tolist(), finite, strict=True)
-    ]
+    """Numbers to some significant digits; None for NaN."""
+    values = np.asarray(values, float).tolist()
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
 def _searched(features: pd.DataFrame) -> list[str]:
-    """The texts by which a feature is found, beside its label and number, a line each."""
-    texts = (
-        features["explanation"].fillna("") if "explanation" in features else [""] * len(features)
-    )
-    columns = (texts, features["peak_tokens"], features["promoted_tokens"])
+    """By feature, the texts that are searched besides its label and number, a line each."""
+    texts = features.get("explanation", pd.Series("", features.index)).fillna("")
+    columns = zip(texts, features["peak_tokens"], features["promoted_tokens"], strict=True)
     return [
         "\n".join([text, *_as_list(peaks), *_as_list(promoted)])
-        for text, peaks, promoted in zip(*columns, strict=True)
+        for text, peaks, promoted in columns
     ]
 
 
@@ -144,18 +135,18 @@ def _write_details(folder: Path, catalogue: Catalogue) -> None:
     together = PER_FILE * FILES_TOGETHER
     with tqdm(total=len(features), desc="browser", unit="feature", unit_scale=True) as progress:
         for start in range(0, len(features), together):
-            some = features.iloc[start : start + together]
-            examples = catalogue.examples_of(some["feature"].tolist())
+            batch = features.iloc[start : start + together]
+            examples = catalogue.examples_of(batch["feature"].tolist())
             groups = dict(list(examples.sort_values(["bucket", "rank"]).groupby("feature")))
-            details = [_details(row, groups.get(row.feature)) for row in some.itertuples()]
+            details = [_details(row, groups.get(row.feature)) for row in batch.itertuples()]
             for first in range(0, len(details), PER_FILE):
                 number = (start + first) // PER_FILE
                 _write(folder, f"{number:05d}", details[first : first + PER_FILE])
-            progress.update(len(some))
+            progress.update(len(batch))
 
 
 def _details(row: NamedTuple, examples: pd.DataFrame | None) -> dict[str, Json]:
-    """What the page shows of one feature beside its columns."""
+    """The details of one feature, besides its columns."""
     shown = [] if examples is None else examples.itertuples()
     return {
         "promoted": _as_list(row.promoted_tokens),
@@ -178,7 +169,7 @@ def _details(row: NamedTuple, examples: pd.DataFrame | None) -> dict[str, Json]:
 
 
 def _runs(example: NamedTuple) -> list[str | list]:
-    """An example's text: strings where the feature is silent, [token, activation] where it is not.
+    """An example's text: strings where the feature is silent, [token, activation] where active.
 
     The token at the peak has a third entry.
     """
@@ -204,18 +195,13 @@ def _as_list(values: object) -> list:
     return np.asarray(values).tolist() if isinstance(values, list | np.ndarray) else []
 
 
-def _held_out(summary: dict) -> str:
-    """The variance explained on tokens held out of training, where it was measured."""
-    if "held_out_fvu" not in summary:
-        return ""
-    return f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
-
-
 def facts(summary: dict[str, Json]) -> list[tuple[str, str, str]]:
-    """Rows of the summary table: a name, its value, what it means in plain words."""
+    """Rows of the summary table: a name, its value, its meaning in plain words."""
     losses, layer = summary["cross_entropy"], f"layer {summary['layer']}"
     excluded = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in summary["excluded"].items()]
-    explained = f"{1 - summary['fvu']:.1%}{_held_out(summary)}"
+    explained = f"{1 - summary['fvu']:.1%}"
+    if "held_out_fvu" in summary:
+        explained += f"; {1 - summary['held_out_fvu']:.1%} on tokens held out of training"
     values = {
         "Tokens analysed": f"{summary['n_tokens']:,}",
         "Live features": f"{summary['n_alive']:,} of {summary['n_latents']:,}",

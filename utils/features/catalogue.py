@@ -3,12 +3,13 @@
 features.parquet    a row a feature: statistics, label, promoted tokens, neighbours, place on a map
 examples.parquet    a row an example: tokens and activations around a feature's peak
 vocabulary.json     the text of every token, so that reading needs no tokenizer
-summary.json        what the analysis found as a whole, and what it was made from
+summary.json        results of the analysis as a whole, and the model and data it is of
 """
 
 import functools
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from utils import artifacts
 from utils.activations.store import ActivationStore
-from utils.artifacts import fingerprint, missing_stage, read_json, replacing, write_json
 from utils.features.examples import WINDOW, window_start
 from utils.features.labels import make_label
 from utils.settings import require
@@ -34,22 +35,22 @@ class Catalogue:
     """A finished analysis.
 
     Attributes:
-        features: A row a feature, indexed by its number; columns as `feature_table` makes them.
-        summary: What the analysis found as a whole, and what it was made from.
+        features: A row a feature, indexed by its number: `feature_table`, and the studies' columns.
+        summary: Results of the analysis as a whole, and the model and data it is of.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / SUMMARY_FILE).exists():
-            raise missing_stage(self.folder, "analysis", "analyze_features.py")
-        self.summary = read_json(self.folder / SUMMARY_FILE)
+            raise artifacts.missing_stage(self.folder, "analysis", "analyze_features.py")
+        self.summary = artifacts.read_json(self.folder / SUMMARY_FILE)
         self.features = pd.read_parquet(self.folder / FEATURES_FILE)
         self.features.index = self.features["feature"]
 
     @functools.cached_property
     def token_texts(self) -> np.ndarray:
         """The text of each token; the last one, for no token, is empty."""
-        return np.array([*read_json(self.folder / TOKEN_TEXTS_FILE), ""], dtype=object)
+        return np.array([*artifacts.read_json(self.folder / TOKEN_TEXTS_FILE), ""], dtype=object)
 
     def table(self, name: str, **options) -> pd.DataFrame:
         """A study's table; ``options`` are those of `pandas.read_csv`."""
@@ -71,8 +72,8 @@ class Catalogue:
         """
         path = Path(folder) / "autoencoder.keras"
         if not path.exists():
-            raise missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
-        analysed, present = self.summary["autoencoder_fingerprint"], fingerprint(path)
+            raise artifacts.missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
+        analysed, present = self.summary["autoencoder_fingerprint"], artifacts.fingerprint(path)
         require(
             analysed == present,
             f"{self.folder} must be of the autoencoder in {folder}; it is of {analysed}, not of "
@@ -82,12 +83,12 @@ class Catalogue:
         return path
 
     def search(self, words: str, n: int) -> pd.DataFrame:
-        """The features that best fit some words, with a column ``match``, best first.
+        """The features that best match some words, with a column ``match``, best first.
 
-        A feature fits by the share of its highest examples that peak at one of the words, half as
-        much by the share of the words that its label has, a tenth as much by the share that its
-        explanation has, and a little by the share of the tokens it promotes that are one. Dead
-        features never fit, nor those that fit a tenth as well as the best.
+        The share of a feature's highest examples that peak at one of the words, half the share of
+        the words that its label has, a tenth of the share that its explanation has, and a fifth of
+        the share of its promoted tokens that are one of the words, are summed. Dead features are
+        left out, and features that match at most a tenth as well as the best.
         """
         wanted = set(re.findall(r"\w+", words.lower()))
         alive = self.features[~self.features["dead"]]
@@ -103,23 +104,21 @@ class Catalogue:
     def propose(self, n: int) -> pd.DataFrame:
         """Features that stand out, strongest first: easy to name, and likely to steer well.
 
-        Those whose highest examples peak at whole words and that write them: by their output score,
-        where the analysis has it, else by the share of the words among the tokens they promote,
-        times their maximum. Neither rare nor everywhere.
+        They are neither rare nor everywhere, their highest examples peak at whole words, and they
+        write these: by their output score if there is one, else by the share of the words among
+        the tokens they promote, times their maximum.
         """
         features = self.features
         common = features[features["frequency"].between(5e-4, 2e-2)]
         common = common if len(common) else features[~features["dead"]]
         words = common["peak_tokens"].map(words_of)
-        at_peak = np.array(list(map(share_at, words, common.itertuples())), float)
+        at_peak = list(map(share_at, words, common["peak_tokens"], common["peak_shares"]))
         if "output_score" in common:
             writes = common["output_score"].clip(lower=0)
         else:
-            promoted = [
-                share_of(*pair) for pair in zip(words, common["promoted_tokens"], strict=True)
-            ]
+            promoted = list(map(share_of, words, common["promoted_tokens"]))
             writes = (0.05 + np.array(promoted, float)) * common["max_activation"]
-        return common.assign(match=at_peak * writes).nlargest(n, "match")
+        return common.assign(match=np.array(at_peak, float) * writes).nlargest(n, "match")
 
 
 def words_of(tokens: list[str]) -> set[str]:
@@ -138,11 +137,7 @@ def share_in(wanted: set[str], texts: pd.Series) -> np.ndarray:
 def summed_where(
     wanted: set[str], tokens: pd.Series, weights: pd.Series | None = None
 ) -> np.ndarray:
-    """Of lists of tokens, a list a feature, the weights of those that are a wanted word, summed.
-
-    Args:
-        weights: A number a token; each counts 1 if None.
-    """
+    """Of each list of tokens, the summed weights (1 if None) of those that are a wanted word."""
     if tokens.empty:
         return np.zeros(0)
     feature = np.repeat(np.arange(len(tokens)), tokens.map(len))
@@ -153,27 +148,22 @@ def summed_where(
     return np.bincount(feature, is_wanted, minlength=len(tokens))
 
 
-def share_of(wanted: set[str], tokens: list[str]) -> float:
-    """Share of ``tokens`` that are one of the wanted words."""
+def share_of(wanted: set[str], tokens: Sequence[str]) -> float:
+    """Share of ``tokens`` that are a wanted word."""
     return sum(token.strip().lower() in wanted for token in tokens) / max(1, len(tokens))
 
 
-def share_at(wanted: set[str], feature) -> float:
-    """Share of a feature's highest examples that peak at one of the wanted words."""
-    peaks = zip(feature.peak_tokens, feature.peak_shares, strict=True)
-    return sum(share for token, share in peaks if token.strip().lower() in wanted)
+def share_at(wanted: set[str], tokens: Sequence[str], shares: Sequence[float]) -> float:
+    """Summed ``shares`` of the ``tokens`` that are a wanted word."""
+    pairs = zip(tokens, shares, strict=True)
+    return sum(share for token, share in pairs if token.strip().lower() in wanted)
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
 def example_table(examples: dict[str, np.ndarray], store: ActivationStore) -> pyarrow.Table:
-    """A row an example, with the tokens and sources of its window.
-
-    Args:
-        examples: Of `FeaturePass.examples`.
-        store: The activations that were gone through.
-    """
+    """A row an example of `FeaturePass.examples`, with the tokens and sources of its window."""
     context, peak = examples["context"], examples["position"]
     starts = window_start(peak, store.context_length)
     tokens = store.windows("tokens", context, starts, WINDOW)
@@ -208,17 +198,20 @@ def feature_table(
     """A row a feature: `FeaturePass.statistics`, the tokens at its peaks, its label."""
     features = pd.DataFrame(statistics)
     features.insert(0, "feature", np.arange(len(features)))
-    features["peak_tokens"], features["peak_shares"] = _peak_tokens(
-        examples, len(features), token_texts
-    )
+    counts = _count_peak_tokens(examples, len(features), token_texts)
+    peaks = [count.most_common(N_PROMOTED) for count in counts]
+    features["peak_tokens"] = [[token for token, _ in pairs] for pairs in peaks]
+    features["peak_shares"] = [
+        [n / count.total() for _, n in pairs] for pairs, count in zip(peaks, counts, strict=True)
+    ]
     features["label"] = features["peak_tokens"].map(make_label)
     return features
 
 
-def _peak_tokens(
+def _count_peak_tokens(
     examples: pyarrow.Table, n_features: int, token_texts: list[str]
-) -> tuple[list[list[str]], list[list[float]]]:
-    """The tokens at the peaks of each feature's highest examples, commonest first, and shares."""
+) -> list[Counter]:
+    """How often each token is at the peak of a feature's highest examples, by feature."""
     top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
     feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
     tokens = top["tokens"].combine_chunks().flatten().to_numpy()
@@ -226,24 +219,17 @@ def _peak_tokens(
     counts = [Counter() for _ in range(n_features)]
     for number, token in zip(feature, at_peak, strict=True):
         counts[number][token_texts[token]] += 1
-    commonest = [count.most_common(N_PROMOTED) for count in counts]
-    return (
-        [[token for token, _ in pairs] for pairs in commonest],
-        [
-            [n / count.total() for _, n in pairs]
-            for pairs, count in zip(commonest, counts, strict=True)
-        ],
-    )
+    return counts
 
 
 def save_tables(folder: Path, examples: pyarrow.Table, token_texts: list[str]) -> None:
-    """Write the examples that a pass over the activations found, and the text of each token."""
-    with replacing(folder / EXAMPLES_FILE) as partial:
+    """Write the table of examples, and the text of each token."""
+    with artifacts.replacing(folder / EXAMPLES_FILE) as partial:
         pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
-    write_json(folder / TOKEN_TEXTS_FILE, token_texts)
+    artifacts.write_json(folder / TOKEN_TEXTS_FILE, token_texts)
 
 
 def save_features(path: Path, features: pd.DataFrame) -> None:
     """Write a table of features."""
-    with replacing(path) as partial:
+    with artifacts.replacing(path) as partial:
         features.to_parquet(partial, index=False)

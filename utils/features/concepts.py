@@ -1,4 +1,4 @@
-"""Concepts that are known beforehand: lists of single words of one sort.
+"""Known concepts: lists of single words of one kind.
 
 Reference: "Scaling Monosemanticity", Feature Completeness, which takes such lists from the web.
 """

@@ -16,7 +16,7 @@ WINDOW = 48  # tokens of an example
 WINDOW_BEFORE = 32  # of these, before the peak
 HALF_OCTAVES = 32  # bins of activation, 2^-8 to 2^8, that random examples are kept for
 PER_HALF_OCTAVE = 4
-AROUND = 12  # tokens to each side of a peak; examples that have them all alike are the same text
+AROUND = 12  # tokens to each side of a peak; examples that agree in all of them are the same text
 
 
 def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
@@ -27,8 +27,8 @@ def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
 class BestPerGroup:
     """Of a stream of entries, the ``size`` of highest priority in each group.
 
-    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``. Of a
-    group's entries with the same ``text``, where they have that, only the best is kept.
+    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``. If
+    they have a ``text``, only the best of a group's entries with the same one is kept.
     """
 
     def __init__(self, n_groups: int, size: int):
@@ -74,20 +74,16 @@ class BestPerGroup:
 
 
 def _first_of_each(*keys: np.ndarray) -> np.ndarray:
-    """The places, rising, at which combinations of keys occur for the first time."""
+    """The indices, rising, at which combinations of keys occur for the first time."""
     order = np.lexsort(keys)  # stable: of equal keys the first stays first
     changes = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
     return np.sort(order[np.r_[True, changes]]) if len(order) else order
 
 
 def text_around(tokens: np.ndarray) -> np.ndarray:
-    """A number for the `AROUND` tokens to each side of every position, alike for like texts.
+    """A hash of the `AROUND` tokens to each side of every position, uint64, of the tokens' shape.
 
-    Args:
-        tokens: Shape (contexts, context_length).
-
-    Returns:
-        Of that shape, uint64; what lies outside of the context counts as a token of its own.
+    ``tokens`` are of shape (contexts, context_length); positions outside count as a further token.
     """
     padded = np.pad(tokens.astype(np.int64) + 1, ((0, 0), (AROUND, AROUND))).astype(np.uint64)
     text = np.zeros(tokens.shape, np.uint64)
@@ -99,13 +95,9 @@ def text_around(tokens: np.ndarray) -> np.ndarray:
 def draw_examples(
     examples: pyarrow.Table, token_texts: list[str], n_features: int, seed: int
 ) -> pd.DataFrame:
-    """The examples of some living features, drawn at random, with their ``token_texts``.
+    """The examples, of `catalogue.example_table`, of ``n_features`` living features at random.
 
-    Args:
-        examples: Of `catalogue.example_table`.
-        token_texts: The text of each token.
-        n_features: How many to draw; all of them if there are fewer.
-        seed: Of the drawing.
+    All of them if there are fewer; with a column ``token_texts``.
     """
     alive = np.unique(examples["feature"].to_numpy())
     drawn = np.random.default_rng(seed).permutation(alive)[:n_features]
@@ -116,16 +108,16 @@ def draw_examples(
 
 
 def used_for_label(examples: pd.DataFrame) -> pd.Series:
-    """Every other of the highest, so that those scored are as active as those chosen from."""
+    """Every other one of the highest, so that the scored examples are as active."""
     return (examples["bucket"] == 0) & (examples["rank"] % 2 == 0)
 
 
 def unused_examples(examples: pd.DataFrame) -> pd.DataFrame:
-    """Examples that nothing was taken from, one a context.
+    """The examples that are not `used_for_label`, one a context.
 
-    The random ones may be among the highest too: a feature's examples are the peaks of contexts.
+    A random example may also be one of the highest: both are the peaks of contexts.
     """
-    source = used_for_label(examples).to_numpy()
-    places = pd.MultiIndex.from_frame(examples[["feature", "context"]])
-    others = examples[~source & ~places.isin(places[source])]
-    return others.drop_duplicates(["feature", "context"])
+    used = used_for_label(examples).to_numpy()
+    contexts = pd.MultiIndex.from_frame(examples[["feature", "context"]])
+    unused = examples[~used & ~contexts.isin(contexts[used])]
+    return unused.drop_duplicates(["feature", "context"])

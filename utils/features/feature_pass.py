@@ -1,9 +1,8 @@
-"""One streaming pass over the activations, and what it finds out about each feature.
+"""One streaming pass over the activations: statistics and examples of each feature.
 
-A feature's examples are kept, while streaming, by `BestPerGroup`: the
-highest of each feature, and a random few of each half octave of its activation, from which the
-evenly spaced buckets between the maximum and 0 are drawn at the end; `Histograms` counts how often
-a feature is how active. Memory is bounded by the number of features, not by the data.
+While streaming, `BestPerGroup` keeps the highest examples of each feature, and a random few of each
+half octave of its activation. From these, evenly spaced buckets between the maximum and 0 are drawn
+at the end. Memory is bounded by the number of features, not by the data.
 """
 
 from typing import Protocol
@@ -32,8 +31,8 @@ SMALLEST_RANGE = -16  # exponent of 2: histograms begin with bins from 0 to here
 class Histograms:
     """Of a stream of positive values in groups, a histogram of each group in equal bins from 0.
 
-    A group's bins reach to a power of two; where a value passes it, pairs of bins become one, so
-    that counts are exact whatever comes, and the maximum ends in the upper half of the bins.
+    A group's bins reach to a power of two. When a value passes it, pairs of bins are merged, so
+    that counts stay exact and the maximum lies in the upper half of the bins.
 
     Attributes:
         counts: Shape (n_groups, `N_BINS`).
@@ -62,7 +61,7 @@ class Histograms:
 
 
 class Encoder(Protocol):
-    """What a pass asks about rows of activations: a `FeatureEncoder`, or neurons in its place."""
+    """Gives the active features of rows of activations: a `FeatureEncoder`, or `TopNeurons`."""
 
     n_latents: int
 
@@ -72,10 +71,7 @@ class Encoder(Protocol):
 class FeaturePass:
     """The pass: statistics and examples of every feature, and the fidelity of the autoencoder.
 
-    Args:
-        encoder: Of an autoencoder of any kind.
-        store: The activations it was trained on.
-        seed: Chooses the random examples.
+    ``seed`` chooses the random examples.
     """
 
     def __init__(self, encoder: Encoder, store: ActivationStore, seed: int):
@@ -128,9 +124,9 @@ class FeaturePass:
         key = key[order]
         starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else order
         peaks = np.maximum.reduceat(activation, starts) if len(key) else activation
-        of_group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
-        is_peak = np.flatnonzero(activation == peaks[of_group])
-        peak_at = is_peak[np.unique(of_group[is_peak], return_index=True)[1]]
+        group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
+        is_peak = np.flatnonzero(activation == peaks[group])
+        first_peak = is_peak[np.unique(group[is_peak], return_index=True)[1]]
         np.maximum.at(self.maxima, feature[starts], peaks)
 
         octave = np.clip(2 * np.log2(np.maximum(peaks, 1e-9)) + HALF_OCTAVES / 2, 0, None)
@@ -140,22 +136,16 @@ class FeaturePass:
             "feature": feature[starts],
             "activation": peaks,
             "context": (first_context + context[starts]).astype(np.int32),
-            "position": position[peak_at].astype(np.int32),
+            "position": position[first_peak].astype(np.int32),
         }
-        texts = {"text": text[context[starts], position[peak_at]]}
-        for best, group, priority, further in (
-            (self.top, feature[starts], peaks, texts),
-            (self.sampled, bins, chance, {}),
-        ):
-            wanted = np.flatnonzero(best.wants(group, priority))
-            best.add(
-                {
-                    "group": group[wanted],
-                    "priority": priority[wanted],
-                    "window": self._windows(wanted, entries, starts, position, activation),
-                    **{name: values[wanted] for name, values in {**entries, **further}.items()},
-                }
-            )
+        top = {"group": feature[starts], "priority": peaks}
+        top["text"] = text[context[starts], position[first_peak]]
+        sampled = {"group": bins, "priority": chance}
+        for best, keys in ((self.top, top), (self.sampled, sampled)):
+            wanted = np.flatnonzero(best.wants(keys["group"], keys["priority"]))
+            columns = {name: values[wanted] for name, values in {**keys, **entries}.items()}
+            columns["window"] = self._windows(wanted, entries, starts, position, activation)
+            best.add(columns)
 
     def _windows(self, wanted, entries, starts, position, activation) -> np.ndarray:
         """Activations of some groups around their peaks, shape (groups, WINDOW), float16."""
@@ -170,10 +160,10 @@ class FeaturePass:
         windows[group[inside], offset[inside]] = activation[entry[inside]]
         return windows
 
-    # ---- what was found
+    # ---- results
 
     def subset_shares(self) -> dict[str, float]:
-        """Share of the tokens gone through that each corpus subset has."""
+        """Share of the analysed tokens by corpus subset."""
         shares = self.subset_tokens / max(1, self.subset_tokens.sum())
         return dict(zip(self.store.subset_names, shares.tolist(), strict=True))
 
@@ -211,8 +201,7 @@ class FeaturePass:
         sampled["group"] = sampled["feature"] * (N_BUCKETS + 1) + sampled["bucket"]
         chosen.add(sampled)
         sampled = chosen.best()
-        order = np.lexsort(
-            tuple(np.r_[top[name], sampled[name]] for name in ("rank", "bucket", "feature"))
-        )
         names = ("feature", "bucket", "rank", "activation", "context", "position", "window")
-        return {name: np.concatenate([top[name], sampled[name]])[order] for name in names}
+        columns = {name: np.concatenate([top[name], sampled[name]]) for name in names}
+        order = np.lexsort([columns[name] for name in ("rank", "bucket", "feature")])
+        return {name: values[order] for name, values in columns.items()}

@@ -1,4 +1,4 @@
-"""Where directions lie: the nearest to others, by cosine, and a map of them."""
+"""Geometry of directions: the nearest by cosine, and a map."""
 
 import numpy as np
 import torch
@@ -16,37 +16,35 @@ def nearest(directions: np.ndarray, queries: np.ndarray, n: int) -> tuple[np.nda
     Args:
         directions: Shape (n_directions, d_model), of any dictionary.
         queries: Shape (n_queries, d_model), of the same model and layer.
-        n: How many of each; all of them where there are fewer.
+        n: Neighbours of each; all directions if there are fewer.
 
     Returns:
         Indices into ``directions`` and cosines, both (n_queries, n), the nearest first.
     """
     device = pick_device()
-    rows, asked = (
+    rows, queries = (
         torch.nn.functional.normalize(torch.from_numpy(np.array(values, np.float32)))
         for values in (directions, queries)
     )
     rows = rows.to(device)
-    n = min(n, len(rows))
-    indices, cosines = np.empty((len(asked), n), np.int64), np.empty((len(asked), n), np.float32)
+    shape = len(queries), min(n, len(rows))
+    indices, cosines = np.empty(shape, np.int64), np.empty(shape, np.float32)
     per_block = max(1, PAIRS_TOGETHER // max(1, len(rows)))
-    with tqdm(total=len(asked), desc="neighbours", unit="feature", unit_scale=True) as progress:
-        for start in range(0, len(asked), per_block):
+    with tqdm(total=len(queries), desc="neighbours", unit="feature", unit_scale=True) as progress:
+        for start in range(0, len(queries), per_block):
             block = slice(start, start + per_block)
-            found = (asked[block].to(device) @ rows.T).topk(n)
-            indices[block], cosines[block] = found.indices.cpu(), found.values.cpu()
-            progress.update(len(found.indices))
+            best = (queries[block].to(device) @ rows.T).topk(shape[1])
+            indices[block], cosines[block] = best.indices.cpu(), best.values.cpu()
+            progress.update(len(best.indices))
     return indices, cosines
 
 
 def map_directions(
     directions: np.ndarray, alive: np.ndarray, seed: int, wanted: bool = True
 ) -> np.ndarray:
-    """UMAP of the decoder rows of living features, by cosine.
+    """UMAP of the decoder rows of living features, by cosine, shape (n_latents, 2).
 
-    Returns:
-        Shape (n_latents, 2); NaN for dead features, and for all if no map is ``wanted`` or there
-        are too few features to have neighbours.
+    NaN for dead features, and for all if no map is ``wanted`` or too few are alive.
     """
     places = np.full((len(directions), 2), np.nan)
     n_alive = int(alive.sum())
@@ -54,12 +52,7 @@ def map_directions(
         import umap  # compiles for seconds when imported
 
         print(f"Mapping {n_alive:,} features with UMAP.")
-        reducer = umap.UMAP(
-            metric="cosine",
-            n_neighbors=min(15, n_alive - 1),
-            min_dist=0.05,
-            random_state=seed,
-            n_jobs=1,
-        )
+        settings = {"metric": "cosine", "min_dist": 0.05, "random_state": seed, "n_jobs": 1}
+        reducer = umap.UMAP(n_neighbors=min(15, n_alive - 1), **settings)
         places[alive] = reducer.fit_transform(directions[alive])
     return places

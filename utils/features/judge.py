@@ -1,8 +1,8 @@
 """Judges: language models that are asked short questions about features.
 
-One that transformers loads, or one behind any endpoint that speaks OpenAI's chat completions. Each
-answer is kept in a file as it comes, so that a question is asked and paid for once; one that cannot
-be read is counted and left out.
+A judge is loaded with transformers, or is behind an endpoint of OpenAI's chat completions. Each
+answer is kept in a file as it comes, so that a question is asked and paid for once; an answer that
+cannot be read is counted and left out.
 """
 
 import hashlib
@@ -21,27 +21,16 @@ from dotenv import load_dotenv
 from tqdm import tqdm
 
 from utils.artifacts import append_record, read_log
-from utils.features.questions import (
-    GRADES_TOKENS,
-    LABEL_TOKENS,
-    TOGETHER,
-    Question,
-    grade_questions,
-    label_question,
-    marked_tokens,
-    read_grades,
-    read_label,
-    show,
-)
+from utils.features import questions
 from utils.language_model import LanguageModel, load_language_model
 from utils.settings import InputError, Json, require
-from utils.steering.generation import decode, generate_tokens, prompt_tokens
+from utils.steering import generation
 
 LOCAL_TOKENS = 8_192  # of prompts answered together by a local judge
 AT_ONCE = 8  # requests to an endpoint under way together
-RETRIES = 6  # of a request: after half a second, then ever longer, or as long as the server says
+RETRIES = 6  # of a request: after half a second, then ever longer, or when the server says
 SECONDS = 120  # to wait for one answer
-CHARACTERS = 4  # of a token of English, by rule of thumb
+CHARACTERS = 4  # in a token of English, by rule of thumb
 
 Parsed = TypeVar("Parsed")
 
@@ -52,7 +41,7 @@ class Judge(Protocol):
     name: str
 
     def ask(self, prompts: list[str], max_tokens: int) -> Iterator[tuple[int, str]]:
-        """Yield the place of a prompt and its answer, in whatever order they come."""
+        """Yield the index of a prompt and its answer, in any order."""
 
 
 class LocalJudge:
@@ -78,13 +67,14 @@ class LocalJudge:
 
     def ask(self, prompts: list[str], max_tokens: int) -> Iterator[tuple[int, str]]:
         judge = self._load()
-        asked = [prompt_tokens(judge, prompt, chat=True) for prompt in prompts]
-        waiting = sorted(range(len(asked)), key=lambda i: -asked[i].shape[1])
+        tokens = [generation.prompt_tokens(judge, prompt, chat=True) for prompt in prompts]
+        waiting = sorted(range(len(tokens)), key=lambda i: -tokens[i].shape[1])
         while waiting:
-            n = max(1, LOCAL_TOKENS // (asked[waiting[0]].shape[1] + max_tokens))
-            some, waiting = waiting[:n], waiting[n:]
-            answers = generate_tokens(judge, [asked[i] for i in some], max_tokens)
-            yield from ((i, decode(judge, answer)) for i, answer in zip(some, answers, strict=True))
+            n = max(1, LOCAL_TOKENS // (tokens[waiting[0]].shape[1] + max_tokens))
+            batch, waiting = waiting[:n], waiting[n:]
+            answers = generation.generate_tokens(judge, [tokens[i] for i in batch], max_tokens)
+            texts = (generation.decode(judge, answer) for answer in answers)
+            yield from zip(batch, texts, strict=True)
 
 
 class EndpointJudge:
@@ -106,13 +96,12 @@ class EndpointJudge:
     def ask(self, prompts: list[str], max_tokens: int) -> Iterator[tuple[int, str]]:
         """As `Judge.ask`; raises `InputError` if a request fails for good."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            asked = {
-                pool.submit(self._answer, prompt, max_tokens): place
-                for place, prompt in enumerate(prompts)
+            requests = {
+                pool.submit(self._answer, prompt, max_tokens): i for i, prompt in enumerate(prompts)
             }
             try:
-                for answer in as_completed(asked):
-                    yield asked[answer], answer.result()
+                for request in as_completed(requests):
+                    yield requests[request], request.result()
             except openai.APIError as error:
                 raise InputError(
                     f"The judge {self.name} failed: {str(error).replace(self._key, '***')}\n"
@@ -123,26 +112,25 @@ class EndpointJudge:
                 pool.shutdown(cancel_futures=True)
 
     def _answer(self, prompt: str, max_tokens: int) -> str:
-        done = self._client.chat.completions.create(
+        response = self._client.chat.completions.create(
             model=self._model,
             messages=[{"role": "user", "content": prompt}],
             max_tokens=max_tokens,
             temperature=0,
         )
-        return (done.choices[0].message.content or "") if done.choices else ""
+        return (response.choices[0].message.content or "") if response.choices else ""
 
 
 class Answers:
-    """What a judge answers, read from the file where it has been asked before.
+    """The answers of a judge, read from a file if it has been asked before.
 
     Args:
-        judge: Any judge.
         path: The file, a line of JSON an answer.
-        price: Of a million tokens in, and out; None if it is not known.
+        price: Of a million tokens in, and out, if known.
 
     Attributes:
-        asked: Number of questions of each sort, answered now or before.
-        unparsed: How many of their answers could not be read.
+        asked: Number of questions of each kind, answered now or before.
+        unparsed: Number of their answers that could not be read.
     """
 
     def __init__(self, judge: Judge, path: Path, price: tuple[float, float] | None = None):
@@ -150,10 +138,10 @@ class Answers:
         path.open("ab").close()
         records = read_log(path, ("key", "answer"))
         self._kept = {record["key"]: record["answer"] for record in records}
-        self.count_anew()
+        self.reset_counts()
 
-    def count_anew(self) -> None:
-        """Let the counts be those of the study that begins."""
+    def reset_counts(self) -> None:
+        """Begin the counts of a study."""
         self.asked, self.unparsed = Counter(), Counter()
 
     def _key(self, prompt: str, max_tokens: int) -> str:
@@ -161,76 +149,69 @@ class Answers:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def estimate(self, prompts: list[str], max_tokens: int) -> str:
-        """What asking these will take, in words."""
+        """The questions and tokens that asking these takes, and their price, in words."""
         new = {prompt for prompt in prompts if self._key(prompt, max_tokens) not in self._kept}
         read, written = sum(map(len, new)) / CHARACTERS, len(new) * max_tokens
         words = f"{len(new):,} questions to {self.judge.name}, {len(prompts) - len(new):,} answered"
         words += f" before; about {read:,.0f} tokens in, at most {written:,} out"
         if self.price:
-            words += (
-                f", {(read * self.price[0] + written * self.price[1]) / 1e6:.2f} by JUDGE_PRICE"
-            )
+            price = (read * self.price[0] + written * self.price[1]) / 1e6
+            words += f", {price:.2f} by JUDGE_PRICE"
         return words
 
     def ask(
         self,
-        what: str,
+        kind: str,
         prompts: list[str],
         max_tokens: int,
         parse: Callable[[str, str], Parsed | None],
     ) -> list[Parsed | None]:
-        """The answers as ``parse`` reads them, None where it cannot.
-
-        Args:
-            what: The sort of question, to count and show it by.
-            parse: Reads an answer to a prompt, which it is given too.
-        """
+        """Answers to questions of a kind, by ``parse(answer, prompt)``; None if it cannot."""
         new = {self._key(prompt, max_tokens): prompt for prompt in prompts}
         new = {key: prompt for key, prompt in new.items() if key not in self._kept}
         if new:
-            print(f"{what.capitalize()}: {self.estimate(prompts, max_tokens)}.")
+            print(f"{kind.capitalize()}: {self.estimate(prompts, max_tokens)}.")
             keys = list(new)
             answers = self.judge.ask(list(new.values()), max_tokens)
-            for place, answer in tqdm(answers, what, total=len(new), unit="answer"):
-                key = keys[place]
+            for i, answer in tqdm(answers, kind, total=len(new), unit="answer"):
+                key = keys[i]
                 append_record(self.path, {"key": key, "prompt": new[key], "answer": answer})
                 self._kept[key] = answer
         kept = (self._kept[self._key(prompt, max_tokens)] for prompt in prompts)
         parsed = list(map(parse, kept, prompts))
-        self.asked[what] += len(parsed)
+        self.asked[kind] += len(parsed)
         unparsed = sum(answer is None for answer in parsed)
-        self.unparsed[what] += unparsed
+        self.unparsed[kind] += unparsed
         if unparsed:
             print(f"{unparsed:,} of {len(parsed):,} answers cannot be read and are left out.")
         return parsed
 
     def summary(self) -> dict[str, Json]:
-        """Which judge, and by sort of question how many were asked and could not be read."""
-        return {
-            "judge": self.judge.name,
-            "asked": dict(self.asked),
-            "unparsed": dict(self.unparsed),
-        }
+        """The judge's name, and by kind of question how many were asked and could not be read."""
+        counts = {"asked": dict(self.asked), "unparsed": dict(self.unparsed)}
+        return {"judge": self.judge.name, **counts}
 
 
 def ask_labels(examples: pd.DataFrame, answers: Answers) -> dict[int, str]:
     """A phrase for each feature of some examples (``feature, token_texts, activations``).
 
-    None for those whose answer cannot be read.
+    Features whose answer cannot be read are left out.
     """
     prompts = {}
     for feature, group in examples.groupby("feature"):
-        marks = [marked_tokens(np.asarray(values)) for values in group["activations"]]
-        texts = map(show, group["token_texts"], marks)
-        prompts[int(feature)] = label_question(list(texts))
-    labels = answers.ask(
-        "labels", list(prompts.values()), LABEL_TOKENS, lambda answer, _: read_label(answer)
-    )
+        marks = [questions.marked_tokens(np.asarray(values)) for values in group["activations"]]
+        texts = map(questions.show, group["token_texts"], marks)
+        prompts[int(feature)] = questions.label_question(list(texts))
+
+    def parse(answer, _prompt):
+        return questions.read_label(answer)
+
+    labels = answers.ask("labels", list(prompts.values()), questions.LABEL_TOKENS, parse)
     return {f: label for f, label in zip(prompts, labels, strict=True) if label is not None}
 
 
 def ask_grades(
-    question: Question,
+    question: questions.Question,
     features: pd.Series,
     labels: dict[int, str],
     shown: Sequence[str],
@@ -239,34 +220,32 @@ def ask_grades(
     """A grade for each text; NaN where an answer cannot be read.
 
     Args:
-        question: Asked on some texts of one feature at a time.
-        features: Whose text each is.
-        labels: What each feature is described as; one without is not asked about.
+        features: The feature of each text.
+        labels: The description of each feature; one without is not asked about.
         shown: The texts.
     """
-    prompts, places = [], []
-    for feature, numbers in pd.Series(range(len(shown))).groupby(features.to_numpy()):
+    prompts, batches = [], []
+    for feature, rows in pd.Series(range(len(shown))).groupby(features.to_numpy()):
         if feature in labels:
-            numbers = numbers.to_numpy()
-            prompts += grade_questions(question, labels[feature], [shown[i] for i in numbers])
-            starts = range(0, len(numbers), TOGETHER)
-            places += [numbers[start : start + TOGETHER] for start in starts]
+            texts = [shown[i] for i in rows]
+            prompts += questions.grade_questions(question, labels[feature], texts)
+            starts = range(0, len(rows), questions.TOGETHER)
+            batches += [rows.to_numpy()[start : start + questions.TOGETHER] for start in starts]
+    sizes = dict(zip(prompts, map(len, batches), strict=True))
+
+    def parse(answer, prompt):
+        return questions.read_grades(answer, sizes[prompt], question.highest)
+
     grades = np.full(len(shown), np.nan)
-    sizes = dict(zip(prompts, map(len, places), strict=True))
-    read = answers.ask(
-        question.name,
-        prompts,
-        GRADES_TOKENS,
-        lambda answer, prompt: read_grades(answer, sizes[prompt], question.highest),
-    )
-    for some, given in zip(places, read, strict=True):
-        if given is not None:
-            grades[some] = given
+    results = answers.ask(question.name, prompts, questions.GRADES_TOKENS, parse)
+    for batch, result in zip(batches, results, strict=True):
+        if result is not None:
+            grades[batch] = result
     return grades
 
 
 class JudgeSettings(Protocol):
-    """Which judge, of the settings of analyze_features.py."""
+    """The settings of analyze_features.py that name a judge."""
 
     judge: str | None
     judge_url: str | None
@@ -274,12 +253,9 @@ class JudgeSettings(Protocol):
 
 
 def open_judge(settings: JudgeSettings, folder: Path) -> Answers | None:
-    """The judge that ``judge``, ``judge_url`` and ``judge_price`` of the settings name, if any."""
+    """The judge that the settings name, if any."""
     if settings.judge is None:
         return None
-    judge = (
-        EndpointJudge(settings.judge_url, settings.judge)
-        if settings.judge_url
-        else LocalJudge(settings.judge)
-    )
+    url, name = settings.judge_url, settings.judge
+    judge = EndpointJudge(url, name) if url else LocalJudge(name)
     return Answers(judge, folder / "judge.jsonl", settings.judge_price)

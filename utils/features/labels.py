@@ -1,8 +1,8 @@
-"""What a feature is about, told without a language model.
+"""The meaning of a feature in words, without a language model.
 
 Its label is the tokens at the peaks of its highest examples. Its explanation is a phrase: the words
-at these peaks, the list or the kind of text that they belong to, and words commoner around them
-than elsewhere.
+at these peaks, the list or the kind of text that holds most of them, and words commoner around
+them than elsewhere.
 """
 
 from collections import Counter
@@ -15,20 +15,17 @@ import pandas as pd
 from utils.features.concepts import CONCEPTS
 from utils.features.examples import used_for_label
 
-SHARE = 0.5  # of these examples, that a list or a kind of text must hold to be the concept
-COMMON = 0.3  # a word is of the concept if so large a share of these examples peak at it
+SHARE = 0.5  # of the highest examples, that a list or a kind of text must hold to be the concept
+COMMON = 0.3  # of them, that must peak at a word for it to belong to the concept
 LISTED = {name: {word.lower() for word in words} for name, words in CONCEPTS.items()}
-NEAR, LIFT = 0.3, 5.0  # of the examples a word must be in, and how much commoner than elsewhere
-N_WORDS = 3  # shown of each sort
+NEAR, LIFT = 0.3, 5.0  # share of the examples with a word, and how many times that elsewhere
+N_WORDS = 3  # shown of each kind
 SIGNS = {"'\\n'": "↵", "' '": "␣", "'\\n\\n'": "↵↵", "'\\t'": "⇥"}
 BESIDE = 4  # tokens to each side of a peak that its word is looked for in
 
 
 def make_label(peak_tokens: list[str], n_words: int = 3) -> str:
-    """The commonest peak tokens in words: a name to know a feature by until it has a better one.
-
-    A word in capitals and not is one.
-    """
+    """The commonest peak tokens as a provisional name; words that differ in case count as one."""
     names: dict[str, str] = {}
     for token in peak_tokens:
         name = token.strip() or ("↵" if "\n" in token else "␣")
@@ -45,11 +42,7 @@ class Concept(NamedTuple):
 
 
 def word_at(token_texts: Sequence[str], place: int) -> str:
-    """The whole word that holds the token at ``place``, in lower case; what is no word, as it is.
-
-    Args:
-        token_texts: Texts of the tokens around it.
-    """
+    """The word in lower case that the token at ``place`` is part of; signs stay as they are."""
     if not token_texts[place].strip().isalnum():
         return token_texts[place].strip().lower() or repr(token_texts[place])
     first, last = place, place
@@ -68,8 +61,7 @@ def _is_one_word(left: str, right: str) -> bool:
 def find_concept(examples: pd.DataFrame, subset_shares: dict[str, float]) -> Concept:
     """The concept of examples, with columns ``word`` and ``subset``.
 
-    Args:
-        subset_shares: Share of each subset in all text, for a subset must be twice as common here.
+    A subset is part of it only if it is twice as common here as in all text, ``subset_shares``.
     """
     n = max(1, len(examples))
     counts = Counter(examples["word"])
@@ -86,7 +78,7 @@ def find_concept(examples: pd.DataFrame, subset_shares: dict[str, float]) -> Con
 
 
 class Explanation(NamedTuple):
-    """A phrase and what it is made of."""
+    """A phrase, the concept and the words around the peaks that it is made of."""
 
     concept: Concept
     around: frozenset[str]
@@ -96,11 +88,7 @@ class Explanation(NamedTuple):
 def explain(
     examples: pd.DataFrame, token_texts: list[str], subset_shares: dict[str, float]
 ) -> dict[int, Explanation]:
-    """The explanation of each feature that has examples to take it from.
-
-    Args:
-        examples: Columns as of `catalogue.example_table`.
-    """
+    """The explanation of each feature that has highest examples, of `catalogue.example_table`."""
     examples = examples[used_for_label(examples)]
     words = [
         _peak_word(token_texts, tokens, peak)
@@ -124,14 +112,14 @@ def explain(
 
 def _peak_word(token_texts: list[str], tokens: np.ndarray, peak: int) -> str:
     start = max(0, peak - BESIDE)
-    some = [token_texts[token] if token >= 0 else "" for token in tokens[start : peak + BESIDE + 1]]
-    return word_at(some, peak - start)
+    nearby = tokens[start : peak + BESIDE + 1]
+    return word_at([token_texts[i] if i >= 0 else "" for i in nearby], peak - start)
 
 
 def words_around(examples: pd.DataFrame, token_texts: list[str]) -> dict[int, list[str]]:
-    """Of each feature, words that its examples have and others lack, the most telling first.
+    """Of each feature, words that set its examples apart, the most telling first.
 
-    A word is in a share `NEAR` of them, and in `LIFT` times as large a share as of all examples.
+    They are in a share `NEAR` of these, and in `LIFT` times as large a share as of all examples.
     """
     is_word = np.array(
         [text[:1] == " " and len(text) > 4 and text[1:].isalpha() for text in [*token_texts, ""]]

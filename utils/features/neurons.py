@@ -1,6 +1,6 @@
 """Neurons of the model's MLPs, and neurons in the place of features.
 
-A neuron is an entry of what an MLP's last product takes in: act(gate) · up in a LLaMA.
+A neuron is an entry of the input to an MLP's last matrix: act(gate) · up in a LLaMA.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
 
 @contextlib.contextmanager
 def neurons_of(language_model: LanguageModel, n_blocks: int) -> Iterator[list[torch.Tensor]]:
-    """While open, a list of the neurons of the first blocks: (batch, context, d_mlp) each.
+    """While open, a list of the first blocks' neurons in the last forward pass, in order of block.
 
-    It holds those of the last forward pass, in order of block.
+    The neurons of each are of shape (batch, context, d_mlp).
     """
     neurons: list[torch.Tensor] = []
 
@@ -56,27 +56,26 @@ def neuron_values(
     chosen: np.ndarray,
     k: int,
 ) -> np.ndarray:
-    """Some neurons of the block ``store.layer`` where they are among the ``k`` largest of a token.
+    """Chosen neurons of the block ``store.layer``, (contexts, context_length, neurons), float16.
 
-    Returns:
-        Shape (contexts, context_length, neurons), float16; 0 elsewhere, and where negative.
+    They are 0 where negative, or not among the block's ``k`` largest on the token.
     """
     values = []
     with neurons_of(language_model, store.layer + 1) as neurons:
         for batch in store.batches(contexts, N_TOGETHER, "neurons"):
             residual_at(language_model, torch.from_numpy(batch.tokens), store.layer)
             block = neurons[-1].float()
-            least = block.topk(k, dim=-1).values[..., -1:]
-            largest = torch.where(block >= least, block.clamp_min(0), 0)[..., chosen]
+            smallest = block.topk(k, dim=-1).values[..., -1:]
+            largest = torch.where(block >= smallest, block.clamp_min(0), 0)[..., chosen]
             values.append(largest.clamp_max(6e4).cpu().numpy().astype(np.float16))
     return np.concatenate(values)
 
 
 class NeuronStore(ActivationStore):
-    """Activations whose rows are neurons, for a pass that else reads the residual stream.
+    """Activations whose rows are neurons, for a pass in place of the residual stream.
 
     Args:
-        store: Where the tokens and their sources are.
+        store: Holds the tokens and their sources.
         values: Of its first contexts, shape (contexts, context_length, neurons).
     """
 
@@ -90,7 +89,7 @@ class NeuronStore(ActivationStore):
 
 
 class TopNeurons:
-    """Neurons as features of a `NeuronStore`: each active where its value is positive."""
+    """Neurons of a `NeuronStore` as features: each is active where its value is positive."""
 
     def __init__(self, n_neurons: int):
         self.n_latents = n_neurons

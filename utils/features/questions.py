@@ -1,6 +1,6 @@
-"""What a judge is asked about a feature, and how its answers are read.
+"""Questions to a judge about a feature, and how its answers are read.
 
-A feature is active on tokens of an example; these are shown between << and >>.
+The tokens of an example that the feature is active on are shown between << and >>.
 
 References: EleutherAI's delphi (Paulo et al. 2024) for labels, detection and fuzzing; "Scaling
 Monosemanticity", Specificity, for the rubric.
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOGETHER = 5  # examples a question, as in delphi: more of them, and answers lose count
+TOGETHER = 5  # examples a question, as in delphi: with more, answers lose count
 LABEL_TOKENS = 40  # of an answer
 GRADES_TOKENS = 24
-MARKED = 0.3  # of the strongest activation in an example, that a token needs to be marked
+MARKED = 0.3  # share of an example's strongest activation from which a token is marked
 
 LABEL = """\
 Below are texts that one feature of a language model is active on, strongest between << and >>.
@@ -26,20 +26,14 @@ in common, as specifically as you can. Answer with the phrase alone.
 
 
 class Question(NamedTuple):
-    """A question on some texts of a feature, answered by a grade for each.
+    """A question on some texts of a feature, answered by a grade for each."""
 
-    Attributes:
-        name: To count and show it by.
-        text: With places for ``label``, ``texts``, their number ``n``, and ``such``, an answer.
-        highest: The largest grade; 0 is the smallest.
-    """
-
-    name: str
-    text: str
-    highest: int
+    name: str  # the kind of question
+    text: str  # a template for `label`, `texts`, their number `n`, and an answer as an `example`
+    highest: int  # the largest grade; 0 is the smallest
 
 
-# What to answer comes last: small judges forget it behind texts.
+# The form of the answer comes last: small judges forget it if texts follow.
 DETECTION = Question(
     "detection",
     """\
@@ -48,7 +42,7 @@ A feature of a language model is described as: {label}
 {texts}
 
 For each of these {n} texts, is the feature active somewhere in it? Answer with a list of {n} \
-numbers, 1 for yes and 0 for no, and nothing else, such as {such}.""",
+numbers, 1 for yes and 0 for no, and nothing else, such as {example}.""",
     1,
 )
 
@@ -61,7 +55,7 @@ A feature of a language model is described as: {label}
 
 In each of these {n} texts some tokens are marked by << and >>. Are the marked tokens the ones the \
 feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and nothing else, \
-such as {such}.""",
+such as {example}.""",
     1,
 )
 
@@ -78,7 +72,7 @@ well does the description fit?
 1: it is related to the text, but not near the marked tokens, or only vaguely
 2: it is related to the text near the marked tokens, or loosely to these
 3: it clearly describes the marked tokens
-Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {such}.""",
+Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {example}.""",
     3,
 )
 
@@ -107,7 +101,7 @@ def label_question(texts: Sequence[str]) -> str:
 
 
 def read_label(answer: str) -> str | None:
-    """A phrase of at most 200 characters; None if there is nothing but signs."""
+    """A phrase of at most 200 characters; None if there are no letters or digits."""
     lines = [line.strip(" \t\"'*.“”") for line in answer.splitlines()]
     line = next((line for line in lines if re.search(r"\w", line)), None)
     return line[:200] if line else None
@@ -116,9 +110,10 @@ def read_label(answer: str) -> str | None:
 def grade_questions(question: Question, label: str, texts: Sequence[str]) -> Iterator[str]:
     """A question on every `TOGETHER` of the texts."""
     for start in range(0, len(texts), TOGETHER):
-        some = texts[start : start + TOGETHER]
-        such = [place % 2 for place in range(len(some))]
-        yield question.text.format(label=label, n=len(some), texts=_numbered(some), such=such)
+        batch = texts[start : start + TOGETHER]
+        values = {"n": len(batch), "texts": _numbered(batch)}
+        values["example"] = [place % 2 for place in range(len(batch))]
+        yield question.text.format(label=label, **values)
 
 
 def read_grades(answer: str, n: int, highest: int) -> list[int] | None:

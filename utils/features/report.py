@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
@@ -13,14 +12,15 @@ from utils.features import studies
 from utils.features.browser import write_browser
 from utils.features.catalogue import Catalogue
 
-N_RANDOM = 10  # drawn at random, so that nobody has to take the chosen ones' word for it
+N_RANDOM = 10  # features drawn at random, shown beside the selected ones for a fair impression
 
 
 def make_report(folder: Path, n_selected: int, seed: int) -> None:
     """Draw the pictures of a saved catalogue and write its browser, the last files of a run."""
     catalogue = Catalogue(folder)
+    alive = catalogue.features["feature"][~catalogue.features["dead"]].to_numpy(copy=True)
     shown = {
-        "random": draw_random(catalogue.features, seed),
+        "random": sorted(np.random.default_rng(seed).permutation(alive)[:N_RANDOM].tolist()),
         "selected": catalogue.propose(n_selected)["feature"].tolist(),
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
@@ -28,22 +28,15 @@ def make_report(folder: Path, n_selected: int, seed: int) -> None:
     write_browser(folder / "browser", catalogue, summary, draw_pictures(catalogue), shown)
 
 
-def draw_random(features: pd.DataFrame, seed: int) -> list[int]:
-    """Living features drawn at random, all alike."""
-    alive = features[~features["dead"]]["feature"].to_numpy(copy=True)
-    drawn = np.random.default_rng(seed).permutation(alive)[:N_RANDOM]
-    return sorted(drawn.tolist())
-
-
 def draw_pictures(catalogue: Catalogue) -> dict[str, Path]:
     """Draw every picture into the catalogue's folder; returns their paths by caption."""
-    first, *others = (
+    first, *rest = (
         name
         for name in (*studies.ALWAYS, *studies.NAMES)
         if name in studies.ALWAYS or catalogue.summary.get(name)
     )
     pictures = studies.load(first).draw(catalogue) | draw_pass(catalogue)
-    for name in others:
+    for name in rest:
         pictures |= studies.load(name).draw(catalogue)
     return pictures
 

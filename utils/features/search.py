@@ -1,7 +1,7 @@
-"""Searching a finished analysis for features: by words, by likeness, by what is active on prompts.
+"""Searching a finished analysis for features: by words, by similarity, by activity on prompts.
 
-Words and likeness need the tables alone. Prompts are run through the language model up to the
-layer, so that torch, model and autoencoder are loaded then, and only then.
+Words and similarity need only the tables. Prompts run through the language model up to the layer;
+torch, model and autoencoder are loaded for them alone.
 
 Reference: "Scaling Monosemanticity", Searching for Features.
 """
@@ -19,7 +19,7 @@ from utils.terminal import mark_peak, one_line
 
 
 class SearchSettings(Protocol):
-    """What to search for, of the settings of analyze_features.py."""
+    """The settings of analyze_features.py that a search reads."""
 
     analysis_dir: str
     autoencoder_dir: str
@@ -33,11 +33,7 @@ class SearchSettings(Protocol):
 
 
 def search(settings: SearchSettings) -> tuple[Catalogue, pd.DataFrame]:
-    """Search a finished analysis as the settings ask.
-
-    Returns:
-        The catalogue, and a row a matching feature, its columns and ``match``, best first.
-    """
+    """The catalogue, and its features that match the settings, with ``match``, best first."""
     catalogue = Catalogue(settings.analysis_dir)
     if settings.search is not None:
         return catalogue, catalogue.search(settings.search, settings.n_found)
@@ -69,13 +65,10 @@ def find_like(catalogue: Catalogue, feature: int, n: int) -> pd.DataFrame:
 
 
 def by_presence(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Mean over the positive prompts of what is active in all of these and in no negative one.
+    """Mean over the positive prompts, if active in all of these and in no negative one, else 0.
 
     Args:
-        positive, negative: Activations, shape (prompts, n_latents).
-
-    Returns:
-        Shape (n_latents,), 0 for all other features.
+        positive, negative: Feature activations, shape (prompts, n_latents).
     """
     wanted = (positive > 0).all(axis=0) & ~(negative > 0).any(axis=0)
     return positive.mean(axis=0) * wanted
@@ -84,7 +77,7 @@ def by_presence(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def by_classifier(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """Weights of a sparse linear classifier that tells positive prompts from negative ones.
 
-    Activations count as shares of a feature's largest here, or frequent ones would win by size.
+    Each feature's activations are divided by their largest, or strong features would win by size.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -98,14 +91,11 @@ def by_classifier(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def pool_prompts(
     catalogue: Catalogue, path: Path, prompts: Sequence[str], token: str | None
 ) -> np.ndarray:
-    """How active every feature is on prompts: its mean over them, or at one token.
+    """Feature activations (prompts, n_latents): means over each prompt, or those at one token.
 
     Args:
         path: Of the autoencoder.
-        token: The last token of each prompt whose text this is, spaces aside; None for the mean.
-
-    Returns:
-        Activations, shape (prompts, n_latents).
+        token: Text of the token, spaces aside, of which the last is taken; None for the mean.
 
     Raises:
         InputError: A prompt has no such token.
@@ -126,13 +116,13 @@ def pool_prompts(
         counted = model.trained_positions(tokens[0], residual).cpu()
         if token is not None:
             texts = [model.language_model.tokenizer.decode([number]) for number in tokens[0]]
-            at = [i for i, text in enumerate(texts) if text.strip() == token.strip()]
+            matches = [i for i, text in enumerate(texts) if text.strip() == token.strip()]
             require(
-                bool(at) and bool(counted[at[-1]]),
+                bool(matches) and bool(counted[matches[-1]]),
                 "SEARCH_TOKEN must be a token of each prompt, and neither BOS nor a norm outlier; "
                 f"{token!r} is not among {texts[1:]}.",
             )
-            counted = counted & (torch.arange(len(counted)) == at[-1])
+            counted = counted & (torch.arange(len(counted)) == matches[-1])
         pooled.append(model.encode(residual[counted]).cpu().mean(dim=0).numpy())
     return np.nan_to_num(np.stack(pooled))
 
@@ -143,7 +133,7 @@ def pool_prompts(
 def choose_features(
     catalogue: Catalogue, named: Sequence[int | str], n_proposals: int, width: int
 ) -> list[int]:
-    """The features that FEATURE names; prints them, or the candidates each is the first of.
+    """The features that FEATURE names; prints them, or all candidates if it names a word or none.
 
     Raises:
         InputError: One is out of range or dead, or no feature goes by a word.
@@ -204,7 +194,7 @@ def show_feature(catalogue: Catalogue, feature: int, width: int, n_examples: int
 
 
 def in_words(row: Mapping) -> str:
-    """What a feature, a row of their table, is about and how often it fires, as a sentence."""
+    """A sentence on a row of the table of features: its meaning, and how often it fires."""
     about = row.get("explanation") or row["label"]
     words = f"feature {row['feature']}, {one_line(str(about))}, "
     words += f"fires on {100 * row['frequency']:.2g}% of tokens"
@@ -213,11 +203,7 @@ def in_words(row: Mapping) -> str:
 
 
 def show_matches(catalogue: Catalogue, matches: pd.DataFrame, width: int) -> str:
-    """The features of a search, two lines each: what it is in words, and its top example.
-
-    Args:
-        matches: Of `search`.
-    """
+    """The features of a `search`, two lines each: a description, and the top example."""
     examples = catalogue.examples_of(matches["feature"].tolist())
     top = examples[(examples["bucket"] == 0) & (examples["rank"] == 0)].set_index("feature")
     lines = []

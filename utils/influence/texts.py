@@ -33,9 +33,9 @@ from utils.artifacts import append_record
 from utils.features.catalogue import Catalogue, words_of
 from utils.influence.generations import WritingSettings, key, read_records
 from utils.settings import Json
+from utils.steering import generation
 from utils.steering.clamps import Clamp, change_by, changed
 from utils.steering.feature_model import FeatureModel
-from utils.steering.generation import decode, generate_tokens, prompt_tokens
 
 METHODS = ("untouched", "reconstruction", "feature", "mean difference", "random")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -111,9 +111,9 @@ class Writer:
             change, where: As for `changed`.
         """
         language_model, settings = self.model.language_model, self.settings
-        tokens = [prompt_tokens(language_model, prompt, chat) for prompt in prompts]
+        tokens = [generation.prompt_tokens(language_model, prompt, chat) for prompt in prompts]
         with changed(self.model, change, where):
-            texts = generate_tokens(
+            texts = generation.generate_tokens(
                 language_model,
                 tokens,
                 settings.max_new_tokens,
@@ -124,7 +124,7 @@ class Writer:
         wanted = words_of(self.catalogue.features.loc[feature, "peak_tokens"])
         records = []
         for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
-            record = {"text": decode(language_model, text)}
+            record = {"text": generation.decode(language_model, text)}
             record["concept"] = activation / self.maximum(feature)
             record["words"] = share_of_words(record["text"], wanted)
             record["perplexity"] = perplexity

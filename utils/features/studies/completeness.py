@@ -1,13 +1,12 @@
-"""Completeness: of the concepts of a list, for which is there a feature, and how does that depend
-on how often they are spoken of?
+"""Completeness: which words of lists of concepts have a feature, and how frequent are these?
 
-A word is covered if some feature finds it: with r the share of its occurrences on which the feature
-is active, and p the share of the feature's activation that is on them, F1 = 2 r p / (r + p) is at
-least `COVERED`. The share of words that are covered is a sigmoid of the logarithm of their
-frequency.
+A feature's recall r of a word is the share of the word's occurrences on which the feature is
+active, its precision p the share of the feature's activation that is on them. A word is covered if
+some feature has F1 = 2 r p / (r + p) of at least `COVERED`. The share of words that are covered is
+a sigmoid of the logarithm of their frequency.
 
-Reference: "Scaling Monosemanticity", Feature Completeness, where a feature's examples are looked
-through for the concept, and the sigmoids of dictionaries of several sizes fall on one another once
+Reference: "Scaling Monosemanticity", Feature Completeness, which searches a feature's examples for
+the concept. There the sigmoids of dictionaries of several sizes fall on one another once
 frequencies are multiplied by the number of living features.
 """
 
@@ -31,25 +30,22 @@ from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
 COVERED = 0.5
-LEAST = 5  # occurrences of a word, below which what is found may be chance
+LEAST = 5  # occurrences of a word; a feature that fits fewer may fit by chance
 SHORTEST = 3  # letters
 WORD = re.compile(rf"(?<!\w)[^\W\d_]{{{SHORTEST},}}(?!\w)")
 N_DRAWN = 40  # words that are in no list, of each quarter decade of frequency
 OTHER = "other words"
-CAPTION = "Which words have a feature?"
-TOGETHER = 65_536  # tokens whose words are sought together
+TOGETHER = 65_536  # tokens whose words are searched together
 N_DRAWS = 200  # of the words, for the interval of a fit
 
 
 class Occurrences(NamedTuple):
-    """Where words are: ``words`` (n_words,) and ``listed`` (n_words,), the list that one is of;
-    ``word_of`` (n_occurrences,), a number each, or −1; ``at`` (n_contexts, context_length), the
-    occurrence that a token is part of, or −1."""
+    """Where words occur."""
 
-    words: np.ndarray
-    listed: np.ndarray
-    word_of: np.ndarray
-    at: np.ndarray
+    words: np.ndarray  # (n_words,)
+    listed: np.ndarray  # (n_words,), the name of the list that holds the word
+    word_of: np.ndarray  # (n_occurrences,), the index of its word, or −1
+    at: np.ndarray  # (n_contexts, context_length), the occurrence a token is part of, or −1
 
 
 def find_occurrences(
@@ -57,12 +53,8 @@ def find_occurrences(
 ) -> Occurrences:
     """Where the words of the lists are, and other words, drawn evenly over log frequency.
 
-    A word stands alone, in upper or lower case, has `SHORTEST` letters or more and is there `LEAST`
-    times. The lists' own are nearly all rare.
-
-    Args:
-        token_texts: The text of each token.
-        seed: Of the drawing.
+    A word stands alone, in upper or lower case, has `SHORTEST` letters or more and occurs `LEAST`
+    times. Other words are added since those of the lists are nearly all rare.
     """
     numbers: dict[str, int] = {}
     text, word_of = np.array(token_texts, dtype=object), []
@@ -85,11 +77,10 @@ def find_occurrences(
 
 
 def _choose(counts: np.ndarray, listed: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers of the listed words that occur often enough, and of as many drawn in each quarter
-    decade of frequency."""
+    """Indices of frequent enough listed words, and of others drawn by quarter decade of count."""
     decade = (4 * np.log10(np.maximum(counts, 1))).astype(int)
     shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(~listed & (counts >= LEAST)))
-    drawn = [shuffled[decade[shuffled] == part][:N_DRAWN] for part in np.unique(decade)]
+    drawn = [shuffled[decade[shuffled] == quarter][:N_DRAWN] for quarter in np.unique(decade)]
     return np.sort(np.concatenate([np.flatnonzero(listed & (counts >= LEAST)), *drawn]))
 
 
@@ -100,21 +91,18 @@ def find_features(
     occurrences: Occurrences,
     batch_size: int,
 ) -> tuple[pd.DataFrame, int]:
-    """For each word the feature that finds it best.
+    """For each word of ``occurrences``, in the same contexts, the feature of the highest F1.
 
     Memory is 8 bytes for each pair of a word and a feature, whatever the number of tokens.
 
-    Args:
-        occurrences: Of the same contexts.
-
     Returns:
-        A row a word: ``word``, ``list``, ``n``, how often it is there; ``feature``, −1 for none,
-        ``recall`` r, ``precision`` p, ``f1``; ``covered``. And the number of living features.
+        A row a word: ``word``, ``list``, ``n`` occurrences; ``feature``, −1 for none, its
+        ``recall``, ``precision`` and ``f1``; ``covered``. And the number of living features.
     """
     n = encoder.n_latents
     totals = np.zeros(n)
-    active = np.zeros((len(occurrences.words), n), np.int32)  # occurrences that a feature is on
-    mass = np.zeros(active.shape, np.float32)  # its activation on them
+    active = np.zeros((len(occurrences.words), n), np.int32)  # occurrences a feature is active on
+    mass = np.zeros(active.shape, np.float32)  # its summed activation on them
     first = 0  # context of the batch
     for batch in store.batches(contexts, batch_size, "seeking concepts"):
         row, feature, activation, _ = encoder.active(batch.rows)
@@ -143,9 +131,8 @@ def _best_features(
         best = int(f1.argmax())
         rows.append((best if f1[best] else -1, recall[best], precision[best], f1[best]))
     table = pd.DataFrame({"word": words, "list": occurrences.listed, "n": counts})
-    best = pd.DataFrame(rows, columns=["feature", "recall", "precision", "f1"])
-    best.loc[best["feature"] < 0, ["recall", "precision"]] = 0.0
-    table = table.join(best)
+    table = table.join(pd.DataFrame(rows, columns=["feature", "recall", "precision", "f1"]))
+    table.loc[table["feature"] < 0, ["recall", "precision"]] = 0.0
     table["covered"] = table["f1"] >= COVERED
     return table.sort_values("n", ascending=False, ignore_index=True)
 
@@ -156,11 +143,10 @@ def fit_sigmoid(frequency: np.ndarray, covered: np.ndarray, seed: int) -> dict[s
     Args:
         frequency: Of each word, occurrences a token.
         covered: Whether there is a feature for it, bool.
-        seed: Of the words drawn again for the interval (bootstrap).
 
     Returns:
         ``slope``; ``half``, the frequency at which half of the words are covered, with its 95%
-        interval ``half_low``, ``half_high``; or None if all words are covered, or none.
+        bootstrap interval ``half_low``, ``half_high``; or None if all words are covered, or none.
     """
     if covered.all() or not covered.any():
         return None
@@ -182,18 +168,12 @@ def _fit(frequency: np.ndarray, covered: np.ndarray) -> tuple[float, float]:
 
 
 def study(analysis: Analysis) -> Findings:
-    """Which words each of some dictionaries has a feature for, and the sigmoid of it.
-
-    Returns:
-        For each dictionary ``n_latents``, ``n_alive``, ``n_words``, ``n_covered`` and the sigmoid;
-        and the table of `find_features`, with ``n_latents`` and ``frequency``, occurrences a token.
-    """
+    """Which words each dictionary has a feature for, and the sigmoid of its coverage."""
     store, settings = analysis.store, analysis.settings
     occurrences = find_occurrences(store, analysis.contexts, analysis.token_texts, settings.seed)
     n_tokens = occurrences.at.size
     tables, fits = [], []
-    autoencoders = [analysis.autoencoder, *analysis.others]
-    for autoencoder in sorted(autoencoders, key=lambda autoencoder: autoencoder.n_latents):
+    for autoencoder in analysis.all_sizes:
         table, n_alive = find_features(
             FeatureEncoder(autoencoder), store, analysis.contexts, occurrences, settings.batch_size
         )
@@ -208,53 +188,32 @@ def study(analysis: Analysis) -> Findings:
 
 
 def in_words(fit: dict[str, Json]) -> str:
-    """What was found in one dictionary, as a sentence."""
-    half = (
-        f"; half of those that make up {fit['half']:.1e} of all tokens, "
-        f"{fit['half'] * fit['n_alive']:.1f} times a feature's share"
-        if "half" in fit
-        else ""
-    )
-    return (
-        f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
-        f"{fit['n_alive']:,}{half}."
-    )
+    """The result in one dictionary as a sentence."""
+    words = f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
+    words += f"{fit['n_alive']:,}"
+    if "half" in fit:
+        words += f"; half of those that make up {fit['half']:.1e} of all tokens, "
+        words += f"{fit['half'] * fit['n_alive']:.1f} times a feature's share"
+    return words + "."
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The picture of a finished study, by its caption."""
-    path = catalogue.folder / "completeness.png"
-    plot_completeness(catalogue.table("completeness"), catalogue.summary["completeness"], path)
-    return {CAPTION: path}
-
-
-def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None:
-    """Share of words that have a feature against how frequent they are, with the fitted sigmoids.
-
-    Args:
-        table: A row a word and dictionary: ``n_latents, frequency, covered``.
-        fits: Of `study`.
-    """
-    most = fits[-1]
-    title = f"Completeness: {most['n_covered']:,} of {most['n_words']:,} words, the frequent ones, "
-    title += f"have a feature among {most['n_alive']:,}"
-    colours = (plots.BLUE, plots.ORANGE, "#117733", "#AA4499", "#88CCEE")
+    """Share of words that have a feature against how frequent they are, with the sigmoids."""
+    table, fits = catalogue.table("completeness"), catalogue.summary["completeness"]
+    path, largest = catalogue.folder / "completeness.png", fits[-1]
+    title = f"Completeness: {largest['n_covered']:,} of {largest['n_words']:,} words, the frequent "
+    title += f"ones, have a feature among {largest['n_alive']:,}"
+    colours = itertools.cycle((plots.BLUE, plots.ORANGE, "#117733", "#AA4499", "#88CCEE"))
     with plots.picture(path, title, (9, 3.9), ncols=2, sharey=True) as (_, (left, right)):
-        for fit, colour in zip(fits, itertools.cycle(colours)):
-            own = table[table.n_latents == fit["n_latents"]]
-            bins = np.round(4 * np.log10(own.frequency)) / 4
-            points = own.groupby(bins).agg(covered=("covered", "mean"))
+        for fit, colour in zip(fits, colours, strict=False):
+            words = table[table.n_latents == fit["n_latents"]]
+            bins = np.round(4 * np.log10(words.frequency)) / 4
+            covered = 100 * words.covered.groupby(bins).mean()
+            style = {"color": colour, "label": f"{fit['n_latents']:,} latents"}
             for axes, factor in ((left, 1e6), (right, fit["n_alive"])):
-                axes.plot(
-                    10**points.index * factor,
-                    100 * points.covered,
-                    "o",
-                    ms=4,
-                    color=colour,
-                    label=f"{fit['n_latents']:,} latents",
-                )
+                axes.plot(10**covered.index * factor, covered, "o", ms=4, **style)
                 if "half" in fit:
-                    x = np.logspace(*np.log10([own.frequency.min(), own.frequency.max()]), 200)
+                    x = np.logspace(*np.log10([words.frequency.min(), words.frequency.max()]), 200)
                     steepness = fit["slope"] * np.log10(x / fit["half"])
                     axes.plot(x * factor, 100 / (1 + np.exp(-steepness)), color=colour)
         left.set(title="By frequency", xlabel="occurrences per million tokens")
@@ -265,3 +224,4 @@ def plot_completeness(table: pd.DataFrame, fits: list[dict], path: Path) -> None
         right.set(xlabel="occurrences a token × living features")
         for axes in (left, right):
             axes.set(xscale="log", ylim=(-2, 102))
+    return {"Which words have a feature?": path}

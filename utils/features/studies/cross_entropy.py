@@ -1,4 +1,4 @@
-"""Cross-entropy: what the model loses when its residual stream is replaced by the reconstruction.
+"""Cross-entropy: the model's loss when its residual stream is replaced by the reconstruction.
 
     loss recovered = (L_zero − L_reconstruction) / (L_zero − L_untouched)
 
@@ -22,7 +22,7 @@ from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
-LEAST_SHOWN = 200  # tokens of a kind of text, below which what it loses may be chance
+LEAST_SHOWN = 200  # tokens of a subset; the losses of one with fewer may be chance
 
 
 def measure_losses(
@@ -32,10 +32,10 @@ def measure_losses(
     n_tokens: int,
     batch_size: int = 1_024,
 ) -> pd.DataFrame:
-    """What the model loses when its residual stream is replaced, in all text and by corpus subset.
+    """The model's loss when its residual stream is replaced, in all text and by corpus subset.
 
-    The stream is replaced at the positions that the store kept. BOS and norm outliers stay as they
-    are in every case, since the autoencoder is not made for them; no prediction of a BOS counts.
+    The stream is replaced at the positions that the store kept. BOS and norm outliers always stay,
+    since the autoencoder is not trained on them; predictions of BOS do not count.
 
     Args:
         contexts: Contexts of the store to spread over, best those held out of training.
@@ -71,13 +71,10 @@ def measure_losses(
         rows.append(pd.DataFrame(values))
         _add_fidelity(fidelities, model, batch.rows, subsets[batch.kept])
     rows = pd.concat(rows, ignore_index=True)
-    everything = rows.assign(subset="all")
-    grouped = pd.concat([everything, rows]).groupby("subset", sort=False)
+    grouped = pd.concat([rows.assign(subset="all"), rows]).groupby("subset", sort=False)
     table = grouped.mean().assign(n_tokens=grouped.size())
     for measure in ("fvu", "cosine", "l0"):
-        table[measure] = pd.Series(
-            {name: getattr(fidelities[name], measure) for name in table.index}
-        )
+        table[measure] = [getattr(fidelities[name], measure) for name in table.index]
     return table
 
 
@@ -91,8 +88,8 @@ def _add_fidelity(
     row, _, _, reconstruction = encoder.active(activations)
     n_active = np.bincount(row, minlength=len(activations))
     for name in ("all", *np.unique(subsets)):
-        of = slice(None) if name == "all" else subsets == name
-        fidelities[name].add(activations[of], reconstruction[of], n_active[of])
+        rows = slice(None) if name == "all" else subsets == name
+        fidelities[name].add(activations[rows], reconstruction[rows], n_active[rows])
 
 
 @torch.inference_mode()
@@ -110,8 +107,8 @@ def _logits(
         return torch.where(kept, replace(residual).to(residual.dtype), residual)
 
     with model.replaced(replace_kept):
-        run = model.language_model.model
-        return run(tokens.long().to(device), use_cache=False).logits[:, :-1]
+        outputs = model.language_model.model(tokens.long().to(device), use_cache=False)
+    return outputs.logits[:, :-1]
 
 
 @torch.inference_mode()
@@ -120,12 +117,8 @@ def _losses(
 ) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
     """Cross-entropy of each next token, and the divergence of its prediction from an expected one.
 
-    A context at a time, for log-probabilities over a whole vocabulary are large.
-
-    Args:
-        logits: Shape (batch, context - 1, vocabulary).
-        tokens: Shape (batch, context).
-        expected: Log-probabilities by context; None for those of these logits.
+    A context at a time, for log-probabilities over a whole vocabulary are large. ``expected`` are
+    those by context; None for those of these logits.
 
     Returns:
         Two arrays (batch, context - 1), in nats; and the log-probabilities by context.
@@ -134,10 +127,9 @@ def _losses(
     targets = tokens[:, 1:, None].long().to(logits.device)
     pairs = zip(predicted, targets, strict=True)
     losses = [-context.gather(1, target)[:, 0] for context, target in pairs]
+    divergence = torch.nn.functional.kl_div
     pairs = zip(predicted, expected or predicted, strict=True)
-    kl = [
-        torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(1) for q, p in pairs
-    ]
+    kl = [divergence(q, p, reduction="none", log_target=True).sum(1) for q, p in pairs]
     return torch.stack(losses).cpu().numpy(), torch.stack(kl).cpu().numpy(), predicted
 
 
@@ -157,10 +149,9 @@ def study(analysis: Analysis) -> Findings:
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The pictures of a finished study, by their captions."""
-    whole, by_subset = (
-        catalogue.folder / name for name in ("fidelity.png", "fidelity_by_subset.png")
-    )
+    """Losses in all text, and by corpus subset."""
+    whole = catalogue.folder / "fidelity.png"
+    by_subset = catalogue.folder / "fidelity_by_subset.png"
     plot_fidelity(catalogue.summary, whole)
     plot_fidelity_by_subset(catalogue.table("fidelity"), by_subset)
     return {
@@ -184,9 +175,7 @@ def plot_fidelity(summary: dict, path: Path) -> None:
     values = [cross_entropy[name] for name in ("untouched", "reconstruction", "zero_ablated")]
     with plots.picture(path, title, (7.5, 3.1)) as (_, axes):
         bars = axes.barh(names, values, 0.62, color=(plots.GREY, plots.BLUE, plots.ORANGE))
-        axes.bar_label(
-            bars, [f"{value:.3f}" for value in values], padding=5, path_effects=plots.HALO
-        )
+        axes.bar_label(bars, fmt="{:.3f}", padding=5, path_effects=plots.HALO)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         note = "100% recovered: as good as the untouched model; 0%: as bad as zeros"
@@ -201,23 +190,23 @@ def plot_fidelity_by_subset(table: pd.DataFrame, path: Path) -> None:
     Args:
         table: Of `measure_losses`, with ``subset`` and ``loss_recovered``.
     """
-    every, subsets = table.set_index("subset").loc["all"], table[table.subset != "all"]
+    table = table.assign(fvu=100 * table.fvu, lost=100 * (1 - table.loss_recovered))
+    overall, subsets = table.set_index("subset").loc["all"], table[table.subset != "all"]
     subsets = subsets[subsets.n_tokens >= min(LEAST_SHOWN, subsets.n_tokens.max())]
     subsets = subsets.sort_values("kl")
     title = f"The reconstruction misses least in {subsets.subset.iloc[0]}"
-    lost = 100 * (1 - subsets.loss_recovered), 100 * (1 - every.loss_recovered)
+    title += f" (n = {overall.n_tokens:,.0f} tokens)"
     panels = (
-        (100 * subsets.fvu, 100 * every.fvu, "Variance unexplained", "% of variance"),
-        (*lost, "Loss not recovered", "% of what zeros lose"),
-        (subsets.kl, every.kl, "KL from the untouched", "nats a token"),
+        ("fvu", "Variance unexplained", "% of variance"),
+        ("lost", "Loss not recovered", "% of what zeros lose"),
+        ("kl", "KL from the untouched", "nats a token"),
     )
     names = [f"{row.subset}  (n = {row.n_tokens:,})" for row in subsets.itertuples()]
-    about = {"ncols": 3, "sharey": True}
-    title = f"{title} (n = {every.n_tokens:,.0f} tokens)"
-    with plots.picture(path, title, (10, 1.4 + 0.27 * len(names)), **about) as (_, grid):
-        for axes, (values, overall, heading, unit) in zip(grid, panels, strict=True):
-            axes.barh(names, values, 0.66, color=plots.BLUE)
-            axes.axvline(overall, color=plots.ORANGE, linestyle="--", linewidth=1.2)
-            axes.set(title=f"{heading}; all text: {overall:.3g}", xlabel=unit)
+    size = (10, 1.4 + 0.27 * len(names))
+    with plots.picture(path, title, size, ncols=3, sharey=True) as (_, grid):
+        for axes, (column, heading, unit) in zip(grid, panels, strict=True):
+            axes.barh(names, subsets[column], 0.66, color=plots.BLUE)
+            axes.axvline(overall[column], color=plots.ORANGE, linestyle="--", linewidth=1.2)
+            axes.set(title=f"{heading}; all text: {overall[column]:.3g}", xlabel=unit)
             axes.grid(axis="y", visible=False)
         grid[0].invert_yaxis()

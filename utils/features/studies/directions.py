@@ -1,9 +1,9 @@
-"""Are features special directions? What the loss rises by when they are ablated and doubled.
+"""Are features special directions? The rise in loss when they are ablated and doubled.
 
 Where a feature is active, its part f_i · W_dec,i of the residual stream is taken away (× 0) or
-added once more (× 2). Beside it, at the same positions and by the same length, the stream is moved
-along a direction drawn at random, or drawn with the covariance of the activations. If features are
-what the model computes with, it minds their change more than a change elsewhere.
+added once more (× 2). For comparison the stream is moved, at the same positions and by the same
+length, along a direction drawn at random, or drawn with the covariance of the activations. If the
+model computes with features, its predictions change more with the feature's own direction.
 
 Reference: "Update on how we train SAEs" (Circuits Updates, April 2024); "Scaling Monosemanticity".
 """
@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 from utils import plots
 from utils.activations.store import ActivationStore, ContextBatch, Contexts, spread
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.features.sampling import draw_features, mean_and_interval
+from utils.features.sampling import draw_features, mean_and_interval, p_positive
 from utils.language_model import load_language_model
 from utils.settings import Json
 from utils.steering.feature_model import FeatureModel
@@ -31,22 +30,15 @@ DIRECTIONS = ("feature", "covariance", "random")
 FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added to the stream
 N_FEATURES = 50
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
-CAPTION = "Does the model mind a feature's change more?"
 TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
 
 
 def draw_directions(
     activations: np.ndarray, n: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit directions drawn with the covariance of activations, and ones drawn evenly.
+    """Unit directions drawn with the covariance of raw activations, and ones drawn evenly.
 
-    Args:
-        activations: Raw, shape (rows, d_model).
-        n: How many of each.
-        seed: Of the drawing.
-
-    Returns:
-        Two tensors, both (n, d_model). A random mixture of centred rows has their covariance.
+    A random mixture of centred rows has their covariance. Both results are of shape (n, d_model).
     """
     draw = np.random.default_rng(seed)
     centred = activations - activations.mean(axis=0)
@@ -61,71 +53,62 @@ def draw_directions(
 def measure_directions(
     model: FeatureModel, store: ActivationStore, contexts: Contexts, features: np.ndarray, seed: int
 ) -> pd.DataFrame:
-    """The rise in loss when features, and directions beside them, are changed alike.
+    """The rise in loss when the stream moves along features, or as far along other directions.
 
     Args:
         model: With a language model in float32.
-        contexts: Where to look for the features, best held out.
-        features: Numbers of features.
-        seed: Of the directions drawn.
+        contexts: Best held out of training; each feature is changed where it is most active.
 
     Returns:
         A row a feature, direction (`DIRECTIONS`) and change (`FACTORS`): ``feature, context,
-        direction, change``; ``n``, the positions at which the feature is active in that context,
-        the one where it is most active; for each of these positions ``rise``, by how much the
-        summed loss of the context grew, and ``kl``, by how much its predictions diverged from the
-        untouched ones, both in nats.
+        direction, change``; ``n``, the positions of the context at which the feature is active; a
+        position of these, ``rise`` of the context's summed loss, and ``kl``, the divergence of its
+        predictions from the untouched ones, both in nats.
     """
     device = model.language_model.device
     numbers = torch.as_tensor(np.array(features), device=device)
-    batch = ContextBatch(store, contexts)
-    tokens = torch.from_numpy(batch.tokens).long().to(device)
+    store_batch = ContextBatch(store, contexts)
+    tokens = torch.from_numpy(store_batch.tokens).long().to(device)
     lengths = torch.zeros(*tokens.shape, len(features), device=device)  # of a feature's part, raw
-    rows = torch.from_numpy(batch.rows).to(device)
-    parts = [model.encode(some, numbers) for some in rows.split(TOKENS_TOGETHER)]
-    lengths[torch.from_numpy(batch.kept).to(device)] = torch.cat(parts) / model.scale
-    drawn = draw_directions(batch.rows, len(features), seed)
-    units = [
-        torch.nn.functional.normalize(model.directions(numbers)),
-        *(each.to(device) for each in drawn),
-    ]
+    rows = torch.from_numpy(store_batch.rows).to(device)
+    parts = [model.encode(batch, numbers) for batch in rows.split(TOKENS_TOGETHER)]
+    lengths[torch.from_numpy(store_batch.kept).to(device)] = torch.cat(parts) / model.scale
+    drawn = draw_directions(store_batch.rows, len(features), seed)
+    units = [torch.nn.functional.normalize(model.directions(numbers))]
+    units += [directions.to(device) for directions in drawn]
     changes = torch.stack([factor * unit for unit in units for factor in FACTORS.values()])
     variants = [(name, change) for name in DIRECTIONS for change in FACTORS]
     table = []
     for i, feature in enumerate(tqdm(features, "changing features", unit="feature")):
-        at = int(lengths[..., i].sum(dim=1).argmax())
-        length = lengths[at, :, i]
+        row = int(lengths[..., i].sum(dim=1).argmax())
+        length = lengths[row, :, i]
         n = int((length > 0).sum())
         if not n:
             continue
         change = changes[:, i, None] * length[:, None]  # (variants, context_length, d_model)
-        rises, divergences = _what_changes(model, tokens[at], change)
-        for (direction, name), rise, kl in zip(variants, rises, divergences, strict=True):
-            table.append((feature, contexts[at], direction, name, n, rise / n, kl / n))
+        effects = zip(variants, *_measure(model, tokens[row], change), strict=True)
+        for (direction, name), rise, kl in effects:
+            table.append((feature, contexts[row], direction, name, n, rise / n, kl / n))
     columns = ["feature", "context", "direction", "change", "n", "rise", "kl"]
     return pd.DataFrame(table, columns=columns)
 
 
-def _what_changes(
+def _measure(
     model: FeatureModel, tokens: torch.Tensor, change: torch.Tensor
 ) -> tuple[list[float], list[float]]:
     """The rise in loss, and the divergence from the untouched predictions, summed over a context.
 
-    Args:
-        tokens: Shape (context,).
-        change: What is added to the residual stream, shape (changes, context, d_model).
-
-    Returns:
-        Two lists, in nats, an entry a change.
+    ``change``, (changes, context, d_model), is added to the stream. Two lists, in nats, an entry a
+    change.
     """
     rises, divergences, untouched = [], [], None
     counted = tokens[1:] != model.language_model.bos
     change = torch.cat([torch.zeros_like(change[:1]), change])
-    for some in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
-        # One context goes in; where the changes are added it becomes one for each of them.
-        with model.replaced(lambda residual, some=some: residual + some.to(residual)):
-            every = model.language_model.model(tokens[None], use_cache=False).logits[:, :-1]
-        for logits in every:
+    for batch in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
+        # One context goes in; adding the changes makes one of each.
+        with model.replaced(lambda residual, batch=batch: residual + batch.to(residual)):
+            outputs = model.language_model.model(tokens[None], use_cache=False)
+        for logits in outputs.logits[:, :-1]:
             predicted = logits[counted].float().log_softmax(dim=-1)
             untouched = predicted if untouched is None else untouched
             gains = (untouched - predicted).gather(1, tokens[1:][counted, None])
@@ -136,13 +119,12 @@ def _what_changes(
 
 
 def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Json]]:
-    """Means by direction and change, with 95% intervals.
+    """Means by direction and change, with 95% intervals over features (bootstrap).
 
     Returns:
-        For each change and direction ``change, direction, n_features``; of ``rise`` and of ``kl``
-        the mean and the interval over features drawn again (bootstrap), three numbers;
-        ``larger``, the share of features whose own direction has a larger kl than this one; and
-        ``p``, how likely such differences are by chance (Wilcoxon's signed ranks, one-sided).
+        For each change and direction ``change, direction, n_features``; mean and interval of
+        ``rise`` and of ``kl``, three numbers each; ``larger``, the share of features whose own
+        direction has a larger kl than this one; and ``p`` of these differences (`p_positive`).
     """
     grouped = table.set_index(["change", "direction", "feature"]).unstack("feature")
     n = table["feature"].nunique()
@@ -153,9 +135,7 @@ def summarise(table: pd.DataFrame, seed: int) -> list[dict[str, Json]]:
             values = grouped[measure].loc[change, direction].to_numpy()
             row[measure] = mean_and_interval(values, seed)
         more = grouped["kl"].loc[change, "feature"].to_numpy() - values
-        differs = direction != "feature" and more.any()
-        p = stats.wilcoxon(more, alternative="greater").pvalue if differs else 1.0
-        rows.append(row | {"larger": float((more > 0).mean()), "p": float(p)})
+        rows.append(row | {"larger": float((more > 0).mean()), "p": p_positive(more)})
     return rows
 
 
@@ -166,7 +146,7 @@ def study(analysis: Analysis) -> Findings:
     n_tokens = len(contexts) * store.context_length
     frequency = analysis.features["frequency"].to_numpy()
     features = draw_features(frequency, n_tokens, N_FEATURES, seed)
-    # In bfloat16 every later token's loss would change by more than the rise that is sought.
+    # In bfloat16, rounding alone would change every later token's loss by more than the rise.
     exact = load_language_model(store.model_name, store.layer, "float32")
     model = FeatureModel(exact, store.layer, analysis.autoencoder, store.outlier_norm)
     table = measure_directions(model, store, contexts, features, seed)
@@ -175,7 +155,7 @@ def study(analysis: Analysis) -> Findings:
 
 
 def in_words(summary: list[dict[str, Json]]) -> str:
-    """What ablating did, as a sentence."""
+    """The effect of ablating, as a sentence."""
     ablated = {row["direction"]: row for row in summary if row["change"] == "ablated"}
     if not ablated:
         return ""
@@ -188,37 +168,26 @@ def in_words(summary: list[dict[str, Json]]) -> str:
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The picture of a finished study, by its caption."""
-    plot_directions(catalogue.summary["directions"], catalogue.folder / "directions.png")
-    return {CAPTION: catalogue.folder / "directions.png"}
-
-
-def plot_directions(found: list[dict], path: Path) -> None:
-    """What changes when features, and other directions, are moved along by as much.
-
-    Args:
-        found: Of `summarise`.
-    """
-    table = pd.DataFrame(found).set_index(["direction", "change"])
+    """What changes when the stream moves along features, and as far along other directions."""
+    table = pd.DataFrame(catalogue.summary["directions"]).set_index(["direction", "change"])
+    path = catalogue.folder / "directions.png"
     title = "What ablating and doubling a feature changes, beside like changes elsewhere"
+    title += f" (n = {table.n_features.iloc[0]} features)"
     names = {
         "feature": "the feature's own",
         "covariance": "drawn with the\ncovariance of activations",
         "random": "drawn at random",
     }
     panels = (("kl", "Divergence from the untouched predictions (KL)"), ("rise", "Rise in loss"))
-    title += f" (n = {table.n_features.iloc[0]} features)"
+    changes = ((-0.19, "ablated", "× 0", plots.BLUE), (0.19, "doubled", "× 2", plots.ORANGE))
     with plots.picture(path, title, (10, 3.6), ncols=2, sharey=True) as (figure, grid):
         for axes, (measure, heading) in zip(grid, panels, strict=True):
-            for offset, change, factor, colour in (
-                (-0.19, "ablated", "× 0", plots.BLUE),
-                (0.19, "doubled", "× 2", plots.ORANGE),
-            ):
-                own = table[measure].xs(change, level="change")[list(names)]
-                mean, low, high = np.array(own.tolist()).T
-                about = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": plots.GREY}
-                about |= {"color": colour, "label": f"{change} ({factor}), 95% interval"}
-                axes.barh(np.arange(len(names)) + offset, mean, 0.36, **about)
+            for offset, change, factor, colour in changes:
+                group = table[measure].xs(change, level="change")[list(names)]
+                mean, low, high = np.array(group.tolist()).T
+                style = {"xerr": [mean - low, high - mean], "capsize": 3, "ecolor": plots.GREY}
+                style |= {"color": colour, "label": f"{change} ({factor}), 95% interval"}
+                axes.barh(np.arange(len(names)) + offset, mean, 0.36, **style)
             axes.axvline(0, color=plots.GREY, linewidth=0.8)
             axes.grid(axis="y", visible=False)
             axes.set(title=heading, xlabel="nats for each position moved")
@@ -226,3 +195,4 @@ def plot_directions(found: list[dict], path: Path) -> None:
         grid[0].set_yticks(range(len(names)), names.values())
         grid[0].invert_yaxis()
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return {"Does the model mind a feature's change more?": path}

@@ -1,15 +1,15 @@
 """Explanations: what a feature is about in a phrase, and how well the phrase tells its examples.
 
-From half of a feature's highest examples comes the phrase: a judge's, or, where none is named, made
-of the words at their peaks, the list or the kind of text that these belong to, and words commoner
-around them than elsewhere. It is scored on all other examples, by the judge or by these words:
+The phrase comes from half of a feature's highest examples: from a judge, or, if none is named, from
+the words at their peaks, the list or the kind of text that hold these, and words commoner around
+them than elsewhere. The judge or these words then score it on all other examples:
 
-    detection   is the feature active in this text? half of the texts are others
-    fuzzing     are the marked tokens the ones it is active on? in half, others of the text are
+    detection   is the feature active in this text? In half of the texts it is not.
+    fuzzing     is it active on the marked tokens? In half of the texts other tokens are marked.
 
-A score is the share of pairs, of a yes and a no, that the answers order right (AUC; of answers of
+A score is the share of pairs of a yes and a no that the answers order right (AUC; for answers of
 yes or no alone, their balanced accuracy): 0.5 by chance, 1 at best. ``explanation_score`` is the
-mean of the two. The phrase of another feature, a random label, tells what chance gives.
+mean of the two. The phrase of another feature, a random label, gives the level of chance.
 
 Reference: "Automatically Interpreting Millions of Features" (Paulo et al. 2024), and its delphi.
 """
@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from utils import plots
 from utils.activations.store import ActivationStore, ContextBatch
+from utils.features import questions
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue, example_table
 from utils.features.examples import (
@@ -38,24 +39,16 @@ from utils.features.feature_pass import Encoder, FeaturePass
 from utils.features.judge import Answers, ask_grades, ask_labels
 from utils.features.labels import Explanation, explain, word_at
 from utils.features.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values
-from utils.features.questions import (
-    DETECTION,
-    FUZZING,
-    GRADES_TOKENS,
-    grade_questions,
-    marked_tokens,
-    show,
-)
-from utils.features.sampling import mean_and_interval
+from utils.features.sampling import mean_and_interval, p_positive
 from utils.settings import Json
 
 N_SILENT = 200  # texts that non-activating examples are drawn from
 LEAST = 5  # examples to take a phrase from, and to score it on
 N_COMPARED = 100  # features, and as many neurons
+COMPARED = ("features, same tokens", "neurons")  # groups of the comparison
 SCORED = ("feature", "explanation", "detection", "fuzzing", "score", "random")
 USUAL_LABEL = "the names of countries, rivers and cities in news and travel writing"
-QUESTIONS = {question.name: question for question in (DETECTION, FUZZING)}
-CAPTION = "Does a phrase tell what a feature fires on?"
+KINDS = {question.name: question for question in (questions.DETECTION, questions.FUZZING)}
 
 
 # ------------------------------------------------------------------------------------------- trials
@@ -71,7 +64,7 @@ class RandomTexts(NamedTuple):
 def draw_texts(
     encoder: Encoder, store: ActivationStore, contexts: range, token_texts: list[str], seed: int
 ) -> RandomTexts:
-    """Texts of `WINDOW` tokens, among which each feature finds some that it is not active in."""
+    """Texts of `WINDOW` tokens; each feature has some among them that it is not active in."""
     random = np.random.default_rng(seed)
     drawn = contexts.start + np.sort(random.permutation(len(contexts))[:N_SILENT])
     batches = (ContextBatch(store, [context]) for context in drawn)
@@ -80,18 +73,18 @@ def draw_texts(
     rows = []
     for text, batch in enumerate(batches):
         row, feature, *_ = encoder.active(batch.rows)
-        position = random.choice(np.flatnonzero(batch.kept))
-        start = int(window_start(position, store.context_length))
-        at = batch.places(row)[1]
-        active[text, feature[(at >= start) & (at < start + WINDOW)]] = True
+        middle = random.choice(np.flatnonzero(batch.kept))
+        start = int(window_start(middle, store.context_length))
+        position = batch.places(row)[1]
+        active[text, feature[(position >= start) & (position < start + WINDOW)]] = True
         tokens = batch.tokens[0, start : start + WINDOW]
-        subset = store.subset_names[batch.subsets[0, position]]
+        subset = store.subset_names[batch.subsets[0, middle]]
         rows.append(([token_texts[token] for token in tokens], subset))
     return RandomTexts(pd.DataFrame(rows, columns=["token_texts", "subset"]), active)
 
 
 def make_trials(unused: pd.DataFrame, random_texts: RandomTexts, seed: int) -> pd.DataFrame:
-    """What to ask about each feature, in an order that tells nothing.
+    """The trials of each feature that has enough examples, in random order.
 
     Returns:
         A row a trial: ``feature``, ``kind`` (detection, fuzzing), ``truth``, and the text:
@@ -104,14 +97,14 @@ def make_trials(unused: pd.DataFrame, random_texts: RandomTexts, seed: int) -> p
         silent = random.permutation(silent)[: len(examples)]
         if len(examples) < LEAST or len(silent) < LEAST:
             continue
-        marks = [marked_tokens(np.asarray(values)) for values in examples["activations"]]
+        marks = [questions.marked_tokens(np.asarray(values)) for values in examples["activations"]]
         n_marked = int(np.ceil(np.mean([mark.sum() for mark in marks])))
         for row, mark in zip(examples.itertuples(), marks, strict=True):
             none, wrong = np.zeros_like(mark), np.zeros_like(mark)
             rows.append((feature, "detection", True, row.token_texts, none, row.subset))
-            off = np.flatnonzero((np.asarray(row.activations) == 0) & (row.tokens >= 0))
-            if len(off):
-                wrong[random.permutation(off)[:n_marked]] = True
+            inactive = np.flatnonzero((np.asarray(row.activations) == 0) & (row.tokens >= 0))
+            if len(inactive):
+                wrong[random.permutation(inactive)[:n_marked]] = True
                 rows.append((feature, "fuzzing", True, row.token_texts, mark, row.subset))
                 rows.append((feature, "fuzzing", False, row.token_texts, wrong, row.subset))
         for text in random_texts.table.iloc[silent].itertuples():
@@ -149,11 +142,10 @@ def grade_by_judge(
 ) -> np.ndarray:
     """A judge's yes or no to each trial, 1 or 0; NaN where its answer cannot be read."""
     grades = np.full(len(trials), np.nan)
-    for kind, question in QUESTIONS.items():
-        asked = np.flatnonzero((trials["kind"] == kind) & trials["feature"].isin(labels))
-        texts = [shown[i] for i in asked]
-        features = trials["feature"].iloc[asked]
-        grades[asked] = ask_grades(question, features, labels, texts, answers)
+    for kind, question in KINDS.items():
+        rows = np.flatnonzero((trials["kind"] == kind) & trials["feature"].isin(labels))
+        texts, features = [shown[i] for i in rows], trials["feature"].iloc[rows]
+        grades[rows] = ask_grades(question, features, labels, texts, answers)
     return grades
 
 
@@ -161,7 +153,7 @@ def auc(trials: pd.DataFrame, grades: Sequence[float] | np.ndarray) -> pd.DataFr
     """A row a feature: ``detection``, ``fuzzing`` and their mean, ``score``; NaN where ungraded."""
     graded = trials[["feature", "kind", "truth"]].assign(grade=grades).dropna()
     scores = pd.DataFrame(index=pd.Index(sorted(set(trials["feature"])), name="feature"))
-    for kind in ("detection", "fuzzing"):
+    for kind in KINDS:
         by_feature = graded[graded["kind"] == kind].groupby("feature")
         values = {
             feature: roc_auc_score(group["truth"], group["grade"])
@@ -169,7 +161,7 @@ def auc(trials: pd.DataFrame, grades: Sequence[float] | np.ndarray) -> pd.DataFr
             if group["truth"].nunique() == 2
         }
         scores[kind] = pd.Series(values, dtype=float)
-    scores["score"] = scores[["detection", "fuzzing"]].mean(axis=1, skipna=False)
+    scores["score"] = scores[[*KINDS]].mean(axis=1, skipna=False)
     return scores
 
 
@@ -189,10 +181,9 @@ def score_group(
     """
     seed = analysis.settings.seed
     trials = make_trials(unused_examples(examples), random_texts, seed)
-    able = set(trials["feature"])
-    if not able:
+    if trials.empty:
         return pd.DataFrame(columns=SCORED)
-    order = np.random.default_rng(seed).permutation(sorted(able))[:n]
+    order = np.random.default_rng(seed).permutation(np.unique(trials["feature"]))[:n]
     trials = trials[trials["feature"].isin(order)].reset_index(drop=True)
     examples = examples[examples["feature"].isin(order)]
     explanations = explain(examples, analysis.token_texts, analysis.subset_shares)
@@ -206,8 +197,8 @@ def score_group(
         grades = grade_by_words(trials, explanations)
         random = grade_by_words(trials, {f: explanations[other[f]] for f in order})
     else:
-        shown = [show(row.token_texts, row.marked) for row in trials.itertuples()]
-        announce(analysis.judge, trials, shown)
+        shown = list(map(questions.show, trials["token_texts"], trials["marked"]))
+        print_estimate(analysis.judge, trials, shown)
         labels = ask_labels(examples[used_for_label(examples)], analysis.judge)
         phrases |= labels
         grades = grade_by_judge(trials, shown, labels, analysis.judge)
@@ -219,14 +210,13 @@ def score_group(
     return table.reset_index()
 
 
-def announce(answers: Answers, trials: pd.DataFrame, shown: list[str]) -> None:
-    """Say before the first question what all of them will take, with labels of a usual length."""
-    prompts = [
-        prompt
-        for (_, kind), group in trials.groupby(["feature", "kind"])
-        for prompt in grade_questions(QUESTIONS[kind], USUAL_LABEL, [shown[i] for i in group.index])
-    ]
-    once = answers.estimate(prompts, GRADES_TOKENS)
+def print_estimate(answers: Answers, trials: pd.DataFrame, shown: list[str]) -> None:
+    """Print before the first question what all of them will cost, with labels of usual length."""
+    prompts = []
+    for (_, kind), group in trials.groupby(["feature", "kind"]):
+        texts = [shown[i] for i in group.index]
+        prompts += questions.grade_questions(KINDS[kind], USUAL_LABEL, texts)
+    once = answers.estimate(prompts, questions.GRADES_TOKENS)
     n_features = trials["feature"].nunique()
     print(
         f"To explain {n_features:,} features: {n_features:,} labels, and twice, for own and random "
@@ -243,9 +233,9 @@ def study(analysis: Analysis) -> Findings:
         return Findings({})
     settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
     if analysis.judge is not None:
-        analysis.judge.count_anew()
-    every = analysis.examples.to_pandas()
-    phrases = {f: e.text for f, e in explain(every, texts, analysis.subset_shares).items()}
+        analysis.judge.reset_counts()
+    explanations = explain(analysis.examples.to_pandas(), texts, analysis.subset_shares)
+    phrases = {feature: explanation.text for feature, explanation in explanations.items()}
     random_texts = draw_texts(analysis.encoder, store, analysis.contexts, texts, settings.seed)
     drawn = draw_examples(analysis.examples, texts, 2 * settings.n_explained, settings.seed)
     scored = score_group(analysis, drawn, random_texts, settings.n_explained)
@@ -265,7 +255,7 @@ def study(analysis: Analysis) -> Findings:
 
 
 def in_words(summary: dict[str, Json]) -> str:
-    """What `study` found, a sentence a line."""
+    """The summary of `study`, a sentence a line."""
     lines = []
     if "score" in summary:
         lines.append(
@@ -273,13 +263,11 @@ def in_words(summary: dict[str, Json]) -> str:
             f"{summary['n_features']:,} features, {summary['random'][0]:.2f} by another's."
         )
     if "p_neurons" in summary:
-        names = "features, same tokens", "neurons"
-        features, neurons = (summary["groups"][name][0] for name in names)
-        lines.append(
-            f"Over the same tokens: {features:.2f} for features, {neurons:.2f} for neurons."
-        )
-    for sort, n in summary.get("unparsed", {}).items():
-        asked = f"{summary['asked'][sort]:,} answers ({sort})"
+        features, neurons = (summary["groups"][name][0] for name in COMPARED)
+        words = f"{features:.2f} for features, {neurons:.2f} for neurons."
+        lines.append(f"Over the same tokens: {words}")
+    for kind, n in summary.get("unparsed", {}).items():
+        asked = f"{summary['asked'][kind]:,} answers ({kind})"
         lines.append(f"Judge: {n:,} of {asked} could not be read.")
     return "\n".join(lines)
 
@@ -287,8 +275,8 @@ def in_words(summary: dict[str, Json]) -> str:
 def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
     """The same procedure on features and on neurons of the block, from the same tokens.
 
-    Of each token the neurons count as active that are largest, as many as features are (L0), as
-    delphi does: an MLP's neurons are all a little active everywhere.
+    On each token the largest neurons count as active, as many as there are active features (L0),
+    as in delphi: an MLP's neurons are all a little active everywhere.
     """
     settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
     n = min(N_COMPARED, settings.n_explained)
@@ -296,12 +284,9 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
     neurons = draw_neurons(analysis.language_model, store.layer, 2 * n, settings.seed)
     k = max(1, round(analysis.summary["l0"]))
     values = neuron_values(analysis.language_model, store, contexts, neurons, k)
-    groups = {
-        "features, same tokens": (analysis.encoder, store),
-        "neurons": (TopNeurons(len(neurons)), NeuronStore(store, values)),
-    }
+    groups = (analysis.encoder, store), (TopNeurons(len(neurons)), NeuronStore(store, values))
     tables = []
-    for name, (encoder, rows) in groups.items():
+    for name, (encoder, rows) in zip(COMPARED, groups, strict=True):
         feature_pass = FeaturePass(encoder, rows, settings.seed)
         feature_pass.run(contexts, settings.batch_size)
         examples = example_table(feature_pass.examples(), store)
@@ -315,10 +300,7 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
 
 
 def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[str, Json]:
-    """Means with 95% intervals, and how likely chance would give as large differences.
-
-    Nothing if no feature could be scored.
-    """
+    """Means with 95% intervals, and p-values of the differences; {} if no feature was scored."""
     both = scored.dropna(subset=["score", "random"])
     if both.empty:
         return {}
@@ -326,59 +308,46 @@ def summarise(scored: pd.DataFrame, compared: pd.DataFrame, seed: int) -> dict[s
     groups = {name: group["score"] for name, group in compared.groupby("group")}
     columns = ("score", "detection", "fuzzing", "random")
     summary = {name: mean_and_interval(scored[name].dropna().to_numpy(), seed) for name in columns}
-    summary |= {"n_features": len(both), "groups": {}}
-    differ = (both["score"] != both["random"]).any()  # else there is no test to make
-    test = stats.wilcoxon(both["score"], both["random"], alternative="greater") if differ else None
-    summary["p_random"] = float(test.pvalue) if differ else 1.0
+    summary["n_features"] = len(both)
     summary["groups"] = {
         name: mean_and_interval(values.to_numpy(), seed) for name, values in groups.items()
     }
+    summary["p_random"] = p_positive(both["score"] - both["random"])
     summary["n_groups"] = {name: len(values) for name, values in groups.items()}
     if len(groups) == 2:
-        features, neurons = groups["features, same tokens"], groups["neurons"]
-        test = stats.mannwhitneyu(features, neurons, alternative="greater")
+        test = stats.mannwhitneyu(*(groups[name] for name in COMPARED), alternative="greater")
         summary["p_neurons"] = float(test.pvalue)
     return summary
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The picture of a finished study, by its caption; none if no feature could be scored."""
+    """Scores of features by their own and another's explanation, and of features and neurons.
+
+    No picture if no feature was scored.
+    """
     summary, path = catalogue.summary["explanations"], catalogue.folder / "explanations.png"
     if "score" not in summary:
         return {}
-    plot_explanations(catalogue.table("explanations"), summary, path)
-    return {CAPTION: path}
-
-
-def plot_explanations(table: pd.DataFrame, summary: dict[str, Json], path: Path) -> None:
-    """Scores of explanations: of features, by another's explanation, of features and of neurons.
-
-    Args:
-        table: A row a feature: ``group, score, random``.
-        summary: Of `summarise`.
-    """
-    own, same, neurons = (
-        table[table.group == name].dropna(subset=["score", "random"])
-        for name in ("features", "features, same tokens", "neurons")
-    )
-    title = f"A feature's explanation tells its examples at {own.score.mean():.2f}, another's at "
-    title += f"{own.random.mean():.2f}; 0.5 is chance (n = {len(own):,} features)"
+    table = catalogue.table("explanations").dropna(subset=["score", "random"])
+    features = table[table.group == "features"]
+    same, neurons = (table.score[table.group == name] for name in COMPARED)
+    title = f"A feature's explanation tells its examples at {features.score.mean():.2f}, another's "
+    title += f"at {features.random.mean():.2f}; 0.5 is chance (n = {len(features):,} features)"
+    by_label = {"own": features.score, "another's": features.random}
     panels = (
-        ("Against random labels", (own.score, "own"), (own.random, "another's")),
-        ("Against neurons", (same.score, "features"), (neurons.score, "neurons")),
+        ("Against random labels", "p_random", by_label),
+        ("Against neurons", "p_neurons", {"features": same, "neurons": neurons}),
     )
-    p_values = (summary["p_random"], summary.get("p_neurons"))
-    bins = np.linspace(0, 1, 26)
     with plots.picture(path, title, (9, 3.9), ncols=2) as (_, axes):
-        for panel, (name, *groups), p in zip(axes, panels, p_values, strict=True):
-            for (scores, label), colour in zip(groups, (plots.ORANGE, plots.GREY), strict=True):
-                shares = np.full(len(scores), 100 / max(1, len(scores)))
-                shown = f"{label}: {scores.mean():.2f}, n = {len(scores)}"
-                panel.hist(scores, bins, weights=shares, color=colour, alpha=0.55, label=shown)
-                panel.axvline(scores.mean(), color=colour, linewidth=1.5)
+        for panel, (name, p, groups) in zip(axes, panels, strict=True):
+            labelled = {
+                f"{label}: {scores.mean():.2f}, n = {len(scores)}": scores
+                for label, scores in groups.items()
+            }
+            plots.compare(panel, labelled, np.linspace(0, 1, 26))
             panel.axvline(0.5, color=plots.INK, linestyle=":", linewidth=1)
-            tested = "" if p is None else f" (p = {p:.1g})"
-            panel.set(title=name + tested, xlim=(0.2, 1))
-            panel.set(xlabel="explanation score (mean of detection and fuzzing)")
+            panel.set(title=name + (f" (p = {summary[p]:.1g})" if p in summary else ""))
+            panel.set(xlabel="explanation score (mean of detection and fuzzing)", xlim=(0.2, 1))
             panel.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1)
         axes[0].set(ylabel="% of each group")
+    return {"Does a phrase tell what a feature fires on?": path}

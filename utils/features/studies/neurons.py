@@ -2,7 +2,7 @@
 
     r = Pearson correlation over tokens of a feature's activation and a neuron
 
-for every neuron of the blocks up to the layer; what counts is the largest.
+with the neuron of the blocks up to the layer for which it is largest.
 
 Reference: "Scaling Monosemanticity", Features vs. Neurons: for 82% of features no neuron of the
 preceding layers has a Pearson correlation above 0.3.
@@ -23,11 +23,10 @@ from utils.features.sampling import LEAST_ACTIVE, draw_features
 from utils.steering.feature_model import FeatureModel
 
 LOW = 0.3  # the paper's line
-CAPTION = "Is a feature merely a neuron?"
 
 
 class Correlations:
-    """Pearson correlations of the columns of a stream of pairs of matrices."""
+    """Pearson correlations between the columns of two matrices, whose rows come in batches."""
 
     def __init__(self, n_left: int, n_right: int, device: torch.device):
         self.n = 0
@@ -51,7 +50,7 @@ class Correlations:
             (squares / self.n - mean.square()).clamp_min(0).sqrt()
             for squares, mean in zip(self.squares, means, strict=True)
         ]
-        # Row by row of the left side, for the whole may be the largest thing in memory.
+        # Row by row of the left side, for the whole matrix may be the largest thing in memory.
         pearson = torch.empty(self.products.shape)
         for i, product in enumerate(self.products):
             covariance = product.cpu().double() / self.n - means[0][i] * means[1]
@@ -61,10 +60,7 @@ class Correlations:
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:
-    """``n_features``, their ``median`` correlation, and the share ``at_most`` `LOW`.
-
-    Nothing if no feature is active often enough.
-    """
+    """``n_features``, their ``median`` correlation, the share ``at_most`` `LOW`; {} if no rows."""
     if table.empty:
         return {}
     return {
@@ -84,12 +80,8 @@ def correlate_with_neurons(
 ) -> pd.DataFrame:
     """For each feature the neuron that it correlates with most, of blocks up to the layer.
 
-    Memory is 4 bytes for each pair of a feature and a neuron, whatever the number of tokens.
-
-    Args:
-        contexts: Contexts of the store to run through the model again.
-        features: Numbers of the features, shape (n_features,).
-        batch_size: Tokens run together.
+    The contexts run through the model again, ``batch_size`` tokens together. Memory is 4 bytes for
+    each pair of a feature and a neuron, whatever the number of tokens.
 
     Returns:
         A row a feature: ``feature, block, neuron, correlation``, the largest.
@@ -105,55 +97,44 @@ def correlate_with_neurons(
             if correlations is None:
                 correlations = Correlations(len(numbers), values.shape[1], values.device)
             correlations.add(activations, values)
-    largest, at = correlations.pearson().max(dim=1)
+    largest, index = correlations.pearson().max(dim=1)
     width = correlations.products.shape[1] // (store.layer + 1)
     return pd.DataFrame(
         {
             "feature": features,
-            "block": (at // width).numpy(),
-            "neuron": (at % width).numpy(),
+            "block": (index // width).numpy(),
+            "neuron": (index % width).numpy(),
             "correlation": largest.numpy(),
         }
     )
 
 
 def study(analysis: Analysis) -> Findings:
-    """The neuron that each of ``N_STUDIED`` features correlates with most, and how often little."""
+    """The neuron that each of ``N_STUDIED`` features correlates with most."""
     store, settings = analysis.store, analysis.settings
     contexts = store.first(settings.n_neuron_tokens)
-    frequent = draw_features(
-        analysis.features["frequency"].to_numpy(),
-        len(contexts) * store.context_length,
-        settings.n_studied,
-        settings.seed,
-    )
-    correlations = correlate_with_neurons(analysis.model, store, contexts, frequent)
-    summary = summarise(correlations)
+    frequency = analysis.features["frequency"].to_numpy()
+    n_tokens = len(contexts) * store.context_length
+    features = draw_features(frequency, n_tokens, settings.n_studied, settings.seed)
+    table = correlate_with_neurons(analysis.model, store, contexts, features)
+    if table.empty:
+        return Findings({}, tables={"neurons": table})
+    summary = summarise(table)
     words = (
         f"Neurons: {summary['at_most']:.0%} of {summary['n_features']:,} features, of those active "
         f"on at least {LEAST_ACTIVE} of the tokens, correlate at most {LOW} with any neuron of the "
         "model up to the layer."
-        if summary
-        else ""
     )
-    return Findings(summary, words, {"neurons": correlations})
+    return Findings(summary, words, {"neurons": table})
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The picture of a finished study, by its caption."""
-    correlations = catalogue.table("neurons")["correlation"].to_numpy()
-    plot_neurons(correlations, catalogue.folder / "neurons.png")
-    return {CAPTION: catalogue.folder / "neurons.png"}
-
-
-def plot_neurons(correlations: np.ndarray, path: Path) -> None:
     """The largest correlation of each feature with a neuron."""
-    share = (correlations <= 0.3).mean()
-    title = f"{share:.0%} of features correlate at most 0.3 with any neuron"
-    with plots.picture(path, f"{title} (n = {len(correlations):,} features)", (7.5, 3.6)) as (
-        _,
-        axes,
-    ):
+    correlations = catalogue.table("neurons")["correlation"].to_numpy()
+    path = catalogue.folder / "neurons.png"
+    share, n = (correlations <= LOW).mean(), len(correlations)
+    title = f"{share:.0%} of features correlate at most {LOW} with any neuron (n = {n:,} features)"
+    with plots.picture(path, title, (7.5, 3.6)) as (_, axes):
         bins = np.arange(0, 1.0001, 0.025)
         _, _, bars = axes.hist(correlations, bins, edgecolor="white", linewidth=0.5)
         for bar, start in zip(bars, bins, strict=False):
@@ -161,3 +142,4 @@ def plot_neurons(correlations: np.ndarray, path: Path) -> None:
         axes.axvline(LOW, color=plots.GREY, linestyle="--", linewidth=1)
         axes.set(xlabel="largest Pearson correlation with a neuron of the blocks up to the layer")
         axes.set(xlim=(0, 1), ylabel="features")
+    return {"Is a feature merely a neuron?": path}

@@ -1,4 +1,4 @@
-"""Places: what each feature's direction promotes, what it is near to, where it lies on a map.
+"""Places: the tokens each feature's direction promotes, its neighbours, its place on a map.
 
     promoted token    the largest of  W_dec,i · (norm weight ⊙ unembedding)
     neighbour         the largest cosine of decoder rows
@@ -29,15 +29,12 @@ MIXED, OTHER = "mixed (no subset has half)", "other subsets"
 def promoted_tokens(
     language_model: LanguageModel, directions: np.ndarray, token_texts: list[str], batch: int = 512
 ) -> pd.DataFrame:
-    """The tokens whose logits a feature raises and lowers most when it alone speaks.
+    """The tokens whose logits each feature alone raises and lowers most.
 
-    A decoder row passes the final norm's weights and the unembedding; the norm's division is the
-    same for all tokens and left out. A token's logit is counted in standard deviations of that
-    token over all features, for otherwise rare tokens of long unembedding rows lead every list.
-
-    Args:
-        directions: Decoder rows, shape (n_latents, d_model).
-        token_texts: The text of each token.
+    A decoder row, of ``directions`` (n_latents, d_model), passes the final norm's weights and the
+    unembedding; the norm's division is the same for all tokens and left out. A token's logit is
+    counted in standard deviations of that token over all features, for otherwise rare tokens of
+    long unembedding rows lead every list.
 
     Returns:
         Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
@@ -52,19 +49,19 @@ def promoted_tokens(
     unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
     text = np.array(token_texts, dtype=object)
     promoted, suppressed = [], []
-    for some in rows.split(batch):
-        scores = some @ unembedding.T
+    for block in rows.split(batch):
+        scores = block @ unembedding.T
         promoted += text[scores.topk(N_PROMOTED).indices.cpu()].tolist()
         suppressed += text[(-scores).topk(N_PROMOTED).indices.cpu()].tolist()
     return pd.DataFrame({"promoted_tokens": promoted, "suppressed_tokens": suppressed})
 
 
 def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
-    """The `N_NEIGHBOURS` living features nearest to each living one, itself left out.
+    """The `N_NEIGHBOURS` living features nearest to each living one, the feature itself left out.
 
     Args:
         directions: Decoder rows, shape (n_latents, d_model).
-        alive: Which features were active, shape (n_latents,).
+        alive: Shape (n_latents,), bool.
 
     Returns:
         Columns ``neighbours``, lists of feature numbers, the nearest first, and
@@ -72,14 +69,12 @@ def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
     """
     numbers = np.flatnonzero(alive)
     indices, cosines = nearest(directions[numbers], directions[numbers], N_NEIGHBOURS + 1)
-    table = pd.DataFrame(
-        {name: [[] for _ in alive] for name in ("neighbours", "neighbour_cosines")}
-    )
-    for own, (found, values) in enumerate(zip(indices, cosines, strict=True)):
-        others = np.flatnonzero(found != own)[:N_NEIGHBOURS]  # itself need not come first of equals
-        table.at[numbers[own], "neighbours"] = numbers[found[others]].tolist()
-        table.at[numbers[own], "neighbour_cosines"] = values[others].round(4).tolist()
-    return table
+    neighbours, neighbour_cosines = [[] for _ in alive], [[] for _ in alive]
+    for i, feature in enumerate(numbers):
+        nearby = np.flatnonzero(indices[i] != i)[:N_NEIGHBOURS]  # of equals i need not be the first
+        neighbours[feature] = numbers[indices[i, nearby]].tolist()
+        neighbour_cosines[feature] = cosines[i, nearby].round(4).tolist()
+    return pd.DataFrame({"neighbours": neighbours, "neighbour_cosines": neighbour_cosines})
 
 
 def study(analysis: Analysis) -> Findings:
@@ -94,7 +89,7 @@ def study(analysis: Analysis) -> Findings:
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The map, by its caption, if there is one."""
+    """The map, if there is one."""
     if not catalogue.features["umap_x"].notna().any():
         return {}
     plot_umap(catalogue.features, catalogue.folder / "umap.png")
@@ -104,28 +99,25 @@ def draw(catalogue: Catalogue) -> dict[str, Path]:
 def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
     """A map of the decoder directions, coloured by the corpus subset a feature belongs to.
 
+    Features with less than half of their activation in one subset are grey.
+
     Args:
         features: Columns ``umap_x, umap_y`` (NaN where dead), ``frequency, label, top_subset,
-            top_subset_share``. Features with less than half in one subset are grey.
-        n_labels: The most labels written.
+            top_subset_share``.
     """
     # Grey lowest; then the most frequent first, so that no large dot hides a small one.
     drawn = features[features.umap_x.notna()].sort_values("frequency", ascending=False)
     drawn = drawn.sort_values("top_subset_share", key=lambda share: share >= 0.5, kind="stable")
     mixed = drawn.top_subset_share < 0.5
     subsets = drawn.top_subset[~mixed].value_counts().index[: len(plots.COLOURS)]
-    colours = dict(zip(subsets, plots.COLOURS, strict=False)) | {
-        OTHER: "#8D939B",
-        MIXED: plots.PALE,
-    }
+    colours = {OTHER: "#8D939B", MIXED: plots.PALE}
+    colours |= dict(zip(subsets, plots.COLOURS, strict=False))
     group = drawn.top_subset.where(drawn.top_subset.isin(subsets), OTHER).mask(mixed, MIXED)
     counts = group.value_counts()
-    title = (
-        f"{(~mixed).sum():,} of {len(drawn):,} features have half of their activation in one kind "
-        "of text"
-        if drawn.top_subset.nunique() > 1
-        else f"{len(drawn):,} features, all of them active in one kind of text alone"
-    )
+    title = f"{len(drawn):,} features, all of them active in one kind of text alone"
+    if drawn.top_subset.nunique() > 1:
+        title = f"{(~mixed).sum():,} of {len(drawn):,} features have half of their activation in "
+        title += "one kind of text"
     with plots.picture(path, title, (11, 8)) as (figure, axes):
         points = drawn[["umap_x", "umap_y"]].to_numpy()
         grown = np.clip(np.log10(drawn.frequency) / 4 + 1.25, 0, 1)  # 1 in 100,000 to 1 in 10
@@ -136,8 +128,8 @@ def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:
         axes.set_axis_off()
         dots = [Line2D([], [], ls="", marker="o", c=colours[name]) for name in counts.index]
         names = [rf"{name}  {n:,}".replace("$", r"\$") for name, n in counts.items()]
-        about = {"title": "Top subset, features", "alignment": "left", "labelspacing": 0.8}
-        figure.legend(dots, names, loc="outside right upper", **about)
+        style = {"title": "Top subset, features", "alignment": "left", "labelspacing": 0.8}
+        figure.legend(dots, names, loc="outside right upper", **style)
         _write_labels(axes, drawn, points, n_labels)
 
 
@@ -147,29 +139,29 @@ def _write_labels(axes: Axes, drawn: pd.DataFrame, points: np.ndarray, n_labels:
     for i in _spread_features(drawn, points, n_labels):
         axes.plot(*points[i], "o", ms=5, mfc="none", mec=plots.INK, mew=0.8)
         label = _short(drawn.label.iloc[i])
-        about = {"fontsize": 7.5, "parse_math": False, "path_effects": plots.HALO}
-        texts.append(axes.text(*points[i], label, **about))
+        style = {"fontsize": 7.5, "parse_math": False, "path_effects": plots.HALO}
+        texts.append(axes.text(*points[i], label, **style))
     line = {"arrowstyle": "-", "color": plots.INK, "linewidth": 0.6}
     # A number of rounds, not of seconds: the same picture on every machine.
     adjust_text(texts, ax=axes, iter_lim=300, expand=(1.1, 1.4), arrowprops=line)
 
 
 def _spread_features(drawn: pd.DataFrame, points: np.ndarray, n_labels: int) -> list[int]:
-    """Places of features to label: words and the most specific first, far apart, none twice."""
+    """Indices of features to label: words and the most specific first, far apart, none twice."""
     glyphs = font_manager.get_font(font_manager.findfont(plots.FONT)).get_charmap()
     wordless = ~drawn.label.str.contains(r"[^\W\d_]{3}")
     order = np.lexsort((-drawn.top_subset_share, wordless))
     spacing = 0.6 * np.sqrt(np.ptp(points, axis=0).prod() / max(1, n_labels))
-    distance = np.full(len(points), np.inf)  # to the nearest that was chosen
-    places, labels = [], set()
+    distance = np.full(len(points), np.inf)  # to the nearest chosen one
+    chosen, labels = [], set()
     for i in order:
         label = _short(drawn.label.iloc[i])
         can_draw = label and label not in labels and glyphs.keys() >= set(map(ord, label))
-        if len(places) < n_labels and can_draw and distance[i] >= spacing:
-            places.append(int(i))
+        if len(chosen) < n_labels and can_draw and distance[i] >= spacing:
+            chosen.append(int(i))
             labels.add(label)
             distance = np.minimum(distance, np.hypot(*(points - points[i]).T))
-    return places
+    return chosen
 
 
 def _short(label: str) -> str:

@@ -1,8 +1,8 @@
-"""Splitting: what one feature of a small dictionary becomes in larger ones.
+"""Splitting: the features of larger dictionaries that one feature of a small one becomes.
 
 A feature's parent is the feature of the next smaller dictionary whose decoder row has the highest
-cosine to its own, if that is at least `CLOSE`; those of one ancestor in the smallest dictionary are
-a family.
+cosine to the feature's, if that is at least `CLOSE`. All features of one ancestor in the smallest
+dictionary are a family.
 
 Reference: "Scaling Monosemanticity", Feature Splitting: "San Francisco" is one feature of 1M, two
 of 4M and eleven of 34M.
@@ -27,7 +27,7 @@ from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
 CLOSE = 0.5  # cosine to a parent; that of unrelated rows is below 0.2 in hundreds of dimensions
-N_TOKENS = 131_072  # gone through for the labels of the other dictionaries
+N_TOKENS = 131_072  # read for the labels of all dictionaries
 N_PEAKS = 10  # tokens that a label is made from
 COHERENT = 0.5  # share of them that must be one word, for a feature to count as that word's
 N_SHOWN = 14  # relatives in the largest dictionary that a picture has room for
@@ -39,7 +39,7 @@ def find_parents(sizes: list[np.ndarray], alive: list[np.ndarray]) -> pd.DataFra
 
     Args:
         sizes: Decoder rows, (n_latents, d_model) each, the smallest dictionary first.
-        alive: Which of them count, (n_latents,) each.
+        alive: Which features are alive, bool, (n_latents,) each.
 
     Returns:
         A row a feature, smallest dictionary first: ``n_latents, feature``; ``parent`` in the next
@@ -49,16 +49,15 @@ def find_parents(sizes: list[np.ndarray], alive: list[np.ndarray]) -> pd.DataFra
     smallest = np.flatnonzero(alive[0])
     levels = [_level(len(alive[0]), smallest, -1, np.nan, smallest)]
     ancestors = np.where(alive[0], np.arange(len(alive[0])), -1)
-    for (small, large), (there, own) in zip(
-        itertools.pairwise(sizes), itertools.pairwise(alive), strict=True
-    ):
-        candidates, numbers = np.flatnonzero(there), np.flatnonzero(own)
-        found, cosines = (array[:, 0] for array in nearest(small[candidates], large[numbers], 1))
-        parents = np.where(cosines >= CLOSE, candidates[found], -1)
+    for i in range(1, len(sizes)):
+        candidates, features = np.flatnonzero(alive[i - 1]), np.flatnonzero(alive[i])
+        neighbours = nearest(sizes[i - 1][candidates], sizes[i][features], 1)
+        index, cosines = (array[:, 0] for array in neighbours)
+        parents = np.where(cosines >= CLOSE, candidates[index], -1)
         descent = np.where(parents >= 0, ancestors[parents], -1)
-        levels.append(_level(len(large), numbers, parents, cosines, descent))
-        ancestors = np.full(len(large), -1)
-        ancestors[numbers] = descent
+        levels.append(_level(len(sizes[i]), features, parents, cosines, descent))
+        ancestors = np.full(len(sizes[i]), -1)
+        ancestors[features] = descent
     return pd.concat(levels, ignore_index=True)
 
 
@@ -74,19 +73,18 @@ def label_features(
     token_texts: list[str],
     batch_size: int,
 ) -> pd.DataFrame:
-    """A row a feature: its ``label``, and the ``word`` that it is of, empty if it is of none."""
+    """A row a feature: its ``label``, and the ``word`` that most of its peaks are, or ""."""
     peaks = BestPerGroup(encoder.n_latents, N_PEAKS)
     for batch in store.batches(contexts, batch_size, "labelling"):
         row, feature, activation, _ = encoder.active(batch.rows)
         wanted = peaks.wants(feature, activation)
-        tokens = batch.tokens[batch.kept][row]
-        entries = {"group": feature, "priority": activation, "token": tokens}
+        entries = {"group": feature, "priority": activation}
+        entries["token"] = batch.tokens[batch.kept][row]
         peaks.add({name: values[wanted] for name, values in entries.items()})
     best = peaks.best()
     text = pd.Series(np.array(token_texts, dtype=object)[best["token"]])
     labels = text.groupby(best["group"]).agg(lambda texts: make_label(texts.value_counts().index))
-    words = text.str.strip().str.lower()
-    words = words.groupby(best["group"]).agg(_common_word)
+    words = text.str.strip().str.lower().groupby(best["group"]).agg(_common_word)
     table = pd.DataFrame({"label": labels, "word": words}).reindex(range(encoder.n_latents))
     return table.fillna("")
 
@@ -98,9 +96,9 @@ def _common_word(words: pd.Series) -> str:
 
 
 def choose_family(table: pd.DataFrame) -> int | None:
-    """The ancestor whose relatives in the largest dictionary are of the most different words.
+    """Of families that fit into a picture, the ancestor of the one with the most different words.
 
-    Of families that fit into a picture; None if none has two words.
+    Words are those of features in the largest dictionary; None if no family has two.
 
     Args:
         table: Of `find_parents`, with a ``word`` each.
@@ -113,21 +111,21 @@ def choose_family(table: pd.DataFrame) -> int | None:
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Json]:
-    """By dictionary: how many features have a parent, and into how many a parent's line splits.
+    """How many features have a parent, and into how many features one splits.
 
     Returns:
-        ``levels``, for each larger dictionary ``n_latents``, ``n_alive``, ``with_parent`` and
-        ``cosine``, share and median; ``relatives``, how many of a feature of the smallest are in
-        it on average, and ``split``, for how large a share more than one; and the ``family`` that
-        is shown.
+        ``n_latents`` of the smallest dictionary; ``levels``, for each larger dictionary
+        ``n_latents``, ``n_alive``, the share ``with_parent``, the median ``cosine``, the mean
+        number of ``relatives`` of a feature of the smallest, and the share ``split`` of features
+        of the smallest with more than one.
     """
     levels = []
     n_smallest = int((table.n_latents == table.n_latents.min()).sum())
-    for n_latents, own in list(table.groupby("n_latents"))[1:]:
-        counts = own[own.ancestor >= 0].groupby("ancestor").size()
-        level = {"n_latents": int(n_latents), "n_alive": len(own)}
-        level |= {"with_parent": float((own.parent >= 0).mean())}
-        level |= {"cosine": float(own.cosine.median()), "relatives": counts.sum() / n_smallest}
+    for n_latents, group in list(table.groupby("n_latents"))[1:]:
+        counts = group[group.ancestor >= 0].groupby("ancestor").size()
+        level = {"n_latents": int(n_latents), "n_alive": len(group)}
+        level |= {"with_parent": float((group.parent >= 0).mean())}
+        level |= {"cosine": float(group.cosine.median()), "relatives": counts.sum() / n_smallest}
         levels.append(level | {"split": float((counts > 1).sum() / n_smallest)})
     return {"n_latents": int(table.n_latents.min()), "levels": levels}
 
@@ -148,35 +146,30 @@ def map_sizes(table: pd.DataFrame, sizes: list[np.ndarray], seed: int) -> pd.Dat
 
 def study(analysis: Analysis) -> Findings:
     """Families over the analysed dictionary and ``OTHER_AUTOENCODERS``; nothing without these."""
-    if not analysis.others:
+    store, settings, autoencoders = analysis.store, analysis.settings, analysis.all_sizes
+    if len(autoencoders) == 1:
         return Findings(None)
-    store, settings = analysis.store, analysis.settings
-    autoencoders = sorted([analysis.autoencoder, *analysis.others], key=lambda one: one.n_latents)
     sizes = [one.directions() for one in autoencoders]
-    alive = [~ops.convert_to_numpy(one.dead()) for one in autoencoders]
-    table = find_parents(sizes, alive)
+    table = find_parents(sizes, [~ops.convert_to_numpy(one.dead()) for one in autoencoders])
     contexts = range(min(len(analysis.contexts), -(-N_TOKENS // store.context_length)))
-    labels = [
-        label_features(
-            FeatureEncoder(one), store, contexts, analysis.token_texts, settings.batch_size
-        )
+    texts, batch_size = analysis.token_texts, settings.batch_size
+    labels = {
+        one.n_latents: label_features(FeatureEncoder(one), store, contexts, texts, batch_size)
         for one in autoencoders
-    ]
-    labels = pd.concat(labels, keys=[len(rows) for rows in sizes], names=["n_latents", "feature"])
-    table = table.join(labels, on=["n_latents", "feature"])
-    found = {**summarise(table), "family": choose_family(table)}
+    }
+    keys = ["n_latents", "feature"]
+    table = table.join(pd.concat(labels, names=keys), on=keys)
+    summary = {**summarise(table), "family": choose_family(table)}
     if settings.map_features:
         table = table.join(map_sizes(table, sizes, settings.seed))
-    last = found["levels"][-1]
-    words = (
-        f"Splitting: {last['split']:.0%} of {found['n_latents']:,} features are more than one "
-        f"among {last['n_latents']:,}."
-    )
-    return Findings(found, words, {"splitting": table})
+    last = summary["levels"][-1]
+    words = f"Splitting: {last['split']:.0%} of {summary['n_latents']:,} features are more than "
+    words += f"one among {last['n_latents']:,}."
+    return Findings(summary, words, {"splitting": table})
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
-    """The pictures of a finished study, by their captions."""
+    """The family that splits most, and the map of all dictionaries, where the study has them."""
     # A label may be "null" or "None", which would count as missing.
     numbers = dict.fromkeys(("cosine", "x", "y"), "")
     table = catalogue.table("splitting", keep_default_na=False, na_values=numbers)
@@ -193,12 +186,7 @@ def draw(catalogue: Catalogue) -> dict[str, Path]:
 
 
 def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
-    """What one feature of the smallest dictionary becomes in the larger ones, as a tree.
-
-    Args:
-        table: Of `study`.
-        ancestor: The feature.
-    """
+    """What a feature of the smallest dictionary becomes in the larger ones, as a tree."""
     sizes = sorted(table.n_latents.unique())
     family = table[table.ancestor == ancestor]
     rows = {size: family[family.n_latents == size] for size in sizes}
@@ -209,11 +197,11 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
         nonlocal n_leaves
         children = []
         if level + 1 < len(sizes):
-            below = rows[sizes[level + 1]]
-            children = below[below.parent == feature].sort_values("label").feature.tolist()
-        own = [place(level + 1, child) for child in children]
-        n_leaves += not own
-        heights[level, feature] = (own[0] + own[-1]) / 2 if own else n_leaves - 1
+            larger = rows[sizes[level + 1]]
+            children = larger[larger.parent == feature].sort_values("label").feature.tolist()
+        below = [place(level + 1, child) for child in children]
+        n_leaves += not below
+        heights[level, feature] = (below[0] + below[-1]) / 2 if below else n_leaves - 1
         return heights[level, feature]
 
     place(0, ancestor)
@@ -224,12 +212,10 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
             for row in rows[size].itertuples():
                 y = heights[level, row.feature]
                 if level:
-                    up = heights[level - 1, row.parent]
+                    start = heights[level - 1, row.parent]
                     x = np.linspace(level - 0.38, level, 30)
-                    bend = (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
-                    axes.plot(
-                        x, up + (y - up) * bend, color=plots.BLUE, linewidth=4 * row.cosine**2
-                    )
+                    curve = start + (y - start) * (1 - np.cos(np.linspace(0, np.pi, 30))) / 2
+                    axes.plot(x, curve, color=plots.BLUE, linewidth=4 * row.cosine**2)
                 cosine = f"  {row.cosine:.2f}" if level else ""
                 text = f"{row.feature} “{row.label[:22]}”{cosine}".replace("$", r"\$")
                 axes.text(level + 0.02, y, text, va="center", fontsize=8)
@@ -238,30 +224,24 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.set(xlim=(0, len(sizes) - 0.3), ylim=(n_leaves - 0.5, -0.5), yticks=[])
-        axes.set_xlabel(
-            "number, tokens at the peaks, cosine to the parent", loc="left", color=plots.GREY
-        )
+        note = "number, tokens at the peaks, cosine to the parent"
+        axes.set_xlabel(note, loc="left", color=plots.GREY)
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)
 
 
 def plot_sizes(table: pd.DataFrame, ancestor: int | None, path: Path) -> None:
-    """The features of several dictionaries on one map, those of one family ringed.
-
-    Args:
-        table: Of `study`, with ``x`` and ``y``.
-        ancestor: Of that family.
-    """
+    """The features of several dictionaries on one map, those of one ancestor ringed."""
     drawn = table[table.x.notna()]
     sizes = sorted(drawn.n_latents.unique())
     title = f"{len(sizes)} dictionaries on one map (n = {len(drawn):,} features)"
     with plots.picture(path, title, (9, 7.4)) as (figure, axes):
         colours = [plots.ORANGE, plots.BLUE, "#8FB8D3", plots.PALE][: len(sizes)]
         for size, colour in reversed(list(zip(sizes, itertools.cycle(colours)))):
-            own = drawn[drawn.n_latents == size]
-            area = np.clip(30_000 / len(own), 3, 16)
-            label = f"{size:,} latents, {len(own):,} drawn"
-            axes.scatter(own.x, own.y, area, color=colour, linewidths=0, label=label)
+            points = drawn[drawn.n_latents == size]
+            area = np.clip(30_000 / len(points), 3, 16)
+            label = f"{size:,} latents, {len(points):,} drawn"
+            axes.scatter(points.x, points.y, area, color=colour, linewidths=0, label=label)
         family = drawn[drawn.ancestor == ancestor]
         if len(family):
             name = str(family.label.iloc[0]).replace("$", r"\$")
