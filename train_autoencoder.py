@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from utils import artifacts
 from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
 from utils.settings import Settings, read_settings, require, require_positive, run
@@ -87,8 +88,8 @@ LONGEST_IDLE = 2**30
 OUTPUTS = (
     "*.keras",
     "*.tfevents.*",
-    "metrics.json",
-    "training_log.csv",
+    artifacts.METRICS_FILE,
+    artifacts.LOG_FILE,
     "training_curves.png",
     "scaling_laws.*",
 )
@@ -146,12 +147,12 @@ def main() -> None:
         # 5. Measure on tokens held out, and save.
         held_out_batches = store.batches(held_out, settings.batch_size)
         fidelity = measure_fidelity(autoencoder, (batch.rows for batch in held_out_batches))
-        save_autoencoder(autoencoder, folder / "autoencoder.keras")
-        log = read_log(folder / "training_log.csv")
+        save_autoencoder(autoencoder, folder / artifacts.AUTOENCODER_FILE)
+        log = read_log(folder / artifacts.LOG_FILE)
         plot_training_curves(log, folder / "training_curves.png")
         metrics = metrics_of(autoencoder, fidelity, log, store, backend)
-        write_json(folder / "metrics.json", metrics)
-        (folder / "backup.keras").unlink(missing_ok=True)
+        write_json(folder / artifacts.METRICS_FILE, metrics)
+        (folder / artifacts.BACKUP_FILE).unlink(missing_ok=True)
         print(describe(metrics))
 
 
@@ -192,9 +193,9 @@ def check(settings: Settings) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds a finished training, whose result is then printed."""
-    if not (folder / "metrics.json").exists():
+    if not (folder / artifacts.METRICS_FILE).exists():
         return False
-    (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
+    (folder / artifacts.BACKUP_FILE).unlink(missing_ok=True)  # a kill at the very end left it
     print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
     return True
 

@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from utils.settings import InputError, Json, Settings, as_dict, require
 
 SETTINGS_FILE = "settings.json"
+AUTOENCODER_FILE, METRICS_FILE = "autoencoder.keras", "metrics.json"  # of a finished training
+BACKUP_FILE, LOG_FILE = "backup.keras", "training_log.csv"
 LOCK_FILE = ".lock"
 
 # Settings that earlier versions recorded and a script no longer has, with their defaults.

@@ -10,7 +10,7 @@ import keras
 import pandas as pd
 from tqdm import tqdm
 
-from utils.artifacts import replacing
+from utils import artifacts
 from utils.autoencoder.autoencoder import metric_name
 from utils.settings import require
 
@@ -45,11 +45,11 @@ class Backup(keras.callbacks.Callback):
 
     def __init__(self, folder: Path, every: int, rounds: Rounds):
         super().__init__()
-        self.path, self.every, self.rounds = folder / "backup.keras", every, rounds
+        self.path, self.every, self.rounds = folder / artifacts.BACKUP_FILE, every, rounds
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every == 0 and epoch + 1 < self.rounds.n_rounds:
-            with replacing(self.path) as partial:
+            with artifacts.replacing(self.path) as partial:
                 self.model.save(partial)
 
 
@@ -115,7 +115,7 @@ class TrainingLog(keras.callbacks.Callback):
         first_round = int(self.model.step) // self.rounds.steps
         kept = written[:first_round].reindex(columns=self.columns)
         self.seconds = float(kept["seconds"].iloc[-1]) if len(kept) else 0.0
-        with replacing(self.path) as partial:
+        with artifacts.replacing(self.path) as partial:
             kept.to_csv(partial, index=False)
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -75,9 +75,9 @@ def open_autoencoder(
         InputError: There is none, it is unfinished, or it was trained on other activations.
     """
     folder = Path(folder)
-    if not (folder / "metrics.json").exists():
+    if not (folder / artifacts.METRICS_FILE).exists():
         raise artifacts.missing_stage(folder, "finished autoencoder", "train_autoencoder.py")
-    metrics = artifacts.read_json(folder / "metrics.json")
+    metrics = artifacts.read_json(folder / artifacts.METRICS_FILE)
     for name in ("model_name", "layer", "d_model"):
         trained_with, stored = metrics[name], getattr(store, name)
         require(
@@ -85,12 +85,12 @@ def open_autoencoder(
             f"The autoencoder in {folder} was trained with {name} {trained_with!r}, and the "
             f"activations in {store.folder} have {stored!r}. Name folders that belong together.",
         )
-    settings = artifacts.read_json(folder / "settings.json")
+    settings = artifacts.read_json(folder / artifacts.SETTINGS_FILE)
     require(
         settings["activations"] == store.fingerprint,
         f"The autoencoder in {folder} was trained on other activations than those now in "
         f"{store.folder}. Train it again with --overwrite, or name the folder it was trained on.",
     )
-    path = folder / "autoencoder.keras"
+    path = folder / artifacts.AUTOENCODER_FILE
     trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
     return load_autoencoder(path), trained

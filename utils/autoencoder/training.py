@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from utils.activations.store import ActivationStore
+from utils.artifacts import BACKUP_FILE, LOG_FILE
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
@@ -227,7 +228,7 @@ def train(
     callbacks = [
         Progress(rounds, data.batch_size),
         StopOnNaN(),
-        TrainingLog(folder / "training_log.csv", rounds, data.batch_size),
+        TrainingLog(folder / LOG_FILE, rounds, data.batch_size),
         *([TensorBoard(folder, rounds)] if tensorboard else []),
         Backup(folder, backup_every, rounds),
     ]
@@ -247,7 +248,7 @@ def train(
 
 def restore_backup(folder: Path) -> SparseAutoencoder | None:
     """The autoencoder, its optimiser and counters as last backed up, or None."""
-    path = folder / "backup.keras"
+    path = folder / BACKUP_FILE
     if not path.exists():
         return None
     try:

@@ -70,7 +70,7 @@ class Catalogue:
         Raises:
             InputError: It is missing, or another one.
         """
-        path = Path(folder) / "autoencoder.keras"
+        path = Path(folder) / artifacts.AUTOENCODER_FILE
         if not path.exists():
             raise artifacts.missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
         analysed, present = self.summary["autoencoder_fingerprint"], artifacts.fingerprint(path)
