@@ -81,7 +81,7 @@ def measure_specificity(
 def judge_specificity(examples: pd.DataFrame, answers: Answers, seed: int) -> pd.DataFrame:
     """As `measure_specificity`, by a judge; scores are NaN where its answer cannot be read."""
     labels = ask_labels(examples[used_for_label(examples)], answers)
-    other = {feature: labels[other] for feature, other in another_of(list(labels), seed).items()}
+    other = {feature: labels[i] for feature, i in another_of(list(labels), seed).items()}
     scored = unused_examples(examples)
     scored = scored[scored["feature"].isin(labels)]
     marks = map(marked_tokens, map(np.asarray, scored["activations"]))
