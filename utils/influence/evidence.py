@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from scipy import stats
 from tqdm import tqdm
 
@@ -284,8 +283,6 @@ def plot_evidence(scores: pd.DataFrame, max_perplexity: float, path: Path) -> No
         for panel in (concept, fluency):
             panel.set(xlabel="strength, multiples of the maximum")
         for axis in (fluency.yaxis, frontier.xaxis):
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:,g}")
-            axis.set_minor_formatter(ticker.NullFormatter())
+            plots.log_ticks(axis, (1, 2, 5))
         style = {"title": "method; bands: 95% over features", "loc": "outside lower center"}
         figure.legend(*concept.get_legend_handles_labels(), ncols=5, **style)
