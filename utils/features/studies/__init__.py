@@ -16,12 +16,8 @@ pictures by caption. To add one, write its file and add its name to `NAMES`.
 """
 
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
-
-if TYPE_CHECKING:
-    from utils.features.analysis import Analysis, Findings
-    from utils.features.catalogue import Catalogue
+from types import ModuleType
+from typing import Literal
 
 ALWAYS = ("places", "cross_entropy")
 NAMES = (
@@ -36,14 +32,6 @@ NAMES = (
 Name = Literal[*NAMES]
 
 
-class Study(Protocol):
-    """The functions of a study's module."""
-
-    def study(self, analysis: "Analysis") -> "Findings": ...
-
-    def draw(self, catalogue: "Catalogue") -> dict[str, Path]: ...
-
-
-def load(name: str) -> Study:
+def load(name: str) -> ModuleType:
     """The module of a study, imported when it is needed: some load a framework."""
     return importlib.import_module(f"{__name__}.{name}")
