@@ -33,6 +33,7 @@ def main() -> None:
     use_backend("torch")
     from utils.autoencoder.kinds import TopKAutoencoder
     from utils.features.feature_pass import FeaturePass
+    from utils.steering.feature_model import FeatureEncoder
 
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,14 +48,14 @@ def main() -> None:
         zero = np.zeros(options.d_model)
         autoencoder.initialize(store.scale, zero, zero, decoder_norm=1.0, seed=0)
         before = peak_memory()["peak_memory_gb"]
-        found = FeaturePass(autoencoder, store, seed=0)
+        found = FeaturePass(FeatureEncoder(autoencoder), store, seed=0)
         seconds = {"encoding": 0.0, "pass": 0.0}
         turns = np.array_split(np.arange(store.n_contexts), N_TURNS)
         for turn in turns:
             some = range(turn[0], turn[0] + int(SHARE_ENCODED * len(turn)))
             start = time.perf_counter()
             for batch in store.batches(some, options.batch_size):
-                autoencoder.encode_active(batch)
+                autoencoder.encode_active(batch.rows)
             middle = time.perf_counter()
             found.run(range(turn[0], turn[-1] + 1), options.batch_size)
             seconds["pass"] += time.perf_counter() - middle

@@ -324,9 +324,9 @@ def measure(peer, store: ActivationStore, held_out: range) -> dict[str, float]:
     """FVU, as in `utils.autoencoder.fidelity`, and L0 over the kept rows of some contexts."""
     n_rows = n_active = error = squares = 0.0
     total = np.zeros(store.d_model)
-    for rows in store.batches(held_out, EVALUATION_BATCH):
-        active, reconstruction = reconstruct(peer, store, rows)
-        rows = rows.astype(np.float64)
+    for batch in store.batches(held_out, EVALUATION_BATCH):
+        active, reconstruction = reconstruct(peer, store, batch.rows)
+        rows = batch.rows.astype(np.float64)
         n_rows += len(rows)
         n_active += float(active.sum())
         error += float(np.square(rows - reconstruction).sum())
@@ -341,11 +341,8 @@ def measure(peer, store: ActivationStore, held_out: range) -> dict[str, float]:
 
 def save_reconstruction(peer, store: ActivationStore, held_out: range, path: Path) -> None:
     """Write the raw reconstruction of contexts, (contexts, context_length, d_model) float32."""
-    contexts = [
-        reconstruct(peer, store, store["activations"][context].astype(np.float32))[1]
-        for context in held_out[:N_SAVED_CONTEXTS]
-    ]
-    np.save(path, np.stack(contexts))
+    contexts = store.read("activations", held_out[:N_SAVED_CONTEXTS]).astype(np.float32)
+    np.save(path, np.stack([reconstruct(peer, store, context)[1] for context in contexts]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, write_json
-from utils.language_model import load_language_model, replaced_residual
+from utils.language_model import load_language_model, replaced_output
 
 K = 32
 WITH_K = ("topk", "batch_topk", "matryoshka")
@@ -117,7 +117,7 @@ class Benchmark:
         return load_language_model(store.model_name, store.layer, store.dtype)
 
     def loss_recovered(self, reconstruction: np.ndarray) -> float:
-        """As `evaluation.loss_recovered`, for a saved raw reconstruction of the contexts."""
+        """As `fidelity.loss_recovered`, for a saved raw reconstruction of the contexts."""
         limits = self.folder / "cross-entropy.json"
         if not limits.exists():
             zeros = self.cross_entropy(np.zeros_like(reconstruction))
@@ -132,14 +132,14 @@ class Benchmark:
         model, store, total, n = self.language_model, self.store, 0.0, 0
         for start in range(0, N_CONTEXTS, 8):
             chosen = self.held_out[start : start + 8]
-            tokens = torch.from_numpy(np.stack([store["tokens"][c] for c in chosen])).long()
-            kept = torch.from_numpy(np.stack([store["kept"][c] for c in chosen]))[..., None]
+            tokens = torch.from_numpy(store.read("tokens", chosen)).long()
+            kept = torch.from_numpy(store.read("kept", chosen))[..., None]
             saved = None if replacement is None else torch.from_numpy(replacement[start:][:8])
 
             def replace(residual, saved=saved, kept=kept):
                 return None if saved is None else torch.where(kept, saved.to(residual), residual)
 
-            with replaced_residual(model.blocks[store.layer], replace):
+            with replaced_output(model.blocks[store.layer], replace):
                 logits = model.model(tokens, use_cache=False).logits[:, :-1]
             counted = tokens[:, 1:] != model.bos
             losses = cross_entropy(logits[counted].float(), tokens[:, 1:][counted], reduction="sum")
@@ -156,11 +156,8 @@ class Benchmark:
         from utils.autoencoder.saved import load_autoencoder
 
         autoencoder = load_autoencoder(path)
-        contexts = [
-            ops.convert_to_numpy(autoencoder(self.store["activations"][c].astype(np.float32)))
-            for c in self.held_out[:N_CONTEXTS]
-        ]
-        return np.stack(contexts)
+        contexts = self.store.read("activations", self.held_out[:N_CONTEXTS]).astype(np.float32)
+        return np.stack([ops.convert_to_numpy(autoencoder(context)) for context in contexts])
 
 
 def as_flags(settings: dict[str, object]) -> list[str]:

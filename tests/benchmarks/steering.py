@@ -15,7 +15,7 @@ from utils.backend import use_backend
 use_backend("torch")
 
 from utils.features.catalogue import Catalogue  # noqa: E402
-from utils.influence.generations import load_models  # noqa: E402
+from utils.influence.generations import load_model  # noqa: E402
 from utils.steering.clamps import Clamp, steered  # noqa: E402
 from utils.steering.generation import generate_tokens, prompt_tokens  # noqa: E402
 
@@ -24,8 +24,8 @@ N_TOKENS = 60
 
 def main(folder: Path, n_pairs: int) -> None:
     catalogue = Catalogue(folder / "analysis")
-    summary = catalogue.summary
-    language_model, autoencoder = load_models(catalogue, folder / "autoencoder/autoencoder.keras")
+    model = load_model(catalogue, folder / "autoencoder/autoencoder.keras")
+    language_model = model.language_model
     language_model.model.generation_config.eos_token_id = None  # the same length in every run
     prompts = [prompt_tokens(language_model, "My favourite food is")]
     features = catalogue.propose(3)[["feature", "max_activation"]].itertuples(index=False)
@@ -34,8 +34,7 @@ def main(folder: Path, n_pairs: int) -> None:
     def seconds(clamps: list[Clamp]) -> tuple[float, float]:
         begun = time.perf_counter(), time.process_time()
         if clamps:
-            model = language_model, summary["layer"], autoencoder
-            with steered(*model, clamps, summary["outlier_norm"]):
+            with steered(model, clamps):
                 generate_tokens(language_model, prompts, N_TOKENS)
         else:
             generate_tokens(language_model, prompts, N_TOKENS)
