@@ -7,7 +7,7 @@ Shapes: tokens (batch, context), residual (batch, context, d_model).
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from transformers import (
 
 from utils import embedded
 from utils.settings import InputError, hub_token, require
+
+N_NAMED = 10  # wrong weights that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +103,18 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     """Load a model and its tokenizer; for ``dtype`` see `resolve_dtype`.
 
     Raises:
-        InputError: As for `read_config`.
+        InputError: As for `read_config`; or the checkpoint does not hold the model's weights.
     """
     config = read_config(name, layer)
     device = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
-        model = AutoModelForCausalLM.from_pretrained(
-            _source(name), dtype=resolve_dtype(dtype, device), token=hub_token()
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            _source(name),
+            dtype=resolve_dtype(dtype, device),
+            token=hub_token(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the missing ones
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _access_error(name, error) from None
@@ -117,6 +123,7 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
         f"MODEL_NAME must be a decoder whose blocks are its layers, as LLaMA's are; {name} is a "
         f"{type(model).__name__}.",
     )
+    _require_all_weights(name, model, loading)
     model.requires_grad_(False)
     # Given a slice, such as the last position of a batch, PyTorch would copy the unembedding for
     # each text.
@@ -125,6 +132,25 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     )
     revision = getattr(config, "_commit_hash", None)
     return LanguageModel(name, revision, model.eval().to(device), tokenizer)
+
+
+def _require_all_weights(name: str, model: PreTrainedModel, loading: dict[str, Iterable]) -> None:
+    """Refuse weights that transformers would draw at random, or leave out of a layer it has."""
+    wrong = [f"{weight} is missing" for weight in sorted(loading["missing_keys"])]
+    for weight, shape, needed in loading["mismatched_keys"]:
+        wrong.append(f"{weight} is {tuple(shape)}, not {tuple(needed)}")
+    modules = dict(model.named_modules())
+    for weight in sorted(loading["unexpected_keys"]):
+        module = modules.get(weight.rpartition(".")[0])
+        if module is not None and any(True for _ in module.parameters(recurse=False)):
+            wrong.append(f"{weight} is not of {type(model).__name__} as config.json describes it")
+    n_more = len(wrong) - N_NAMED
+    require(
+        not wrong,
+        f"The checkpoint of {name} must hold exactly the weights of its model; "
+        f"{'; '.join(wrong[:N_NAMED])}{f'; and {n_more} more' if n_more > 0 else ''}. Download or "
+        "save the model again, with the config.json that belongs to it.",
+    )
 
 
 def _source(name: str) -> str:
