@@ -5,6 +5,7 @@ Shapes: tokens (batch, context), residual (batch, context, d_model).
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -189,6 +190,25 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         # Without these instructions bfloat16 is emulated, several times slower than float32.
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.bfloat16
+
+
+def final_norm(language_model: LanguageModel) -> nn.Module:
+    """What the residual stream passes between the last block and the unembedding, in float32.
+
+    The modules that the decoder calls there, whatever their names: a norm, and in some models a
+    projection.
+    """
+    called, blocks = [], language_model.blocks
+    others = [part for part in language_model.model.get_decoder().children() if part is not blocks]
+    handles = [blocks[-1].register_forward_hook(lambda *_: called.clear())]
+    handles += [part.register_forward_hook(lambda part, *_: called.append(part)) for part in others]
+    try:
+        bos = torch.tensor([[language_model.bos]], device=language_model.device)
+        language_model.model(bos, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return copy.deepcopy(nn.Sequential(*called)).float()
 
 
 class _Stopped(Exception):
