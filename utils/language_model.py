@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -126,6 +127,11 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     )
     _require_all_weights(name, model, loading)
     model.requires_grad_(False)
+    # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix into what is asked.
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(
+        **{name: getattr(model.generation_config, name) for name in ends}
+    )
     # Given a slice, such as the last position of a batch, PyTorch would copy the unembedding for
     # each text.
     model.get_output_embeddings().register_forward_pre_hook(

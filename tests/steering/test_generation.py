@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
@@ -103,6 +105,24 @@ def test_tokens_are_drawn_from_the_softmax():
     deviation = (expected * (1 - expected) / n).sqrt()
     assert ((shares - expected).abs() < 5 * deviation).all()
     assert choose(logits, 0.0, draws).tolist() == [3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_settings_of_a_model_do_not_mix_in(tiny_model, language_model, tmp_path, temperature):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    first = language_model.tokenizer(generate(language_model, PROMPT, 1))["input_ids"][0]
+    settings = {
+        "repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "min_p": 0.9, "do_sample": True,
+        "bad_words_ids": [[first]], "suppress_tokens": [first], "top_k": 3, "typical_p": 0.5,
+        "forced_eos_token_id": 1, "max_length": 5, "temperature": 0.1, "num_beams": 2,
+    }  # fmt: skip
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    other = load_language_model(str(folder), LAYER, "float32")
+    texts = [generate(m, PROMPT, 30, temperature=temperature) for m in (language_model, other)]
+    assert texts[0] == texts[1]
+    assert other.model.generation_config.eos_token_id == 1  # a text still ends
 
 
 def test_a_prompt_without_room_is_refused(language_model):

@@ -86,14 +86,12 @@ def generate_tokens(
     sampling = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
-        # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix in.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     generated = model.generate(
         tokens,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         use_cache=use_cache,
-        repetition_penalty=1.0,
         pad_token_id=language_model.bos,
         **sampling,
     )[:, length:]
