@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from utils import embedded
+from utils import characters, embedded
 from utils.settings import InputError, hub_token, require
 
 N_NAMED = 10  # wrong weights that an error lists
@@ -73,11 +73,18 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each token of the vocabulary, as it is in the middle of a text.
 
     Each is decoded behind another token, because some tokenizers strip the space before the first.
+    A part of a character is as in `utils.characters`; BOS, which is no text, a line break.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     clean = {"clean_up_tokenization_spaces": False}
     texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], **clean)
-    return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
+    texts = [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
+    for number, text in enumerate(texts):
+        if "\ufffd" in text:
+            escaped = characters.escaped_text(tokenizer.convert_ids_to_tokens(number))
+            texts[number] = text if escaped is None else escaped
+    texts[separator_token(tokenizer)] = "\n"
+    return texts
 
 
 def read_config(name: str, layer: int) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from utils.language_model import LanguageModel, replaced_output, residual_at
 from utils.settings import InputError
 
 N_FEATURES = 50
-TEXTS = [f"w{i}" for i in range(WORDS)]
+TEXTS = ["<s>", "</s>", *(f"w{i}" for i in range(2, WORDS))]
 NAMES = {
     "gemma": "norm", "gemma2": "norm", "gpt_neox": "final_layer_norm", "opt": "final_layer_norm",
     "phi": "final_layernorm", "olmo": "norm", "cohere": "norm", "llama": "norm",

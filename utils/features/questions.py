@@ -91,7 +91,7 @@ def show(token_texts: Sequence[str], marked: Sequence[bool]) -> str:
     """An example as one line, runs of marked tokens between `MARKS`, for a question to replace."""
     text, inside = "", False
     for piece, mark in zip(token_texts, marked, strict=True):
-        if mark != inside:
+        if piece and mark != inside:
             text, inside = text + MARKS[not mark], mark
         text += re.sub("[" + "".join(MARKS) + "]", "\ufffd", piece)
     return LINE_BREAK.sub("⏎", text + (MARKS[1] if inside else ""))

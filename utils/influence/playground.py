@@ -87,7 +87,8 @@ class Playground:
     def token_texts(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
         """The prompt's tokens as texts."""
         numbers = prompt_tokens(self.model.language_model, prompt, chat)[0].cpu().numpy()
-        return [(one_line(piece), None) for piece in self.catalogue.token_texts[numbers]]
+        bos = self.model.language_model.tokenizer.decode(numbers[:1])
+        return [(one_line(text), None) for text in (bos, *self.catalogue.texts_of(numbers[1:]))]
 
     def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
         """The strongest features at a token of the prompt, with their activations f_i ‖W_dec,i‖.

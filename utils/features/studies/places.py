@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from utils import plots
+from utils.characters import readable
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
 from utils.features.geometry import map_directions, nearest
@@ -53,7 +54,8 @@ def promoted_tokens(
     covariance = rows.T @ rows / len(rows)
     deviation = (unembedding @ covariance).mul(unembedding).sum(dim=1).sqrt()
     unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
-    text = np.array(token_texts, dtype=object)
+    text = np.array([*map(readable, token_texts)], dtype=object)
+    text[language_model.bos] = language_model.tokenizer.decode([language_model.bos])
     promoted, suppressed = [], []
     for block in rows.split(batch):
         scores = block @ unembedding.T
