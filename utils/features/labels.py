@@ -111,10 +111,14 @@ def explain(
 
 
 def _peak_word(token_texts: list[str], tokens: np.ndarray, peak: int) -> str:
-    start = max(0, peak - BESIDE)
-    nearby = tokens[start : peak + BESIDE + 1]
-    pieces = [token_texts[i] if i >= 0 else "" for i in nearby]
-    return word_at(whole_characters(pieces, np.arange(len(pieces)) == peak - start), peak - start)
+    for beside in (BESIDE, len(tokens)):  # of parts of characters, a word may be any number
+        start = max(0, peak - beside)
+        nearby = tokens[start : peak + beside + 1]
+        pieces = [token_texts[i] if i >= 0 else "" for i in nearby]
+        whole = whole_characters(pieces, np.arange(len(pieces)) == peak - start)
+        if whole == pieces:
+            break
+    return word_at(whole, peak - start)
 
 
 def words_around(examples: pd.DataFrame, token_texts: list[str]) -> dict[int, list[str]]:
