@@ -25,6 +25,7 @@ from utils.features.studies.specificity import measure_specificity
 from utils.features.studies.splitting import label_features
 from utils.language_model import token_texts
 from utils.steering.feature_model import FeatureEncoder
+from utils.steering.generation import prompt_tokens
 
 N_CONTEXTS, CONTEXT = 40, 64
 WORDS = ("中", "हिन्दी", "👍", "あ")
@@ -69,7 +70,12 @@ def analysed(tmp_path_factory) -> SimpleNamespace:
     write_json(folder / "summary.json", {"n_latents": 5})
     saved = catalogue.Catalogue(folder)
     return SimpleNamespace(
-        store=store, encoder=encoder, texts=texts, examples=examples, saved=saved
+        tokenizer=tokenizer,
+        store=store,
+        encoder=encoder,
+        texts=texts,
+        examples=examples,
+        saved=saved,
     )
 
 
@@ -135,3 +141,10 @@ def test_the_tokens_of_a_split_character_are_those_that_begin_it():
     assert tokens_of(" a", numbers) == [3, 4] and tokens_of("中", numbers) == [1]
     del numbers["中"]
     assert tokens_of("中", numbers) == [8] and tokens_of("x", numbers) == []
+
+
+def test_a_prompt_is_shown_whole_with_the_name_of_bos(analysed):
+    model = SimpleNamespace(tokenizer=analysed.tokenizer, bos=analysed.tokenizer.bos_token_id)
+    tokens = prompt_tokens(SimpleNamespace(**vars(model), device="cpu"), " 中<bos>")[0]
+    texts = analysed.saved.prompt_texts(model, tokens)
+    assert texts[0] == "<bos>" and "".join(texts) == "<bos> 中<bos>" and "中" in texts

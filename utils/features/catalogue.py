@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,11 @@ from utils.characters import is_word, whole_characters, words_in
 from utils.features.examples import WINDOW, text_at, window_start
 from utils.features.labels import make_label
 from utils.settings import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.language_model import LanguageModel
 
 SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
 EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
@@ -68,6 +74,14 @@ class Catalogue:
     def texts_of(self, tokens: np.ndarray, activations: np.ndarray | None = None) -> list[str]:
         """The texts of tokens that follow one another; see `whole_characters`."""
         return whole_characters(list(self.token_texts[tokens]), activations)
+
+    def prompt_texts(self, language_model: "LanguageModel", tokens: "torch.Tensor") -> list[str]:
+        """The texts of a prompt's tokens, (context,); of BOS its name."""
+        numbers, bos = tokens.cpu().numpy(), language_model.bos
+        name, texts = language_model.tokenizer.decode([bos]), self.texts_of(numbers)
+        return [
+            name if number == bos else text for number, text in zip(numbers, texts, strict=True)
+        ]
 
     def autoencoder_path(self, folder: str | Path) -> Path:
         """The file of the autoencoder in ``folder``, which the analysis must be of.
