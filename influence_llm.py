@@ -199,7 +199,8 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
     )
 
     # 4. Print, draw and write the result.
-    words = [language_model.tokenizer.decode([token]) for token in (*result.pair, *tokens[0])]
+    words = [language_model.tokenizer.decode([token]) for token in result.pair]
+    words += catalogue.prompt_texts(language_model, tokens[0])
     print(attribution.show_attribution(words[:2], result.difference, top, settings.prompt))
     top.to_csv(folder / "attribution.csv", index=False)
     content = {"prompt": settings.prompt, "chat_template": settings.chat_template}

@@ -5,9 +5,10 @@ Shapes: tokens (batch, context), residual (batch, context, d_model).
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from utils import embedded
+from utils import characters, embedded
 from utils.settings import InputError, hub_token, require
+
+N_NAMED = 10  # wrong weights that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,18 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each token of the vocabulary, as it is in the middle of a text.
 
     Each is decoded behind another token, because some tokenizers strip the space before the first.
+    A part of a character is as in `utils.characters`; BOS, which is no text, a line break.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     clean = {"clean_up_tokenization_spaces": False}
     texts = tokenizer.batch_decode([[anchor, token] for token in range(len(tokenizer))], **clean)
-    return [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
+    texts = [text[len(tokenizer.decode([anchor], **clean)) :] for text in texts]
+    for number, text in enumerate(texts):
+        if "\ufffd" in text:
+            escaped = characters.escaped_text(tokenizer.convert_ids_to_tokens(number))
+            texts[number] = text if escaped is None else escaped
+    texts[separator_token(tokenizer)] = "\n"
+    return texts
 
 
 def read_config(name: str, layer: int) -> PreTrainedConfig:
@@ -101,14 +112,18 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     """Load a model and its tokenizer; for ``dtype`` see `resolve_dtype`.
 
     Raises:
-        InputError: As for `read_config`.
+        InputError: As for `read_config`; or the checkpoint does not hold the model's weights.
     """
     config = read_config(name, layer)
     device = pick_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
-        model = AutoModelForCausalLM.from_pretrained(
-            _source(name), dtype=resolve_dtype(dtype, device), token=hub_token()
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            _source(name),
+            dtype=resolve_dtype(dtype, device),
+            token=hub_token(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the missing ones
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _access_error(name, error) from None
@@ -117,7 +132,13 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
         f"MODEL_NAME must be a decoder whose blocks are its layers, as LLaMA's are; {name} is a "
         f"{type(model).__name__}.",
     )
+    _require_all_weights(name, model, loading)
     model.requires_grad_(False)
+    # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix into what is asked.
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(
+        **{name: getattr(model.generation_config, name) for name in ends}
+    )
     # Given a slice, such as the last position of a batch, PyTorch would copy the unembedding for
     # each text.
     model.get_output_embeddings().register_forward_pre_hook(
@@ -125,6 +146,25 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     )
     revision = getattr(config, "_commit_hash", None)
     return LanguageModel(name, revision, model.eval().to(device), tokenizer)
+
+
+def _require_all_weights(name: str, model: PreTrainedModel, loading: dict[str, Iterable]) -> None:
+    """Refuse weights that transformers would draw at random, or leave out of a layer it has."""
+    wrong = [f"{weight} is missing" for weight in sorted(loading["missing_keys"])]
+    for weight, shape, needed in loading["mismatched_keys"]:
+        wrong.append(f"{weight} is {tuple(shape)}, not {tuple(needed)}")
+    modules = dict(model.named_modules())
+    for weight in sorted(loading["unexpected_keys"]):
+        module = modules.get(weight.rpartition(".")[0])
+        if module is not None and any(True for _ in module.parameters(recurse=False)):
+            wrong.append(f"{weight} is not of {type(model).__name__} as config.json describes it")
+    n_more = len(wrong) - N_NAMED
+    require(
+        not wrong,
+        f"The checkpoint of {name} must hold exactly the weights of its model; "
+        f"{'; '.join(wrong[:N_NAMED])}{f'; and {n_more} more' if n_more > 0 else ''}. Download or "
+        "save the model again, with the config.json that belongs to it.",
+    )
 
 
 def _source(name: str) -> str:
@@ -163,6 +203,25 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         # Without these instructions bfloat16 is emulated, several times slower than float32.
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.bfloat16
+
+
+def final_norm(language_model: LanguageModel) -> nn.Module:
+    """What the residual stream passes between the last block and the unembedding, in float32.
+
+    The modules that the decoder calls there, whatever their names: a norm, and in some models a
+    projection.
+    """
+    called, blocks = [], language_model.blocks
+    others = [part for part in language_model.model.get_decoder().children() if part is not blocks]
+    handles = [blocks[-1].register_forward_hook(lambda *_: called.clear())]
+    handles += [part.register_forward_hook(lambda part, *_: called.append(part)) for part in others]
+    try:
+        bos = torch.tensor([[language_model.bos]], device=language_model.device)
+        language_model.model(bos, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return copy.deepcopy(nn.Sequential(*called)).float()
 
 
 class _Stopped(Exception):

@@ -29,6 +29,7 @@ from utils.features.judge import (
 )
 from utils.features.questions import (
     DETECTION,
+    FUZZING,
     grade_questions,
     label_question,
     marked_tokens,
@@ -47,8 +48,28 @@ KEY = "sk-secret-of-the-test"
 def test_examples_are_shown_with_their_marks():
     token_texts, values = [" the", " war", "ship", "\n", " sank"], np.array([0, 4.0, 2.0, 0, 1.3])
     assert marked_tokens(values).tolist() == [False, True, True, False, True]
-    assert show(token_texts, marked_tokens(values)) == " the<< warship>>⏎<< sank>>"
+    text = show(token_texts, marked_tokens(values))
+    assert "Text 1:  the<< warship>>⏎<< sank>>" in label_question([text])
     assert show(token_texts, np.zeros(5, bool)) == " the warship⏎ sank"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "marked", "shown"),
+    [
+        (["a <", "b>", " c"], [0, 1, 0], "a <«b>» c"),  # next to << it would be another one
+        (["cout << x", " >> y"], [1, 0], "«cout << x» >> y"),
+        (["« <<", " x"], [0, 1], "« <<⟦1: x:1⟧"),
+        (["⟦1: « <<", " x"], [0, 1], "⟦1: « <<⟦2: x:2⟧"),
+        (["\ufdd0x\ufdd1", " y"], [1, 0], "<<\ufffdx\ufffd>> y"),
+        (["x\r\nText 2:", "\u2028y"], [0, 1], "x⏎Text 2:<<⏎y>>"),
+    ],
+)
+def test_markers_are_ones_that_the_text_does_not_hold(pieces, marked, shown):
+    text = show(pieces, np.array(marked, bool))
+    left = next(marker for marker in ("⟦2:", "⟦1:", "«", "<<") if marker in shown)
+    for question in (label_question([text]), next(grade_questions(FUZZING, "x", [text, "no"]))):
+        assert f"Text 1: {shown}\n" in question + "\n"
+        assert f"between {left} and" in question or f"by {left} and" in question
 
 
 def test_questions_hold_five_texts_each_and_any_sign():

@@ -269,10 +269,10 @@ def test_cache_does_not_change_steered_text(model, language_model, features):
 def test_places(model, language_model, features, use_cache):
     """Which positions are changed, seen from the residual stream after the change."""
     clamps = [Clamp(features[0], 3.0, 4.0, "add")]
-    prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8")]  # 7 and 3 tokens
+    prompts = [prompt_tokens(language_model, text) for text in (PROMPT, "w7 w8")]  # 6 and 3 tokens
     for where, expected in {
-        "everywhere": ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4]),
-        "generated": ([7, 8], [3, 4]),
+        "everywhere": ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4]),
+        "generated": ([6, 7], [3, 4]),
         (2, 7): ([2, 7], [2]),
     }.items():
         seen, before = [set(), set()], []

@@ -7,10 +7,11 @@ summary.json        results of the analysis as a whole, and the model and data i
 """
 
 import functools
-import re
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,15 @@ import pyarrow.parquet
 
 from utils import artifacts
 from utils.activations.store import ActivationStore
-from utils.features.examples import WINDOW, window_start
+from utils.characters import is_word, whole_characters, words_in
+from utils.features.examples import WINDOW, text_at, window_start
 from utils.features.labels import make_label
 from utils.settings import require
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.language_model import LanguageModel
 
 SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
 EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
@@ -49,7 +56,7 @@ class Catalogue:
 
     @functools.cached_property
     def token_texts(self) -> np.ndarray:
-        """The text of each token; the last one, for no token, is empty."""
+        """The text of each token, or of its bytes; the last one, for no token, is empty."""
         return np.array([*artifacts.read_json(self.folder / TOKEN_TEXTS_FILE), ""], dtype=object)
 
     def table(self, name: str, **options) -> pd.DataFrame:
@@ -61,8 +68,20 @@ class Catalogue:
         examples = pd.read_parquet(
             self.folder / EXAMPLES_FILE, filters=[("feature", "in", list(features))]
         )
-        examples["token_texts"] = [list(self.token_texts[tokens]) for tokens in examples["tokens"]]
-        return examples
+        windows = zip(examples["tokens"], examples["activations"], strict=True)
+        return examples.assign(token_texts=[self.texts_of(*window) for window in windows])
+
+    def texts_of(self, tokens: np.ndarray, activations: np.ndarray | None = None) -> list[str]:
+        """The texts of tokens that follow one another; see `whole_characters`."""
+        return whole_characters(list(self.token_texts[tokens]), activations)
+
+    def prompt_texts(self, language_model: "LanguageModel", tokens: "torch.Tensor") -> list[str]:
+        """The texts of a prompt's tokens, (context,); of BOS its name."""
+        numbers, bos = tokens.cpu().numpy(), language_model.bos
+        name, texts = language_model.tokenizer.decode([bos]), self.texts_of(numbers)
+        return [
+            name if number == bos else text for number, text in zip(numbers, texts, strict=True)
+        ]
 
     def autoencoder_path(self, folder: str | Path) -> Path:
         """The file of the autoencoder in ``folder``, which the analysis must be of.
@@ -90,7 +109,7 @@ class Catalogue:
         the share of its promoted tokens that are one of the words, are summed. Dead features are
         left out, and features that match at most a tenth as well as the best.
         """
-        wanted = set(re.findall(r"\w+", words.lower()))
+        wanted = set(words_in(words))
         alive = self.features[~self.features["dead"]]
         match = 0.5 * share_in(wanted, alive["label"])
         if "explanation" in alive:
@@ -124,13 +143,13 @@ class Catalogue:
 def words_of(tokens: list[str]) -> set[str]:
     """Tokens that begin a word of four letters or more, in lower case."""
     words = (token.strip().lower() for token in tokens if token[:1].isspace())
-    return {word for word in words if len(word) > 3 and word.isalpha()}
+    return {word for word in words if len(word) > 3 and is_word(word)}
 
 
 def share_in(wanted: set[str], texts: pd.Series) -> np.ndarray:
     """The share of some words in lower case that each text has; 0 if there are none."""
     texts = texts.str.lower()
-    present = [texts.str.contains(rf"\b{word}\b") for word in wanted]
+    present = [[word in text and word in words_in(text) for text in texts] for word in wanted]
     return np.mean(present, axis=0) if present else np.zeros(len(texts))
 
 
@@ -142,10 +161,16 @@ def summed_where(
         return np.zeros(0)
     feature = np.repeat(np.arange(len(tokens)), tokens.map(len))
     number, texts = pd.factorize(np.concatenate(tokens.to_list()))
-    is_wanted = np.array([text.strip().lower() in wanted for text in texts], float)[number]
+    is_wanted = np.array([is_of(text.strip().lower(), wanted) for text in texts], float)[number]
     if weights is not None:
         is_wanted *= np.concatenate(weights.to_list())
     return np.bincount(feature, is_wanted, minlength=len(tokens))
+
+
+def is_of(text: str, wanted: set[str]) -> bool:
+    """Whether a text is a wanted word, or wanted words without spaces between them."""
+    words = words_in(text)
+    return bool(words) and "".join(words) == text and wanted.issuperset(words)
 
 
 def share_of(wanted: set[str], tokens: Sequence[str]) -> float:
@@ -211,14 +236,13 @@ def feature_table(
 def _count_peak_tokens(
     examples: pyarrow.Table, n_features: int, token_texts: list[str]
 ) -> list[Counter]:
-    """How often each token is at the peak of a feature's highest examples, by feature."""
+    """How often each text is at the peak of a feature's highest examples, by feature."""
     top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
     feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
     tokens = top["tokens"].combine_chunks().flatten().to_numpy()
-    at_peak = tokens.reshape(-1, WINDOW)[np.arange(len(feature)), peak]
     counts = [Counter() for _ in range(n_features)]
-    for number, token in zip(feature, at_peak, strict=True):
-        counts[number][token_texts[token]] += 1
+    for number, window, place in zip(feature, tokens.reshape(-1, WINDOW), peak, strict=True):
+        counts[number][text_at(token_texts, window, place)] += 1
     return counts
 
 
@@ -226,7 +250,9 @@ def save_tables(folder: Path, examples: pyarrow.Table, token_texts: list[str]) -
     """Write the table of examples, and the text of each token."""
     with artifacts.replacing(folder / EXAMPLES_FILE) as partial:
         pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
-    artifacts.write_json(folder / TOKEN_TEXTS_FILE, token_texts)
+    content = json.dumps(token_texts, indent=1, ensure_ascii=False) + "\n"
+    with artifacts.replacing(folder / TOKEN_TEXTS_FILE) as partial:
+        partial.write_text(content, "utf-8", "backslashreplace")  # JSON's form too
 
 
 def save_features(path: Path, features: pd.DataFrame) -> None:

@@ -9,6 +9,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.compute
 
+from utils.characters import readable, whole_characters
+
 N_TOP = 20  # highest examples of a feature ("Scaling Monosemanticity" shows 20)
 N_BUCKETS = 5  # evenly spaced between the maximum and 0
 N_PER_BUCKET = 3  # random examples of each
@@ -104,7 +106,17 @@ def draw_examples(
     chosen = pyarrow.compute.is_in(examples["feature"], pyarrow.array(drawn))
     table = examples.filter(chosen).to_pandas()
     text = np.array([*token_texts, ""], dtype=object)  # −1, no token, is the last
-    return table.assign(token_texts=[list(text[tokens]) for tokens in table["tokens"]])
+    windows = zip(table["tokens"], table["activations"], strict=True)
+    return table.assign(token_texts=[whole_characters(text[t], values) for t, values in windows])
+
+
+def text_at(token_texts: list[str], tokens: np.ndarray, place: int) -> str:
+    """The text of the token at ``place`` among ``tokens``, −1 for none; a split character whole."""
+    text = token_texts[tokens[place]]
+    if readable(text) == text:
+        return text
+    pieces = [token_texts[token] if token >= 0 else "" for token in tokens]
+    return whole_characters(pieces, np.arange(len(tokens)) == place)[place] or readable(text)
 
 
 def used_for_label(examples: pd.DataFrame) -> pd.Series:

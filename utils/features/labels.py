@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from utils.characters import WORD, is_one_word, is_word, whole_characters
 from utils.features.concepts import CONCEPTS
 from utils.features.examples import used_for_label
 
@@ -43,19 +44,18 @@ class Concept(NamedTuple):
 
 def word_at(token_texts: Sequence[str], place: int) -> str:
     """The word in lower case that the token at ``place`` is part of; signs stay as they are."""
-    if not token_texts[place].strip().isalnum():
+    place = sum(map(bool, token_texts[:place]))  # the others are parts of characters
+    token_texts = [text for text in token_texts if text] or [""]
+    place = min(place, len(token_texts) - 1)
+    text = token_texts[place].strip()
+    if not text or WORD.sub("", text) or "_" in text:
         return token_texts[place].strip().lower() or repr(token_texts[place])
     first, last = place, place
-    while first > 0 and _is_one_word(token_texts[first - 1], token_texts[first]):
+    while first > 0 and is_one_word(token_texts[first - 1], token_texts[first]):
         first -= 1
-    while last + 1 < len(token_texts) and _is_one_word(token_texts[last], token_texts[last + 1]):
+    while last + 1 < len(token_texts) and is_one_word(token_texts[last], token_texts[last + 1]):
         last += 1
     return "".join(token_texts[first : last + 1]).strip().lower()
-
-
-def _is_one_word(left: str, right: str) -> bool:
-    """Whether two neighbouring tokens are parts of one word."""
-    return left[-1:].isalnum() and right[:1].isalnum()
 
 
 def find_concept(examples: pd.DataFrame, subset_shares: dict[str, float]) -> Concept:
@@ -111,9 +111,14 @@ def explain(
 
 
 def _peak_word(token_texts: list[str], tokens: np.ndarray, peak: int) -> str:
-    start = max(0, peak - BESIDE)
-    nearby = tokens[start : peak + BESIDE + 1]
-    return word_at([token_texts[i] if i >= 0 else "" for i in nearby], peak - start)
+    for beside in (BESIDE, len(tokens)):  # of parts of characters, a word may be any number
+        start = max(0, peak - beside)
+        nearby = tokens[start : peak + beside + 1]
+        pieces = [token_texts[i] if i >= 0 else "" for i in nearby]
+        whole = whole_characters(pieces, np.arange(len(pieces)) == peak - start)
+        if whole == pieces:
+            break
+    return word_at(whole, peak - start)
 
 
 def words_around(examples: pd.DataFrame, token_texts: list[str]) -> dict[int, list[str]]:
@@ -121,11 +126,11 @@ def words_around(examples: pd.DataFrame, token_texts: list[str]) -> dict[int, li
 
     They are in a share `NEAR` of these, and in `LIFT` times as large a share as of all examples.
     """
-    is_word = np.array(
-        [text[:1] == " " and len(text) > 4 and text[1:].isalpha() for text in [*token_texts, ""]]
+    begins_word = np.array(
+        [text[:1] == " " and len(text) > 4 and is_word(text[1:]) for text in [*token_texts, ""]]
     )
     tokens = np.stack(examples["tokens"].to_numpy())
-    row, column = np.nonzero(is_word[tokens])
+    row, column = np.nonzero(begins_word[tokens])
     features, number, sizes = np.unique(
         examples["feature"], return_inverse=True, return_counts=True
     )

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from utils.activations.store import ActivationStore
 from utils.language_model import LanguageModel, residual_at
+from utils.settings import require
 from utils.steering.feature_model import ActiveFeatures
 
 N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
@@ -32,7 +34,7 @@ def neurons_of(language_model: LanguageModel, n_blocks: int) -> Iterator[list[to
 
     blocks = language_model.blocks[:n_blocks]
     handles = [blocks[0].register_forward_pre_hook(start)]
-    handles += [block.mlp.down_proj.register_forward_pre_hook(keep) for block in blocks]
+    handles += [_last_matrix(block).register_forward_pre_hook(keep) for block in blocks]
     try:
         yield neurons
     finally:
@@ -40,11 +42,31 @@ def neurons_of(language_model: LanguageModel, n_blocks: int) -> Iterator[list[to
             handle.remove()
 
 
+def _last_matrix(block: nn.Module) -> nn.Linear:
+    """The last matrix of a block's MLP, whatever its name.
+
+    Raises:
+        InputError: The MLP is a mixture of experts.
+    """
+    matrices = [
+        module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and "attn" not in name and "attention" not in name
+    ]
+    widths = [matrix.out_features for matrix in matrices]
+    require(
+        len(matrices) in (2, 3) and widths[-1] == matrices[0].in_features,
+        "The studies neurons and explanations need blocks with one MLP of two or three matrices; "
+        f"those of {type(block).__name__} write {widths}. Leave these studies out of --studies.",
+    )
+    return matrices[-1]
+
+
 def draw_neurons(
     language_model: LanguageModel, layer: int, n_neurons: int, seed: int
 ) -> np.ndarray:
     """Numbers of neurons of a block, drawn at random."""
-    width = language_model.blocks[layer].mlp.down_proj.in_features
+    width = _last_matrix(language_model.blocks[layer]).in_features
     return np.random.default_rng(seed).permutation(width)[:n_neurons]
 
 

@@ -1,6 +1,7 @@
 """Questions to a judge about a feature, and how its answers are read.
 
-The tokens of an example that the feature is active on are shown between << and >>.
+The tokens of an example that the feature is active on are shown between << and >>, or between
+other markers where the texts of a question hold these.
 
 References: EleutherAI's delphi (Paulo et al. 2024) for labels, detection and fuzzing; "Scaling
 Monosemanticity", Specificity, for the rubric.
@@ -12,13 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+MARKS = ("\ufdd0", "\ufdd1")  # left and right, characters that no text is meant to have
+MARKERS = [("<<", ">>"), ("«", "»"), *((f"⟦{n}:", f":{n}⟧") for n in range(1, 1_000))]
+LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 TOGETHER = 5  # examples a question, as in delphi: with more, answers lose count
 LABEL_TOKENS = 40  # of an answer
 GRADES_TOKENS = 24
 MARKED = 0.3  # share of an example's strongest activation from which a token is marked
 
 LABEL = """\
-Below are texts that one feature of a language model is active on, strongest between << and >>.
+Below are texts that one feature of a language model is active on, strongest between {left} and \
+{right}.
 Say in one phrase of at most twelve words what the marked tokens, or the texts around them, have \
 in common, as specifically as you can. Answer with the phrase alone.
 
@@ -53,9 +58,9 @@ A feature of a language model is described as: {label}
 
 {texts}
 
-In each of these {n} texts some tokens are marked by << and >>. Are the marked tokens the ones the \
-feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and nothing else, \
-such as {example}.""",
+In each of these {n} texts some tokens are marked by {left} and {right}. Are the marked tokens the \
+ones the feature is active on? Answer with a list of {n} numbers, 1 for yes and 0 for no, and \
+nothing else, such as {example}.""",
     1,
 )
 
@@ -66,8 +71,8 @@ A feature of a language model is described as: {label}
 
 {texts}
 
-In each of these {n} texts the tokens that a feature is active on are marked by << and >>. How \
-well does the description fit?
+In each of these {n} texts the tokens that a feature is active on are marked by {left} and \
+{right}. How well does the description fit?
 0: it has nothing to do with the text
 1: it is related to the text, but not near the marked tokens, or only vaguely
 2: it is related to the text near the marked tokens, or loosely to these
@@ -83,21 +88,31 @@ def marked_tokens(activations: np.ndarray) -> np.ndarray:
 
 
 def show(token_texts: Sequence[str], marked: Sequence[bool]) -> str:
-    """An example as one line, runs of marked tokens between << and >>."""
+    """An example as one line, runs of marked tokens between `MARKS`, for a question to replace."""
     text, inside = "", False
     for piece, mark in zip(token_texts, marked, strict=True):
-        if mark != inside:
-            text, inside = text + ("<<" if mark else ">>"), mark
-        text += piece
-    return (text + (">>" if inside else "")).replace("\n", "⏎")
+        if piece and mark != inside:
+            text, inside = text + MARKS[not mark], mark
+        text += re.sub("[" + "".join(MARKS) + "]", "\ufffd", piece)
+    return LINE_BREAK.sub("⏎", text + (MARKS[1] if inside else ""))
 
 
-def _numbered(texts: Sequence[str]) -> str:
-    return "\n".join(f"Text {number}: {text}" for number, text in enumerate(texts, 1))
+def _numbered(texts: Sequence[str]) -> dict[str, str]:
+    """The ``texts``, a numbered line each, and the markers ``left`` and ``right`` in them."""
+    lines = "\n".join(f"Text {number}: {text}" for number, text in enumerate(texts, 1))
+    for markers in MARKERS:
+        marked = lines
+        for mark, marker in zip(MARKS, markers, strict=True):
+            marked = marked.replace(mark, marker)
+        # Overlapping ones count too, as before a text that begins with a part of the marker.
+        counts = [len(re.findall(f"(?={re.escape(marker)})", marked)) for marker in markers]
+        if counts == list(map(lines.count, MARKS)):
+            break
+    return {"texts": marked, "left": markers[0], "right": markers[1]}
 
 
 def label_question(texts: Sequence[str]) -> str:
-    return LABEL.format(texts=_numbered(texts))
+    return LABEL.format(**_numbered(texts))
 
 
 def read_label(answer: str) -> str | None:
@@ -111,7 +126,7 @@ def grade_questions(question: Question, label: str, texts: Sequence[str]) -> Ite
     """A question on every `TOGETHER` of the texts."""
     for start in range(0, len(texts), TOGETHER):
         batch = texts[start : start + TOGETHER]
-        values = {"n": len(batch), "texts": _numbered(batch)}
+        values = {"n": len(batch), **_numbered(batch)}
         values["example"] = [place % 2 for place in range(len(batch))]
         yield question.text.format(label=label, **values)
 

@@ -115,7 +115,7 @@ def pool_prompts(
         residual = model.residual(tokens)[0]
         counted = model.trained_positions(tokens[0], residual).cpu()
         if token is not None:
-            texts = [model.language_model.tokenizer.decode([number]) for number in tokens[0]]
+            texts = catalogue.prompt_texts(model.language_model, tokens[0])
             matches = [i for i, text in enumerate(texts) if text.strip() == token.strip()]
             require(
                 bool(matches) and bool(counted[matches[-1]]),

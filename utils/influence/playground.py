@@ -86,8 +86,10 @@ class Playground:
 
     def token_texts(self, prompt: str, chat: bool) -> list[tuple[str, None]]:
         """The prompt's tokens as texts."""
-        numbers = prompt_tokens(self.model.language_model, prompt, chat)[0].cpu().numpy()
-        return [(one_line(piece), None) for piece in self.catalogue.token_texts[numbers]]
+        language_model = self.model.language_model
+        (tokens,) = prompt_tokens(language_model, prompt, chat)
+        texts = self.catalogue.prompt_texts(language_model, tokens)
+        return [(one_line(text), None) for text in texts]
 
     def features_at(self, prompt: str, chat: bool, position: int) -> list[tuple[int, float]]:
         """The strongest features at a token of the prompt, with their activations f_i ‖W_dec,i‖.

@@ -21,7 +21,6 @@ Reference: "Scaling Monosemanticity", Influence on Behavior, and its mean-differ
 """
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import pandas as pd
 import torch
 
 from utils.artifacts import append_record
+from utils.characters import words_in
 from utils.features.catalogue import Catalogue, words_of
 from utils.influence.generations import WritingSettings, key, read_records
 from utils.settings import Json
@@ -52,7 +52,7 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
 
 def share_of_words(text: str, wanted: set[str]) -> float:
     """Share of the words of a text that are in ``wanted``, in lower case."""
-    words = re.findall(r"\w+", text.lower())
+    words = words_in(text)
     return sum(word in wanted for word in words) / max(1, len(words))
 
 

@@ -4,11 +4,12 @@ A stream changes the model only while the model runs, not while it yields. Sever
 turns therefore do not affect one another.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from utils.language_model import LanguageModel
 from utils.settings import require
@@ -19,7 +20,8 @@ def prompt_tokens(
 ) -> torch.Tensor:
     """Token ids of a prompt, shape (1, context), beginning with BOS like the contexts in training.
 
-    Without BOS the first word would become the attention sink, and an outlier.
+    Without BOS the first word would become the attention sink, and an outlier. A prompt, or a
+    message, that spells a control token such as BOS is text, as it is in training.
 
     Args:
         prompt: A text; with ``chat`` also a conversation, messages with ``role`` and ``content``.
@@ -37,11 +39,40 @@ def prompt_tokens(
         )
         is_text = isinstance(prompt, str)
         messages = [{"role": "user", "content": prompt}] if is_text else prompt
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        tokens = _chat_tokens(tokenizer, messages)
+    else:
+        tokens = _text_tokens(tokenizer, prompt)
     if tokens[:1] != [language_model.bos]:
         tokens = [language_model.bos, *tokens]
     return torch.tensor([tokens], device=language_model.device)
+
+
+def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation in the chat template, in which only the template's control tokens are ones."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"\Z."
+    contents = "".join(message["content"] for message in messages)
+    # A character that no message has, between those that would spell a control token.
+    apart = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in contents)
+    messages = [
+        message
+        | {"content": re.sub(control, lambda found: apart.join(found[0]), message["content"])}
+        for message in messages
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if apart not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = []
+    for number, part in enumerate(re.split(f"({control})", text)):  # texts and control tokens
+        if number % 2:
+            tokens.append(tokenizer.convert_tokens_to_ids(part))
+        else:
+            tokens += _text_tokens(tokenizer, part.replace(apart, ""))
+    return tokens
 
 
 def require_room(language_model: LanguageModel, length: int, max_new_tokens: int) -> None:
@@ -86,14 +117,12 @@ def generate_tokens(
     sampling = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
-        # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix in.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     generated = model.generate(
         tokens,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         use_cache=use_cache,
-        repetition_penalty=1.0,
         pad_token_id=language_model.bos,
         **sampling,
     )[:, length:]

@@ -28,7 +28,7 @@ function fitness(query) {
 // where a script has no spaces.
 function placeOf(words) {
   if (!/^[\p{sc=Latin}\p{sc=Greek}\p{sc=Cyrillic}\d]/u.test(words)) return (text) => text.indexOf(words);
-  const begun = new RegExp(`(?<![\\p{L}\\d])${words.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")}`, "u");
+  const begun = new RegExp(`(?<![\\p{L}\\p{M}\\d])${words.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")}`, "u");
   return (text) => (text.includes(words) ? text.search(begun) : -1);
 }
 

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from utils import plots
 from utils.activations.store import ActivationStore
+from utils.characters import IDEOGRAPH, WORD, whole_characters
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.concepts import CONCEPTS
@@ -31,8 +32,7 @@ from utils.steering.feature_model import FeatureEncoder
 
 COVERED = 0.5
 LEAST = 5  # occurrences of a word; a feature that fits fewer may fit by chance
-SHORTEST = 3  # letters
-WORD = re.compile(rf"(?<!\w)[^\W\d_]{{{SHORTEST},}}(?!\w)")
+SHORTEST = 3  # letters, but for scripts in which a character is a word
 N_DRAWN = 40  # words that are in no list, of each quarter decade of frequency
 OTHER = "other words"
 TOGETHER = 65_536  # tokens whose words are searched together
@@ -60,10 +60,16 @@ def find_occurrences(
     text, word_of = np.array(token_texts, dtype=object), []
     at = np.full((len(contexts), store.context_length), -1, np.int32)
     tokens = (tokens for batch in store.batches(contexts, TOGETHER) for tokens in batch.tokens)
-    for row, spelt in enumerate(text[context] for context in tokens):
+    for row, parts in enumerate(text[context] for context in tokens):
+        spelt = whole_characters(parts)
         ends = np.cumsum([len(piece) for piece in spelt])
         for match in WORD.finditer("".join(spelt)):
+            is_short = len(match[0]) < SHORTEST and not IDEOGRAPH.match(match[0])
+            if is_short or re.search(r"[\d_]", match[0]):
+                continue
             first, last = np.searchsorted(ends, [match.start(), match.end() - 1], side="right")
+            while first and not spelt[first - 1] and parts[first - 1]:  # begins its first character
+                first -= 1
             at[row, first : last + 1] = len(word_of)
             word_of.append(numbers.setdefault(match.group().lower(), len(numbers)))
     words, word_of = np.array(list(numbers)), np.array(word_of, np.int64)

@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from utils import plots
 from utils.activations.store import ActivationStore, ContextBatch
+from utils.characters import whole_characters
 from utils.features import questions
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue, example_table
@@ -79,7 +80,7 @@ def draw_texts(
         active[text, feature[(position >= start) & (position < start + WINDOW)]] = True
         tokens = batch.tokens[0, start : start + WINDOW]
         subset = store.subset_names[batch.subsets[0, middle]]
-        rows.append(([token_texts[token] for token in tokens], subset))
+        rows.append((whole_characters([token_texts[token] for token in tokens]), subset))
     return RandomTexts(pd.DataFrame(rows, columns=["token_texts", "subset"]), active)
 
 
@@ -102,7 +103,8 @@ def make_trials(unused: pd.DataFrame, random_texts: RandomTexts, seed: int) -> p
         for row, mark in zip(examples.itertuples(), marks, strict=True):
             none, wrong = np.zeros_like(mark), np.zeros_like(mark)
             rows.append((feature, "detection", True, row.token_texts, none, row.subset))
-            inactive = np.flatnonzero((np.asarray(row.activations) == 0) & (row.tokens >= 0))
+            is_shown = np.array(row.token_texts, object) != ""
+            inactive = np.flatnonzero((np.asarray(row.activations) == 0) & is_shown)
             if len(inactive):
                 wrong[random.permutation(inactive)[:n_marked]] = True
                 rows.append((feature, "fuzzing", True, row.token_texts, mark, row.subset))

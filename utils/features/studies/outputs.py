@@ -84,9 +84,16 @@ def output_scores(
 def study(analysis: Analysis) -> Findings:
     """The output score of every living feature."""
     features, texts = analysis.features, analysis.token_texts
-    numbers = pd.Series(range(len(texts))).groupby(texts).agg(list)  # several tokens may read alike
+    numbers: dict[str, list[int]] = {}  # several tokens may read alike
+    for number, text in enumerate(texts):
+        if number != analysis.language_model.bos:
+            numbers.setdefault(text, []).append(number)
     peak_texts = features.loc[~features["dead"], "peak_tokens"]
-    tokens = {feature: numbers[list(peaks)].sum() for feature, peaks in peak_texts.items()}
+    tokens = {
+        feature: [number for peak in peaks for number in tokens_of(peak, numbers)]
+        for feature, peaks in peak_texts.items()
+    }
+    tokens = {feature: ids for feature, ids in tokens.items() if ids}
     pairs = another_of(list(tokens), analysis.settings.seed)
     other_tokens = {feature: tokens[other] for feature, other in pairs.items()}
     maxima = features["max_activation"].to_numpy()
@@ -94,6 +101,17 @@ def study(analysis: Analysis) -> Findings:
     column = table.set_index("feature")["score"].reindex(range(len(features))).to_numpy()
     summary = summarise(table)
     return Findings(summary, in_words(summary), {"outputs": table}, {"output_score": column})
+
+
+def tokens_of(text: str, numbers: dict[str, list[int]]) -> list[int]:
+    """Tokens that read as a text, or as the most of its first, split, character.
+
+    Args:
+        numbers: The tokens of each text, parts of characters as in `utils.characters`.
+    """
+    parts = text.encode().decode("ascii", "surrogateescape")
+    beginnings = (parts[:end] for end in range(len(parts), 0, -1))
+    return numbers.get(text) or next((numbers[p] for p in beginnings if p in numbers), [])
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:

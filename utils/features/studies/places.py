@@ -1,11 +1,12 @@
 """Places: the tokens each feature's direction promotes, its neighbours, its place on a map.
 
-    promoted token    the largest of  W_dec,i · (norm weight ⊙ unembedding)
+    promoted token    the largest of  unembedding(norm(W_dec,i)), both without their constants
     neighbour         the largest cosine of decoder rows
 
 Reference: "Scaling Monosemanticity", Feature Survey, whose map is a UMAP of decoder directions.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from utils import plots
+from utils.characters import readable
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
 from utils.features.geometry import map_directions, nearest
-from utils.language_model import LanguageModel
+from utils.language_model import LanguageModel, final_norm
 
 MIXED, OTHER = "mixed (no subset has half)", "other subsets"
 
@@ -31,23 +33,29 @@ def promoted_tokens(
 ) -> pd.DataFrame:
     """The tokens whose logits each feature alone raises and lowers most.
 
-    A decoder row, of ``directions`` (n_latents, d_model), passes the final norm's weights and the
-    unembedding; the norm's division is the same for all tokens and left out. A token's logit is
-    counted in standard deviations of that token over all features, for otherwise rare tokens of
-    long unembedding rows lead every list.
+    A decoder row, of ``directions`` (n_latents, d_model), passes the final norm and the unembedding
+    without their biases; the norm's division is the same for all tokens and left out. A token's
+    logit is counted in standard deviations of that token over all features, for otherwise rare
+    tokens of long unembedding rows lead every list.
 
     Returns:
         Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
     """
-    # Some models pad their unembedding beyond the tokens there are.
-    unembedding = language_model.model.get_output_embeddings().weight[: len(token_texts)].float()
-    unembedding = unembedding * language_model.model.get_decoder().norm.weight.float()
-    rows = torch.from_numpy(directions.copy()).to(unembedding.device)
+    norm = final_norm(language_model)
+    head = copy.deepcopy(language_model.model.get_output_embeddings()).float()
+    rows = torch.from_numpy(directions.copy()).to(language_model.device)
     rows = rows - rows.mean(dim=0)
+    basis = torch.eye(rows.shape[1], device=rows.device)
+    # A norm divides every axis by the same; what does not change sign with its input is a bias.
+    rows = rows @ ((norm(basis) - norm(-basis)) / 2)
+    basis = torch.eye(rows.shape[1], device=rows.device)
+    # Some models pad their unembedding beyond the tokens there are.
+    unembedding = (head(basis) - head(torch.zeros_like(basis[:1]))).T[: len(token_texts)]
     covariance = rows.T @ rows / len(rows)
     deviation = (unembedding @ covariance).mul(unembedding).sum(dim=1).sqrt()
     unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
-    text = np.array(token_texts, dtype=object)
+    text = np.array([*map(readable, token_texts)], dtype=object)
+    text[language_model.bos] = language_model.tokenizer.decode([language_model.bos])
     promoted, suppressed = [], []
     for block in rows.split(batch):
         scores = block @ unembedding.T

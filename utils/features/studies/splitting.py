@@ -17,12 +17,13 @@ from keras import ops
 
 from utils import plots
 from utils.activations.store import ActivationStore
+from utils.characters import is_word
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.features.examples import BestPerGroup
+from utils.features.examples import BestPerGroup, text_at
 from utils.features.feature_pass import Encoder
 from utils.features.geometry import map_directions, nearest
-from utils.features.labels import make_label
+from utils.features.labels import BESIDE, make_label
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
 
@@ -79,10 +80,13 @@ def label_features(
         row, feature, activation, _ = encoder.active(batch.rows)
         wanted = peaks.wants(feature, activation)
         entries = {"group": feature, "priority": activation}
-        entries["token"] = batch.tokens[batch.kept][row]
+        context, position = batch.places(row)
+        padded = np.pad(batch.tokens, ((0, 0), (BESIDE, BESIDE)), constant_values=-1)
+        beside = position[:, None] + np.arange(2 * BESIDE + 1)
+        entries["tokens"] = padded[context[:, None], beside]
         peaks.add({name: values[wanted] for name, values in entries.items()})
     best = peaks.best()
-    text = pd.Series(np.array(token_texts, dtype=object)[best["token"]])
+    text = pd.Series([text_at(token_texts, tokens, BESIDE) for tokens in best["tokens"]], dtype=str)
     labels = text.groupby(best["group"]).agg(lambda texts: make_label(texts.value_counts().index))
     words = text.str.strip().str.lower().groupby(best["group"]).agg(_common_word)
     table = pd.DataFrame({"label": labels, "word": words}).reindex(range(encoder.n_latents))
@@ -92,7 +96,7 @@ def label_features(
 def _common_word(words: pd.Series) -> str:
     counts = words.value_counts(normalize=True)
     word = counts.index[0]
-    return word if counts.iloc[0] >= COHERENT and word.isalpha() and len(word) > 2 else ""
+    return word if counts.iloc[0] >= COHERENT and is_word(word) and len(word) > 2 else ""
 
 
 def choose_family(table: pd.DataFrame) -> int | None:
