@@ -136,16 +136,26 @@ class Analysis:
         kept = self.folder / f"study-{name}.json"
         columns = kept.with_suffix(".parquet")
         if not kept.exists():
+            if self.judge is not None:
+                self.judge.reset_counts()
             findings = studies.load(name).study(self)
             for table, rows in findings.tables.items():
                 with replacing(self.folder / f"{table}.csv") as partial:
                     rows.to_csv(partial, index=False)
             with replacing(columns) as partial:
                 pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
-            write_json(kept, {"summary": findings.summary, "words": findings.words})
+            content = {"summary": findings.summary, "words": findings.words}
+            if self.judge is not None and self.judge.asked:
+                content["judge"] = self.judge.summary()
+                content["words"] = "\n".join(
+                    [*filter(None, [findings.words]), *self.judge.in_words()]
+                )
+            write_json(kept, content)
         findings = read_json(kept)
         if findings["summary"] is not None:
             self.summary[name] = findings["summary"]
+        if "judge" in findings:
+            self.summary.setdefault("judge", {})[name] = findings["judge"]
         self.words += [findings["words"]] if findings["words"] else []
         for column, values in pd.read_parquet(columns).items():
             self.features[column] = values
