@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
+from utils.artifacts import (
+    RunRecord,
+    open_stage,
+    read_json,
+    reading,
+    require_disk_space,
+    write_json,
+)
 from utils.backend import use_backend
 from utils.settings import Settings, read_settings, require, require_positive, run
 
@@ -194,8 +201,12 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder holds a finished training, whose result is then printed."""
     if not (folder / "metrics.json").exists():
         return False
+    metrics = read_json(folder / "metrics.json", "Delete it to finish the training again.")
+    remedy = f"Delete {folder / 'metrics.json'} too, and run the same command to train it again."
+    with reading(folder / "autoencoder.keras", remedy):
+        pass
     (folder / "backup.keras").unlink(missing_ok=True)  # a kill at the very end left it
-    print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+    print(f"{folder} is finished.\n{describe(metrics)}")
     return True
 
 

@@ -16,12 +16,12 @@ import errno
 import functools
 import mmap
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from utils.activations.manifest import ShardEntry
+from utils.artifacts import checksum
 from utils.settings import InputError
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
@@ -30,15 +30,6 @@ OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
     return folder / f"{array}-{shard:05d}.npy"
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, its header included."""
-    crc32 = 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            crc32 = zlib.crc32(block, crc32)
-    return crc32
 
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:

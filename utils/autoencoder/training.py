@@ -7,7 +7,6 @@ The loss is the kind's (`loss_terms` in `utils.autoencoder.kinds`); Keras' `fit`
 import dataclasses
 import math
 import types
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ import keras
 import numpy as np
 
 from utils.activations.store import ActivationStore
+from utils.artifacts import reading
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
@@ -250,11 +250,7 @@ def restore_backup(folder: Path) -> SparseAutoencoder | None:
     path = folder / "backup.keras"
     if not path.exists():
         return None
-    try:
+    with reading(path, "Delete it to train from the start."):
         autoencoder = keras.saving.load_model(path)
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}). Delete it to train from the start."
-        ) from error
     print(f"Going on from step {int(autoencoder.step):,}.")
     return autoencoder
