@@ -25,6 +25,7 @@ from utils.artifacts import checksum
 from utils.settings import InputError
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+SMALLEST = 2**-16  # root mean square that float16 holds to a few thousandths
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 
@@ -109,6 +110,14 @@ class ShardWriter:
                 f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
                 "If they overflow, use --storage-dtype float32, with --overwrite if there are "
                 "shards already; else the model computes NaN."
+            )
+        typical = np.sqrt(np.einsum("rd,rd->", rows, rows, dtype=np.float64) / max(1, rows.size))
+        if len(rows) and stored.dtype == np.float16 and typical < SMALLEST:
+            self.discard()
+            raise InputError(
+                f"Activations are of {typical:.1g} (root mean square; shard {self.shard}), too "
+                f"small for float16, which needs {SMALLEST:.0e}. Use --storage-dtype float32, with "
+                "--overwrite if there are shards already."
             )
         self.sum += rows.sum(axis=0, dtype=np.float64)
         self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))

@@ -31,6 +31,7 @@ from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import fastest_dtype
 from utils.settings import InputError, as_dict, require
 
+LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
 BACKUP_BYTES = 25  # of each weight of W_dec: W_enc, W_dec and their two moments, float32
 
 
@@ -182,7 +183,13 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
     if name == "scalar":
         return store.scale, nothing
     squared_mean = float(np.square(store.mean, dtype=np.float64).sum())
-    return (1 / store.scale**2 - squared_mean / store.d_model) ** -0.5, store.mean
+    variance = 1 / store.scale**2 - squared_mean / store.d_model
+    require(
+        variance * store.scale**2 > LEAST_VARIANCE,
+        f"Activations must vary; those in {store.folder} are all but the same at every position. "
+        "Choose another INPUT_NORMALIZER, or another layer.",
+    )
+    return variance**-0.5, store.mean
 
 
 def optimizer(settings: TrainingSettings, cls: type[SparseAutoencoder], total_steps: int) -> Adam:

@@ -199,7 +199,7 @@ def example_table(examples: dict[str, np.ndarray], store: ActivationStore) -> py
             "document": documents,
             "subset": subset_names,
             "tokens": _lists(tokens),
-            "activations": _lists(examples["window"].astype(np.float32)),
+            "activations": _lists(examples["window"]),
         }
     )
 

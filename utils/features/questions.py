@@ -91,7 +91,7 @@ Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {example
 
 def marked_tokens(activations: np.ndarray) -> np.ndarray:
     """Which tokens of an example to mark, bool, of its length; at least its strongest."""
-    return activations >= max(MARKED * activations.max(), 1e-9)
+    return (activations >= MARKED * activations.max()) & (activations > 0)
 
 
 def show(token_texts: Sequence[str], marked: Sequence[bool]) -> str:
