@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space
+from utils.artifacts import RunRecord, open_stage, require_disk_space
 from utils.backend import use_backend
 from utils.features import studies
 from utils.features.catalogue import Catalogue
@@ -106,7 +106,9 @@ def main() -> None:
 
     with open_stage(settings.analysis_dir, record, OUTPUTS, settings.overwrite) as folder:
         if (folder / PAGE).exists():
-            print(f"{folder} is finished.\n{describe(read_json(folder / 'summary.json'), folder)}")
+            catalogue = Catalogue(folder)
+            catalogue.verify()
+            print(f"{folder} is finished.\n{describe(catalogue.summary, folder)}")
             return
         require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
         analysis = Analysis(folder, settings, store, autoencoder, trained, other_autoencoders)

@@ -195,8 +195,13 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder holds a finished training, whose result is then printed."""
     if not (folder / artifacts.METRICS_FILE).exists():
         return False
+    metrics_path = folder / artifacts.METRICS_FILE
+    metrics = read_json(metrics_path, "Delete it to finish the training again.")
+    remedy = f"Delete {metrics_path} too, and run the same command to train it again."
+    with artifacts.reading(folder / artifacts.AUTOENCODER_FILE, remedy):
+        pass
     (folder / artifacts.BACKUP_FILE).unlink(missing_ok=True)  # a kill at the very end left it
-    print(f"{folder} is finished.\n{describe(read_json(folder / 'metrics.json'))}")
+    print(f"{folder} is finished.\n{describe(metrics)}")
     return True
 
 

@@ -51,7 +51,7 @@ NEVER_THE_SAME = {
     "*settings.json:autoencoder": "of a .keras file",
     "*settings.json:other_autoencoders": "of .keras files",
 }
-NO_RESULTS = (".lock*", ".checked.jsonl", ".partial-*", "*.tfevents.*")
+NO_RESULTS = (".lock*", ".checked.jsonl", ".checksums.jsonl", ".partial-*", "*.tfevents.*")
 MARKS = ("settings.json", "generations.jsonl", "evidence.jsonl", "attribution.json")
 N_SHOWN = 3  # differences of a file that are printed
 

@@ -8,7 +8,7 @@ class Reader:
         grade: Of a text that has it; where texts are marked, it must be the marked token.
     """
 
-    name = "reader"
+    name = earlier_name = "reader"
 
     def __init__(self, grade: int = 1):
         self.grade = grade

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from utils.artifacts import (
+    CHECKSUMS_FILE,
     RunRecord,
     fingerprint,
     open_stage,
@@ -31,7 +32,8 @@ def make(folder: Path, settings: dict = SETTINGS, **options) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
+    hidden = (".lock", CHECKSUMS_FILE)
+    return {path.name for path in folder.iterdir() if not path.name.startswith(hidden)}
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -63,6 +65,28 @@ def test_json_round_trip_and_damage(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.json is damaged .*Delete"):
             read_json(path)
+
+
+def test_a_file_is_compared_with_its_checksum(tmp_path):
+    """A kill between the record and the file leaves the earlier one valid; so is one without."""
+    path = tmp_path / "a.json"
+    path.write_text("[1.5]")
+    assert read_json(path) == [1.5]  # of an earlier version
+    write_json(path, [2.5])
+    write_json(tmp_path / "b.json", [3.5])
+    with pytest.raises(OSError, match="killed"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        write_json(path, [4.5])
+    assert read_json(path) == [2.5]
+    write_json(path, [4.5])
+    assert read_json(path) == [4.5] and read_json(tmp_path / "b.json") == [3.5]
+    path.write_text(path.read_text().replace("4.5", "4.4"))
+    rule = r"a\.json is damaged .*checksum.*\. Buy another\."
+    with pytest.raises(InputError, match=rule):
+        read_json(path, "Buy another.")
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.json is missing\. Delete .* and make it anew"):
+        read_json(path)
 
 
 def test_fingerprint_is_of_the_content_and_its_order(tmp_path):

@@ -63,11 +63,11 @@ def earlier(tmp_path, monkeypatch) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, locks apart."""
+    """The content of every file below a folder, locks and checksums apart."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".lock")
+        if path.is_file() and not path.name.startswith((".lock", ".checksums"))
     }
 
 
@@ -161,8 +161,7 @@ def test_activations_go_on(run_here):
     assert 0 < len(written) < 6 and not begun["finished"]
     printed = run_here("save_activations", *ACTIVATIONS, "--activations-dir", half).stdout
     assert "3,072 tokens" in printed and "making it anew" not in printed
-    names = {path.name for path in whole.iterdir() if not path.name.startswith(".lock")}
-    assert {path.name for path in half.iterdir() if not path.name.startswith(".lock")} == names
+    assert set(files_of(half)) == set(files_of(whole))
     for path in whole.glob("*.npy"):
         if path.stem.rpartition("-")[2] in written:
             assert (half / path.name).read_bytes() == path.read_bytes()

@@ -22,4 +22,4 @@ def test_a_small_run_gives_a_table_and_its_json(tmp_path):
     last = done.stdout.splitlines()[-1].split(" | ")
     assert last[0] == "| 256" and last[1] == "torch"
     assert last[4] == f"{rate:,.0f}" and last[6] == "1.00"
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["gpu.json"]

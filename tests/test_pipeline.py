@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
 
-from utils.features.catalogue import Catalogue
+from utils.artifacts import CHECKSUMS_FILE, write_json
+from utils.features.catalogue import Catalogue, save_features
 
 FOLDERS = ("activations", "autoencoder", "analysis", "influence")
 
@@ -352,7 +353,7 @@ def test_activations_that_the_autoencoder_is_not_for(run_here, refused, copied, 
     assert "trained on other activations" in save("less")
     # A model of another width that took the place of the one analysed.
     path = copied.folder / "autoencoder" / "metrics.json"
-    path.write_text(path.read_text().replace('"d_model": 32', '"d_model": 48'))
+    write_json(path, {**json.loads(path.read_text()), "d_model": 48})
     assert "trained with d_model 48" in save("width")
     assert not (tmp_path / "out").exists()
 
@@ -373,20 +374,75 @@ def test_damaged_autoencoders_are_named_with_the_remedy(refused, copied):
     (folder / "autoencoder.keras").write_bytes(whole[:-100])
     flags = ["--analysis-dir", copied.folder / "out"]
     message = refused("analyze_features", *copied.analyze_features, *flags)
-    assert f"{folder / 'autoencoder.keras'} cannot be read" in message and "Delete" in message
+    assert f"{folder / 'autoencoder.keras'} is damaged" in message and "Delete" in message
     (folder / "metrics.json").unlink()
     (folder / "backup.keras").write_bytes(whole[:-100])
     message = refused("train_autoencoder", *copied.train_autoencoder)
-    assert f"{folder / 'backup.keras'} cannot be read" in message
+    assert f"{folder / 'backup.keras'} is damaged" in message
     assert "Delete it to train from the start" in message
     assert (folder / "backup.keras").exists()
+
+
+READ_BY = {
+    "activations/manifest.json": ["train_autoencoder", "analyze_features", "save_activations"],
+    "autoencoder/settings.json": ["train_autoencoder", "analyze_features"],
+    "autoencoder/metrics.json": ["train_autoencoder", "analyze_features"],
+    "autoencoder/autoencoder.keras": ["train_autoencoder", "analyze_features", "influence_llm"],
+    "analysis/settings.json": ["analyze_features"],
+    "analysis/summary.json": ["analyze_features", "influence_llm"],
+    "analysis/features.parquet": ["analyze_features", "influence_llm"],
+    "analysis/examples.parquet": ["analyze_features"],
+    "analysis/vocabulary.json": ["analyze_features"],
+    "analysis/specificity.csv": ["analyze_features"],
+    "analysis/pass.json": ["analyze_features"],  # these are read if the analysis is unfinished
+    "analysis/pass.parquet": ["analyze_features"],
+    "analysis/study-outputs.json": ["analyze_features"],
+    "analysis/study-outputs.parquet": ["analyze_features"],
+}
+
+
+def flip(content: bytes) -> bytes:
+    """The last digit of a number that has several, or the bit of a byte, changed."""
+    place = len(content) // 2
+    if numbers := list(re.finditer(rb"\d\.\d+(?=[,\s])", content)):
+        place = numbers[-1].end() - 1
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("name", READ_BY)
+def test_a_changed_bit_is_named_with_the_remedy(refused, copied, name):
+    """In every file that is read again; and in one that is cut, empty or missing."""
+    path = copied.folder / name
+    if re.search("pass|study", name):
+        (copied.folder / "analysis" / "browser" / "index.html").unlink()
+    whole = path.read_bytes()
+    for content in (flip(whole), whole[:-9], b"", None):
+        if content is None and name.endswith(("settings.json", "manifest.json", "metrics.json")):
+            continue  # then the folder holds no run, or an unfinished one
+        if content is None and re.search("summary|pass.json|study.*json|csv", name):
+            continue  # as the last, no analysis; it is made again
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        for script in READ_BY[name]:
+            message = refused(script, *getattr(copied, script))
+            assert str(path if content is not None else path.parent) in message
+            assert re.search("Delete|Run", message)
+        path.write_bytes(whole)
+
+
+def test_folders_without_checksums_are_valid(run_here, copied):
+    for log in copied.folder.rglob(CHECKSUMS_FILE):
+        log.unlink()
+    for name in SCRIPTS[:3]:
+        assert "Traceback" not in run_here(name, *getattr(copied, name)).stdout
 
 
 def test_features_that_cannot_be_clamped(refused, copied):
     path = copied.folder / "analysis" / "features.parquet"
     features = pd.read_parquet(path)
     features.loc[7, "dead"] = True
-    features.to_parquet(path, index=False)
+    save_features(path, features)
     before = files_of(copied.folder)
     for feature, rule in (
         (128, "FEATURE must be from 0 to 127"),

@@ -1,16 +1,20 @@
 """A stage's folder: its output files, and the settings that they were made with.
 
-Files are written atomically, a folder holds one run, and a run with other settings is refused.
+Files are written atomically and with their checksums, a folder holds one run, and a run with other
+settings is refused.
 """
 
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +26,8 @@ SETTINGS_FILE = "settings.json"
 AUTOENCODER_FILE, METRICS_FILE = "autoencoder.keras", "metrics.json"  # of a finished training
 BACKUP_FILE, LOG_FILE = "backup.keras", "training_log.csv"
 LOCK_FILE = ".lock"
+CHECKSUMS_FILE = ".checksums.jsonl"  # of the files in its folder, a line each time one is written
+CHECKED = (".json", ".parquet", ".csv", ".keras")  # files that later stages read
 
 # Settings that earlier versions recorded and a script no longer has, with their defaults.
 RETIRED: dict[str, dict[str, Json]] = {
@@ -71,21 +77,68 @@ class RunRecord:
         return lines
 
 
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc32 = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, is_whole: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; leaving the block renames that file to ``path``.
 
     The rename is atomic and follows an fsync, so that a reader sees the old file or the new one,
-    whole, whenever the process is killed.
+    whole, whenever the process is killed. Its checksum is recorded before, for `reading`, if it
+    ``is_whole``: nothing will be appended to it.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
+        if is_whole and path.suffix in CHECKED:
+            log = path.with_name(CHECKSUMS_FILE)
+            append_record(log, {"file": path.name, "crc32": checksum(partial)})
+            _sync(log)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@functools.lru_cache
+def _checksum_of(path: Path, _size: int, _modified_ns: int) -> int:
+    return checksum(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str | None = None) -> Iterator[Path]:
+    """Compare a file with its checksum, if there is one; while open, ``path`` is read.
+
+    Whatever was once recorded for the file counts: a kill may have kept it from being replaced.
+
+    Raises:
+        InputError: It is missing, does not match, or reading it fails; names the remedy.
+    """
+    remedy = remedy or f"Delete {path.parent} and make it anew."
+    log = path.with_name(CHECKSUMS_FILE)
+    recorded = read_log(log, ("file", "crc32")) if log.exists() else ()
+    checksums = {record["crc32"] for record in recorded if record["file"] == path.name}
+    try:
+        state = path.stat()
+        if checksums and _checksum_of(path, state.st_size, state.st_mtime_ns) not in checksums:
+            raise ValueError(f"it does not match its checksum in {CHECKSUMS_FILE}")
+        yield path
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing. {remedy}") from error
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}). {remedy}") from error
 
 
 def write_json(path: Path, content: Json) -> None:
@@ -94,14 +147,10 @@ def write_json(path: Path, content: Json) -> None:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Json:
-    """Read a JSON file; raises `InputError` if it is damaged."""
-    try:
+def read_json(path: Path, remedy: str | None = None) -> Json:
+    """Read a JSON file; raises `InputError` as `reading` does."""
+    with reading(path, remedy):
         return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is damaged ({error}). Delete {path.parent} and make it anew."
-        ) from error
 
 
 def append_record(log: Path, record: dict[str, Json]) -> None:
@@ -195,7 +244,7 @@ def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite:
     """Write ``record`` to a folder without outputs, or compare it with that of an earlier run."""
     recorded = folder / SETTINGS_FILE
     if overwrite and not _holds_run_of(recorded, record):
-        _remove_outputs(folder, (*outputs, SETTINGS_FILE))
+        _remove_outputs(folder, (*outputs, SETTINGS_FILE, CHECKSUMS_FILE))
     begun = _matching(folder, outputs)
     if recorded.exists():
         other, script = read_json(recorded).get("script"), record.content.get("script")
@@ -222,7 +271,7 @@ def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite:
 def _holds_run_of(recorded: Path, record: RunRecord) -> bool:
     try:
         return not record.differences(read_json(recorded))
-    except (InputError, FileNotFoundError):
+    except InputError:
         return False
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.activations.corpus import Corpus
 from utils.activations.shards import ARRAYS, _open_array
 from utils.activations.store import ActivationStore
+from utils.artifacts import write_json
 
 
 @pytest.fixture(scope="module")
@@ -204,12 +205,12 @@ def test_going_on_from_other_files_is_refused(damaged, tiny_run, run_here):
     (name,) = manifest["files"]
     manifest["files"][name] += 1
     manifest["finished"] = False
-    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    write_json(damaged / "manifest.json", manifest)
     flags = [*tiny_run.flags.save_activations, "--activations-dir", damaged]
     message = run_here("save_activations", *flags, check=False).message
     assert "were begun with files" in message and "Delete it to start anew" in message
     del manifest["files"]  # as early versions wrote it
-    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    write_json(damaged / "manifest.json", manifest)
     assert "holds" in run_here("save_activations", *flags).stdout
 
 

@@ -132,7 +132,7 @@ def test_a_damaged_manifest_is_named(store, tmp_path):
     written = json.loads(path.read_text())
     torn = {**written, "shards": [{"shard": 0}]}
     for content in (torn, {"finished": True}, [1], {**written, "x": 1}):
-        path.write_text(json.dumps(content))
+        write_json(path, content)
         with pytest.raises(InputError, match=r"manifest\.json is damaged .*Delete"):
             Manifest.read(path)
 

@@ -26,6 +26,7 @@ from utils.features.studies.explanations import (
     summarise,
 )
 from utils.language_model import residual_at
+from utils.settings import InputError
 
 PIECES = [" the", " rose", " tide", " garden", " harbour", " of", " is", " roses", "."]
 THE, ROSE, TIDE, GARDEN, HARBOUR, OF, IS, ROSES, STOP = range(9)
@@ -165,18 +166,17 @@ def test_planted_features_are_explained_by_a_judge(examples, random_texts, tmp_p
     assert said.startswith("To explain 2 features: 2 labels, and twice") and "32 questions" in said
 
 
-def test_a_judge_without_sense_leaves_scores_out(examples, random_texts, tmp_path):
+def test_a_judge_without_sense_fails_the_study(examples, random_texts, tmp_path):
     class Mumbler:
-        name = "mumbler"
+        name = earlier_name = "mumbler"
 
         def ask(self, prompts, max_tokens):
             return ((place, "well") for place in range(len(prompts)))
 
     judge = Answers(Mumbler(), tmp_path / "judge.jsonl")
-    table = score_group(make_analysis(judge), examples, random_texts, 2)
-    assert table["explanation"].tolist() == ["well", "well"] and table["score"].isna().all()
-    assert judge.unparsed == {"labels": 0, "detection": 32, "fuzzing": 32}
-    assert summarise(table, table.assign(group="features"), 0) == {}
+    with pytest.raises(InputError, match=r"\(detection\).* not in the form asked for \(16\)"):
+        score_group(make_analysis(judge), examples, random_texts, 2)
+    assert judge.unparsed == {"labels": 0, "detection": 16}
 
 
 def test_summary_tests_features_against_chance_and_neurons():

@@ -14,7 +14,7 @@ from utils.artifacts import write_json
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.autoencoder.kinds import L1Autoencoder
-from utils.autoencoder.saved import load_autoencoder
+from utils.autoencoder.saved import load_autoencoder, save_autoencoder
 from utils.features import catalogue
 from utils.features.examples import (
     AROUND,
@@ -389,7 +389,7 @@ def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
     path = tmp_path / "autoencoder" / "autoencoder.keras"
     silent = load_autoencoder(path)
     silent.b_enc.assign(keras.ops.full((128,), -1e6))
-    silent.save(path)
+    save_autoencoder(silent, path)
     printed = run_here(
         "analyze_features", *tiny_run.flags.analyze_features,
         "--autoencoder-dir", tmp_path / "autoencoder", "--analysis-dir", tmp_path / "analysis",

@@ -1,6 +1,7 @@
 """Judges: a scripted server for refusals and retries, a real one, a local model; answers kept."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 from conftest import ROOT, environment
 
 from utils.features.judge import (
+    LONGER,
     Answers,
     EndpointJudge,
     LocalJudge,
@@ -95,6 +98,16 @@ def test_questions_hold_five_texts_each_and_any_sign():
         ("[1, 0, 11]", None),
         ("", None),
         ("[[1, 0, 1]]", [1, 0, 1]),
+        ("<think>\nSay [0, 0, 0]? No.\n</think>\n\n[1, 0, 1]", [1, 0, 1]),
+        ("<think>\nIt may be [0, 0, 0], or", None),
+        ("Say [0, 0, 0]? No.\n</think>\n[1, 0, 1]", [1, 0, 1]),
+        ("As in the example [0, 1, 0]: I would say\n[1, 0, 1]", [1, 0, 1]),
+        ("**[1, 0, 1]**, as [2] and [tides, at, sea] say", [1, 0, 1]),
+        ("Of the grades (0, 1, 0): [1, 0, 1]", [1, 0, 1]),
+        ("[0, 0, 0] is wrong, it is [1, 0, 7]", None),
+        ("Answer: 1, 0, 1.", [1, 0, 1]),
+        ("Text 1: 1\nText 2: 0\nText 3: 1", [1, 0, 1]),
+        ("Text 1: 1\nText 3: 0\nText 2: 1", None),
     ],
 )
 def test_grades_are_read_or_refused(answer, grades):
@@ -108,6 +121,23 @@ def test_grades_are_read_or_refused(answer, grades):
         ("\n\n  ships ", "ships"),
         ("...", None),
         ("a" * 999, "a" * 200),
+        ("<think>\nShips, perhaps.\n</think>\n\nWords for war", "Words for war"),
+        ("<think></think>ships", "ships"),
+        ("[THINK]Ships?[/THINK]\nships", "ships"),
+        ("◁think▷Ships?◁/think▷ships", "ships"),
+        ("<|channel|>analysis<|message|>Ships?<|end|><|channel|>final<|message|>ships", "ships"),
+        ("The texts are of ships.\n</think>\nships", "ships"),
+        ("<think>\nOkay, so the user", None),
+        ("the </think> tag in chats", "the </think> tag in chats"),
+        ("Sure! Here is the phrase:\n\n**Words for war.**", "Words for war"),
+        ("Sure!\nWords for war", "Words for war"),
+        ("Here's a phrase for these texts: “Words for war”", "Words for war"),
+        ("**Label:** Words for war", "Words for war"),
+        ('```json\n{"label": "Words for war"}\n```', "Words for war"),
+        ("- ships: their names", "ships: their names"),
+        ("The phrase is:", None),
+        ("I'm sorry, but I can't help with that.", None),
+        ('"I can\'t" and "I cannot"', 'I can\'t" and "I cannot'),
     ],
 )
 def test_labels_are_read_or_refused(answer, label):
@@ -126,12 +156,19 @@ class Scripted(BaseHTTPRequestHandler):
         refusals = self.server.refusals
         status = refusals.pop(0) if refusals else 200
         content = {"error": {"message": f"refused; your key is {KEY}"}}
-        if status == 200:
-            text = self.server.answer(request["messages"][-1]["content"])
+        if (refused := self.server.refuse(request)) is not None:
+            status, content = refused
+        elif status == 200:
+            asked = request["messages"][-1]["content"]
+            text = self.server.answer(asked)
+            if callable(text):  # of the number of tokens there is room for
+                text = text(request.get("max_tokens") or request["max_completion_tokens"])
             message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            message |= text if isinstance(text, dict) else {}
+            reason = message.pop("finish_reason", "stop")
+            choice = {"index": 0, "message": message, "finish_reason": reason}
             content = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-            content["choices"] = [choice]
+            content["choices"] = [] if text is None else [choice]
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -149,6 +186,7 @@ def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     server.requests, server.refusals, server.answer = [], [], str.upper
+    server.refuse = lambda _request: None
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -199,15 +237,146 @@ def test_answers_are_kept_and_those_that_do_not_parse_counted(server, tmp_path, 
         assert answers.summary()["unparsed"] == {"labels": 3}
         assert len(server.requests) == 3
         printed = capsys.readouterr().out
-        expected = "3 questions to m at http" if run == 0 else ""
+        expected = "3 questions to m, " if run == 0 else ""
         assert printed.startswith(f"Labels: {expected}" if expected else "")
-        assert ("about 1 tokens in, at most 21 out, 2.85 by JUDGE_PRICE" in printed) == (run == 0)
+        assert (
+            "about 1 tokens in, at most 21 out besides thinking, 2.85 by JUDGE_PRICE" in printed
+        ) == (run == 0)
         with log.open("a") as file:
             file.write('{"key": "torn')  # by a kill
-    Answers(EndpointJudge(server.url, "another"), log).ask("labels", ["a"], 7, read)
-    Answers(EndpointJudge(server.url, "m"), log).ask("labels", ["a"], 8, read)
-    assert len(server.requests) == 5
-    assert len(Answers(EndpointJudge(server.url, "m"), log)._kept) == 5
+    Answers(EndpointJudge(server.url, "another"), log).ask("labels", ["a"], 7, same)
+    assert len(server.requests) == 4
+    assert len(Answers(EndpointJudge(server.url, "m"), log)._kept) == 4
+
+
+def test_answers_are_kept_for_the_model_wherever_it_is_served(server, tmp_path):
+    """Also those of earlier versions, but for their failures: empty, or cut off in thinking."""
+    log, elsewhere = tmp_path / "judge.jsonl", "http://127.0.0.1:1/v1"
+    assert Answers(EndpointJudge(server.url, "m"), log).ask("labels", ["a"], 7, same) == ["A"]
+    moved = Answers(EndpointJudge(elsewhere, "m"), log)
+    assert moved.ask("labels", ["a"], 7, same) == ["A"]
+    with log.open("a") as file:
+        for prompt, answer in {"b": "kept", "c": "", "d": "<think>\nSo"}.items():
+            content = json.dumps([f"m at {server.url}", 7, prompt])
+            key = hashlib.sha256(content.encode()).hexdigest()[:32]
+            file.write(json.dumps({"key": key, "prompt": prompt, "answer": answer}) + "\n")
+    again = Answers(EndpointJudge(server.url, "m"), log)
+    assert again.ask("labels", ["a", "b", "c", "d"], 7, same) == ["A", "kept", "C", "D"]
+    assert len(server.requests) == 3
+
+
+def test_a_thinking_judge_gets_room(server, tmp_path):
+    def think(prompt):
+        def answer(room):
+            if room < 100:
+                return {"content": "<think>\nSo", "finish_reason": "length"}
+            return f"<think>\nSo.\n</think>\n{prompt}"
+
+        return answer
+
+    server.answer = think
+    answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
+    read = lambda answer, _: read_label(answer)  # noqa: E731
+    assert answers.ask("labels", ["a"], 7, read) == ["a"]
+    assert [request["max_tokens"] for _, _, request in server.requests] == [7, LONGER]
+    assert answers.ask("labels", ["b", "c"], 7, read) == ["b", "c"]
+    assert [request["max_tokens"] for _, _, request in server.requests[2:]] == [LONGER] * 2
+    server.refuse = lambda request: (
+        (400, {"error": {"message": "max_tokens is too large: 4096"}})
+        if request["max_tokens"] == LONGER
+        else None
+    )
+    assert answers.ask("labels", ["d"], 7, read) == ["d"]  # with what its context has room for
+    server.answer = lambda _: {"reasoning_content": "So.", "content": "tides"}
+    assert answers.ask("labels", ["e"], 7, read) == ["tides"]
+    server.answer = lambda _: {"content": [
+        {"type": "thinking", "thinking": []}, {"type": "text", "text": "ships"}
+    ]}  # fmt: skip
+    assert answers.ask("labels", ["f"], 7, read) == ["ships"]
+
+
+def test_failures_are_counted_by_reason_and_asked_again(server, tmp_path, capsys):
+    """One bad question never fails the rest."""
+    refused = {"error": {"message": "not this one", "code": "content_filter"}}
+    server.refuse = lambda request: (
+        (400, refused) if "filtered" in request["messages"][0]["content"] else None
+    )
+    server.answer = lambda prompt: {
+        "nothing": None, "empty": "", "long": {"content": "So", "finish_reason": "length"},
+        "withheld": {"content": None, "refusal": "no"},
+    }.get(prompt, prompt)  # fmt: skip
+    log = tmp_path / "judge.jsonl"
+    prompts = ["a", "filtered", "nothing", "empty", "long", "withheld", "unread"]
+    for _ in range(2):
+        answers = Answers(EndpointJudge(server.url, "m"), log)
+        answered = answers.ask("labels", prompts, 7, lambda a, _: a if a == "a" else None)
+        assert answered == ["a"] + [None] * 6
+        assert answers.summary()["reasons"] == {"labels": {
+            "HTTP 400: content_filter": 1, "no answer in the response (HTTP 200)": 1,
+            "an empty answer": 1, "refused by the judge's content filter": 1,
+            "the answer does not end in the tokens there is room for": 1,
+            "not in the form asked for": 1,
+        }}  # fmt: skip
+        assert "Judge: 6 of 7 answers (labels) could not be read: " in answers.in_words()[0]
+    assert [json.loads(line)["prompt"] for line in log.read_text().splitlines()] == ["a", "unread"]
+    server.refuse, server.answer = lambda _: None, str.upper
+    again = Answers(EndpointJudge(server.url, "m"), log)
+    answered = again.ask("labels", prompts, 7, same)
+    assert answered == ["a", "FILTERED", "NOTHING", "EMPTY", "LONG", "WITHHELD", "unread"]
+
+
+def test_what_others_were_paid_for_is_kept_when_a_request_fails(server, tmp_path):
+    prompts = [f"slow {i}" for i in range(7)] + ["key"]
+    refused = 401, {"error": {"message": "no"}}
+    server.refuse = lambda request: refused if "key" in str(request["messages"]) else None
+    server.answer = lambda prompt: time.sleep(0.5) or prompt
+    log = tmp_path / "judge.jsonl"
+    with pytest.raises(InputError, match="Answers so far are kept"):
+        Answers(EndpointJudge(server.url, "m"), log).ask("labels", prompts, 7, same)
+    kept = {json.loads(line)["prompt"] for line in log.read_text().splitlines()}
+    assert kept == set(prompts[:7])
+
+
+def test_what_a_model_refuses_to_be_told_is_left_out(server, tmp_path):
+    def refuse(request):
+        for name, words in {
+            "max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.",
+            "temperature": "'temperature' does not support 0 with this model.",
+        }.items():
+            if name in request:
+                return 400, {"error": {"message": words, "param": name}}
+        return None
+
+    server.refuse = refuse
+    answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
+    assert answers.ask("labels", ["a"], 7, same) == ["A"]
+    assert len(server.requests) == 3 and server.requests[-1][2]["max_completion_tokens"] == 7
+    assert answers.ask("labels", ["b", "c"], 7, same) == ["B", "C"]
+    assert len(server.requests) == 5  # learnt once
+
+
+def test_a_study_of_which_nothing_can_be_read_has_failed(server, tmp_path):
+    answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
+    server.refuse = lambda _: (400, {"error": {"message": "context of 128 tokens"}})
+    rule = r"no answer \(labels\) that can be read: HTTP 400: context of N tokens \(2\)\. Name"
+    with pytest.raises(InputError, match=rule):
+        answers.ask("labels", ["a", "b"], 7, same)
+    server.refuse = lambda _: None
+    assert answers.ask("labels", ["a", "b"], 7, same) == ["A", "B"]
+    answers.ask("labels", ["c"], 7, lambda *_: None)  # not all of the study's
+
+
+def test_a_server_that_is_down_ends_the_study(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.features.judge.RETRIES", 0)
+    log = tmp_path / "judge.jsonl"
+    server.refuse = lambda request: (500, {}) if request["messages"][0]["content"] == "3" else None
+    prompts = [str(i) for i in range(40)]
+    answered = Answers(EndpointJudge(server.url, "m"), log).ask("labels", prompts, 7, same)
+    assert [i for i, answer in enumerate(answered) if answer is None] == [3]
+    server.refuse = lambda _: (503, {})
+    with pytest.raises(InputError, match="Answers so far are kept"):
+        Answers(EndpointJudge(server.url, "n"), log).ask("labels", prompts, 7, same)
+    assert len(server.requests) < 40 + 40
 
 
 def test_labels_and_grades_of_features(server, tmp_path):
@@ -231,26 +400,45 @@ def test_an_analysis_with_a_judge_goes_on_where_it_was(server, tiny_run, tmp_pat
     flags = [*tiny_run.flags.analyze_features[:-1], tmp_path / "analysis"]
     flags += ["--studies", "specificity", "explanations", "--n-studied", 3, "--n-explained", 3]
     flags += ["--n-neuron-tokens", 8_192, "--judge", "m", "--judge-url", server.url]
-    server.answer, server.refusals = lambda _: "Well.", [200] * 40 + [401]
+
+    def answer(prompt):
+        if "in one phrase" in prompt:
+            return "Well."
+        n_texts = prompt.count("\nText ")
+        return "Hm." if zlib.crc32(prompt.encode()) % 3 == 0 else str([1, 0, 1, 0, 1][:n_texts])
+
+    server.answer = answer
+    server.refuse = lambda request: (
+        (400, {"error": {"message": "no"}}) if "0 to 3" in str(request) else None
+    )
+    failed = run_here("analyze_features", *flags, check=False)
+    assert "no answer (rubric) that can be read: HTTP 400: no" in failed.message
+    assert not list((tmp_path / "analysis").glob("study-specificity*"))
+    log = tmp_path / "analysis" / "judge.jsonl"
+    labels = log.read_text().count("\n")
+    server.refuse, server.refusals = lambda _: None, [200] * 40 + [401]
     stopped = run_here("analyze_features", *flags, check=False)
     assert "Answers so far are kept" in stopped.message
-    kept = (tmp_path / "analysis" / "judge.jsonl").read_text().count("\n")
-    assert kept >= 40 - 8
+    kept = log.read_text().count("\n")
+    assert kept >= labels + 40
     before = len(server.requests)
     printed = run_here("analyze_features", *flags).stdout
     summary = json.loads((tmp_path / "analysis" / "summary.json").read_text())
-    found = summary["explanations"]
-    assert found["judge"] == f"m at {server.url}" and "score" not in found
-    assert found["unparsed"]["labels"] == 0 < found["unparsed"]["fuzzing"]
-    assert set(found["asked"]) == {"labels", "detection", "fuzzing"}
-    unread = f"{found['unparsed']['fuzzing']} of {found['asked']['fuzzing']} answers (fuzzing)"
-    assert f"Judge: {unread} could not be read." in printed
-    assert summary["specificity"] == []
-    assert pd.read_csv(tmp_path / "analysis" / "specificity.csv")["score"].isna().all()
+    assert set(summary["judge"]) == {"specificity", "explanations"}
+    counts = summary["judge"]["explanations"]
+    assert counts["judge"] == "m" and set(counts["asked"]) == {"labels", "detection", "fuzzing"}
+    assert counts["unparsed"]["labels"] == 0 < counts["unparsed"]["fuzzing"]
+    assert counts["reasons"]["fuzzing"] == {
+        "not in the form asked for": counts["unparsed"]["fuzzing"]
+    }
+    unread = f"{counts['unparsed']['fuzzing']} of {counts['asked']['fuzzing']} answers (fuzzing)"
+    assert f"Judge: {unread} could not be read: not in the form asked for (" in printed
+    assert "answers (rubric) could not be read" in printed
+    assert pd.read_csv(tmp_path / "analysis" / "specificity.csv")["score"].isna().any()
     assert "answers cannot be read and are left out" in stopped.stdout
     features = pd.read_parquet(tmp_path / "analysis" / "features.parquet")
-    assert features["explanation_score"].isna().all() and (features["explanation"] == "Well").any()
-    lines = (tmp_path / "analysis" / "judge.jsonl").read_text().splitlines()
+    assert (features["explanation"] == "Well").any()
+    lines = log.read_text().splitlines()
     assert len(lines) == kept + len(server.requests) - before  # none was asked twice
     assert len({json.loads(line)["key"] for line in lines}) == len(lines)
 
@@ -286,13 +474,35 @@ def test_a_local_judge_answers_each_prompt_as_if_alone(tiny_model, tmp_path):
     assert together == alone and all(together.values())
 
 
+def test_a_local_judge_that_thinks_gets_room(tiny_model, tmp_path):
+    """Its template may open the thinking; a question longer than its context is left out alone."""
+    template = "{% for m in messages %}{{ '<bos>' + m['content'] + '\n<think>END\n' }}{% endfor %}"
+    read = lambda answer, _: read_label(answer)  # noqa: E731
+    prompts = ["rose tulip", "ship " * 300, "sail"]
+    for end, reasons in {"</think>": 0, "": 2}.items():
+        folder = tmp_path / f"{reasons}"
+        shutil.copytree(tiny_model, folder)
+        (folder / "chat_template.jinja").write_text(template.replace("END", end))
+        answers = Answers(LocalJudge(str(folder)), tmp_path / f"{reasons}.jsonl")
+        given = dict(answers.judge.ask(prompts, 4))
+        thoughts = [answer for answer in given.values() if str(answer).startswith("<think>")]
+        assert len(thoughts) == reasons and all(len(thought) > 100 for thought in thoughts)
+        if not reasons:
+            labels = answers.ask("labels", prompts, 4, read)
+            assert labels[0] and labels[1] is None and labels[2]
+        else:
+            with pytest.raises(InputError, match=r"thinking without an end \(2\)"):
+                answers.ask("labels", prompts, 4, read)
+        assert answers.reasons["labels"]["the question is longer than the judge's context"] == 1
+
+
 def test_settings_choose_the_judge(tmp_path):
     settings = SimpleNamespace(judge=None, judge_url=None, judge_price=None)
     assert open_judge(settings, tmp_path) is None
     settings.judge = "embedded"
     assert isinstance(open_judge(settings, tmp_path).judge, LocalJudge)
     settings.judge_url = "http://127.0.0.1:1/v1"
-    assert open_judge(settings, tmp_path).judge.name == "embedded at http://127.0.0.1:1/v1"
+    assert isinstance(open_judge(settings, tmp_path).judge, EndpointJudge)
 
 
 @contextlib.contextmanager
@@ -324,11 +534,9 @@ def test_a_real_server_and_the_same_model_here(embedded_model, tmp_path):
     with serving(embedded_model) as url:
         there = Answers(EndpointJudge(url, str(embedded_model)), tmp_path / "there.jsonl")
         answered = there.ask("labels", texts, 6, lambda answer, _: read_label(answer))
-        one_token = there.ask(
-            "detection", texts[1:], 1, lambda answer, _: read_grades(answer, 1, 1)
-        )
+        grades = there.ask("detection", texts[1:], 1, lambda answer, _: answer)
     here = Answers(LocalJudge(str(embedded_model)), tmp_path / "here.jsonl")
     local = here.ask("labels", texts, 6, lambda answer, _: read_label(answer))
     assert "Paris" in answered[0] and "Paris" in local[0] and None not in (answered[1], local[1])
-    assert one_token == [None]  # a list does not fit into one token
-    assert there.unparsed == {"labels": 0, "detection": 1} and here.unparsed == {"labels": 0}
+    assert len(grades[0]) > 2  # a list does not fit into one token: there is room for more
+    assert there.unparsed == {"labels": 0, "detection": 0} and here.unparsed == {"labels": 0}

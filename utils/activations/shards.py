@@ -16,29 +16,21 @@ import errno
 import functools
 import mmap
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from utils.activations.manifest import ShardEntry
+from utils.artifacts import checksum
 from utils.settings import InputError
 
 ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+SMALLEST = 2**-16  # root mean square that float16 holds to a few thousandths
 OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
 
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
     return folder / f"{array}-{shard:05d}.npy"
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, its header included."""
-    crc32 = 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            crc32 = zlib.crc32(block, crc32)
-    return crc32
 
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:
@@ -118,6 +110,14 @@ class ShardWriter:
                 f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
                 "If they overflow, use --storage-dtype float32, with --overwrite if there are "
                 "shards already; else the model computes NaN."
+            )
+        typical = np.sqrt(np.einsum("rd,rd->", rows, rows, dtype=np.float64) / max(1, rows.size))
+        if len(rows) and stored.dtype == np.float16 and typical < SMALLEST:
+            self.discard()
+            raise InputError(
+                f"Activations are of {typical:.1g} (root mean square; shard {self.shard}), too "
+                f"small for float16, which needs {SMALLEST:.0e}. Use --storage-dtype float32, with "
+                "--overwrite if there are shards already."
             )
         self.sum += rows.sum(axis=0, dtype=np.float64)
         self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))

@@ -115,7 +115,7 @@ class TrainingLog(keras.callbacks.Callback):
         first_round = int(self.model.step) // self.rounds.steps
         kept = written[:first_round].reindex(columns=self.columns)
         self.seconds = float(kept["seconds"].iloc[-1]) if len(kept) else 0.0
-        with artifacts.replacing(self.path) as partial:
+        with artifacts.replacing(self.path, is_whole=False) as partial:
             kept.to_csv(partial, index=False)
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -13,23 +13,28 @@ class Fidelity:
 
     FVU, the fraction of variance unexplained, is Σ‖x − x̂‖² / Σ‖x − mean‖²; the variance explained
     is 1 − FVU. Sums over rows are float64, those within a row the rows' own float32, which is five
-    times as fast; the mean is that of the very rows that are measured.
+    times as fast; the mean is that of the very rows that are measured. The variance is summed about
+    the mean of the first batch: where the mean is large, its square would drown it in rounding.
     """
 
     def __init__(self, d_model: int):
         self.n_rows = 0
         self.l0_counts = np.zeros(0, np.int64)
         self._error = self._squares = self._cosines = 0.0
+        self._origin: np.ndarray | None = None
         self._sum = np.zeros(d_model)
 
     def add(self, rows: np.ndarray, reconstruction: np.ndarray, active_per_row: np.ndarray) -> None:
         """Add raw activations and reconstructions (batch, d_model), active counts (batch,)."""
         self.n_rows += len(rows)
-        self._sum += np.ones(len(rows), rows.dtype) @ rows
+        if self._origin is None:
+            self._origin = rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
+        centred = rows - self._origin
+        self._sum += np.ones(len(rows), rows.dtype) @ centred
+        self._squares += float(_dots(centred, centred).sum())
         squares, across = _dots(rows, rows), _dots(rows, reconstruction)
         norms = np.sqrt(squares * _dots(reconstruction, reconstruction))
-        self._squares += float(squares.sum())
-        self._cosines += float((across / np.maximum(norms, 1e-12)).sum())
+        self._cosines += float((across[norms > 0] / norms[norms > 0]).sum())
         error = rows - reconstruction
         self._error += float(_dots(error, error).sum())
         counts = np.bincount(active_per_row)

@@ -1,6 +1,5 @@
 """Autoencoders as files: saved, loaded on any backend, opened with their metrics."""
 
-import zipfile
 from pathlib import Path
 
 import keras
@@ -12,7 +11,7 @@ from utils.activations.store import ActivationStore
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import Fidelity
 from utils.backend import peak_memory
-from utils.settings import InputError, Json, require
+from utils.settings import Json, require
 
 
 def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
@@ -28,12 +27,8 @@ def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
 
 def load_autoencoder(path: Path) -> SparseAutoencoder:
     """Load a saved autoencoder, ready to encode and decode, on whatever backend is in use."""
-    try:
+    with artifacts.reading(path, f"Delete {path.parent} and train it again."):
         return keras.saving.load_model(path, compile=False)
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}). Delete {path.parent} and train it again."
-        ) from error
 
 
 def metrics_of(
@@ -92,5 +87,5 @@ def open_autoencoder(
         f"{store.folder}. Train it again with --overwrite, or name the folder it was trained on.",
     )
     path = folder / artifacts.AUTOENCODER_FILE
-    trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
-    return load_autoencoder(path), trained
+    autoencoder = load_autoencoder(path)
+    return autoencoder, {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}

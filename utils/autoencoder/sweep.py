@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
-from utils.artifacts import replacing, require_disk_space
+from utils.artifacts import reading, replacing, require_disk_space
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
@@ -135,7 +135,8 @@ class Sweep:
         self.finished: dict[Run, dict] = {}
         self.live: dict[Run, Live] = {}
         if (folder / TABLE_FILE).exists():
-            table = pd.read_csv(folder / TABLE_FILE, converters={"learning_rate": float})
+            with reading(folder / TABLE_FILE, "Delete it to train these runs again.") as path:
+                table = pd.read_csv(path, converters={"learning_rate": float})
             self.finished = {_run_of(row): row for row in table.to_dict("records")}
 
     def table(self) -> pd.DataFrame:
@@ -271,7 +272,8 @@ class Sweep:
             path.unlink()
 
     def _restore(self, run: Run) -> Live:
-        autoencoder = keras.saving.load_model(self._backup(run))
+        with reading(self._backup(run), "Delete it to train this run from the start.") as path:
+            autoencoder = keras.saving.load_model(path)
         return Live(autoencoder, int(autoencoder.step))
 
 

@@ -7,7 +7,6 @@ The loss is the kind's (`loss_terms` in `utils.autoencoder.kinds`); Keras' `fit`
 import dataclasses
 import math
 import types
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +15,7 @@ import keras
 import numpy as np
 
 from utils.activations.store import ActivationStore
-from utils.artifacts import BACKUP_FILE, LOG_FILE
+from utils.artifacts import BACKUP_FILE, LOG_FILE, reading
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
@@ -32,6 +31,7 @@ from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import fastest_dtype
 from utils.settings import InputError, as_dict, require
 
+LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
 BACKUP_BYTES = 25  # of each weight of W_dec: W_enc, W_dec and their two moments, float32
 
 
@@ -183,7 +183,13 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
     if name == "scalar":
         return store.scale, nothing
     squared_mean = float(np.square(store.mean, dtype=np.float64).sum())
-    return (1 / store.scale**2 - squared_mean / store.d_model) ** -0.5, store.mean
+    variance = 1 / store.scale**2 - squared_mean / store.d_model
+    require(
+        variance * store.scale**2 > LEAST_VARIANCE,
+        f"Activations must vary; those in {store.folder} are all but the same at every position. "
+        "Choose another INPUT_NORMALIZER, or another layer.",
+    )
+    return variance**-0.5, store.mean
 
 
 def optimizer(settings: TrainingSettings, cls: type[SparseAutoencoder], total_steps: int) -> Adam:
@@ -251,11 +257,7 @@ def restore_backup(folder: Path) -> SparseAutoencoder | None:
     path = folder / BACKUP_FILE
     if not path.exists():
         return None
-    try:
+    with reading(path, "Delete it to train from the start."):
         autoencoder = keras.saving.load_model(path)
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}). Delete it to train from the start."
-        ) from error
     print(f"Going on from step {int(autoencoder.step):,}.")
     return autoencoder

@@ -14,10 +14,11 @@ import pyarrow.parquet
 import torch
 
 from utils.activations.store import ActivationStore
-from utils.artifacts import read_json, replacing, write_json
+from utils.artifacts import read_json, reading, replacing, write_json
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import loss_recovered
 from utils.features import catalogue, studies
+from utils.features.catalogue import REMEDY
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, JudgeSettings, open_judge
 from utils.language_model import LanguageModel, load_language_model, token_texts
@@ -124,11 +125,13 @@ class Analysis:
             features = catalogue.feature_table(feature_pass.statistics(), examples, texts)
             catalogue.save_features(self.folder / "pass.parquet", features)
             write_json(done, summarise(feature_pass, self.store, self.trained))
-        self.summary = read_json(done)
+        self.summary = read_json(done, REMEDY)
         self.subset_shares = self.summary["subset_shares"]
-        self.features = pd.read_parquet(self.folder / "pass.parquet")
-        self.examples = pyarrow.parquet.read_table(self.folder / catalogue.EXAMPLES_FILE)
-        self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE)
+        with reading(self.folder / "pass.parquet", REMEDY) as path:
+            self.features = pd.read_parquet(path)
+        with reading(self.folder / catalogue.EXAMPLES_FILE, REMEDY) as path:
+            self.examples = pyarrow.parquet.read_table(path)
+        self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE, REMEDY)
 
     @torch.no_grad()
     def run_study(self, name: str) -> None:
@@ -136,18 +139,30 @@ class Analysis:
         kept = self.folder / f"study-{name}.json"
         columns = kept.with_suffix(".parquet")
         if not kept.exists():
+            if self.judge is not None:
+                self.judge.reset_counts()
             findings = studies.load(name).study(self)
             for table, rows in findings.tables.items():
                 with replacing(self.folder / f"{table}.csv") as partial:
                     rows.to_csv(partial, index=False)
             with replacing(columns) as partial:
                 pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
-            write_json(kept, {"summary": findings.summary, "words": findings.words})
-        findings = read_json(kept)
+            content = {"summary": findings.summary, "words": findings.words}
+            if self.judge is not None and self.judge.asked:
+                content["judge"] = self.judge.summary()
+                content["words"] = "\n".join(
+                    [*filter(None, [findings.words]), *self.judge.in_words()]
+                )
+            write_json(kept, content)
+        findings = read_json(kept, REMEDY)
         if findings["summary"] is not None:
             self.summary[name] = findings["summary"]
+        if "judge" in findings:
+            self.summary.setdefault("judge", {})[name] = findings["judge"]
         self.words += [findings["words"]] if findings["words"] else []
-        for column, values in pd.read_parquet(columns).items():
+        with reading(columns, REMEDY) as path:
+            table = pd.read_parquet(path)
+        for column, values in table.items():
             self.features[column] = values
 
     def save(self) -> dict[str, Json]:

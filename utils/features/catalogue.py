@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
 EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
+REMEDY = (  # for a damaged file; the answers of a judge stay
+    "Delete pass.json, study-*.json and browser/index.html beside it, and run analyze_features.py "
+    "again with the settings in settings.json."
+)
 N_PROMOTED = 10  # tokens listed as promoted, as suppressed, as peaks
 N_NEIGHBOURS = 10  # of each feature, that are kept
 ROWS_PER_GROUP = 4_096  # of examples.parquet, whose row groups are read one at a time
@@ -50,24 +54,34 @@ class Catalogue:
         self.folder = Path(folder)
         if not (self.folder / SUMMARY_FILE).exists():
             raise artifacts.missing_stage(self.folder, "analysis", "analyze_features.py")
-        self.summary = artifacts.read_json(self.folder / SUMMARY_FILE)
-        self.features = pd.read_parquet(self.folder / FEATURES_FILE)
+        self.summary = artifacts.read_json(self.folder / SUMMARY_FILE, REMEDY)
+        with artifacts.reading(self.folder / FEATURES_FILE, REMEDY) as path:
+            self.features = pd.read_parquet(path)
         self.features.index = self.features["feature"]
+
+    def verify(self) -> None:
+        """Compare the files that are read later with their checksums; raises `InputError`."""
+        tables = sorted(self.folder.glob("*.csv"))
+        for path in (self.folder / EXAMPLES_FILE, self.folder / TOKEN_TEXTS_FILE, *tables):
+            with artifacts.reading(path, REMEDY):
+                pass
 
     @functools.cached_property
     def token_texts(self) -> np.ndarray:
         """The text of each token, or of its bytes; the last one, for no token, is empty."""
-        return np.array([*artifacts.read_json(self.folder / TOKEN_TEXTS_FILE), ""], dtype=object)
+        texts = artifacts.read_json(self.folder / TOKEN_TEXTS_FILE, REMEDY)
+        return np.array([*texts, ""], dtype=object)
 
     def table(self, name: str, **options) -> pd.DataFrame:
         """A study's table; ``options`` are those of `pandas.read_csv`."""
-        return pd.read_csv(self.folder / f"{name}.csv", **options)
+        with artifacts.reading(self.folder / f"{name}.csv", REMEDY) as path:
+            return pd.read_csv(path, **options)
 
     def examples_of(self, features: list[int]) -> pd.DataFrame:
         """The examples of some features, with ``token_texts`` of their windows."""
-        examples = pd.read_parquet(
-            self.folder / EXAMPLES_FILE, filters=[("feature", "in", list(features))]
-        )
+        wanted = [("feature", "in", list(features))]
+        with artifacts.reading(self.folder / EXAMPLES_FILE, REMEDY) as path:
+            examples = pd.read_parquet(path, filters=wanted)
         windows = zip(examples["tokens"], examples["activations"], strict=True)
         return examples.assign(token_texts=[self.texts_of(*window) for window in windows])
 
@@ -92,7 +106,9 @@ class Catalogue:
         path = Path(folder) / artifacts.AUTOENCODER_FILE
         if not path.exists():
             raise artifacts.missing_stage(path.parent, "autoencoder", "train_autoencoder.py")
-        analysed, present = self.summary["autoencoder_fingerprint"], artifacts.fingerprint(path)
+        with artifacts.reading(path, f"Delete {path.parent} and train it again."):
+            present = artifacts.fingerprint(path)
+        analysed = self.summary["autoencoder_fingerprint"]
         require(
             analysed == present,
             f"{self.folder} must be of the autoencoder in {folder}; it is of {analysed}, not of "
@@ -208,7 +224,7 @@ def example_table(examples: dict[str, np.ndarray], store: ActivationStore) -> py
             "document": documents,
             "subset": subset_names,
             "tokens": _lists(tokens),
-            "activations": _lists(examples["window"].astype(np.float32)),
+            "activations": _lists(examples["window"]),
         }
     )
 

@@ -16,7 +16,7 @@ N_BUCKETS = 5  # evenly spaced between the maximum and 0
 N_PER_BUCKET = 3  # random examples of each
 WINDOW = 48  # tokens of an example
 WINDOW_BEFORE = 32  # of these, before the peak
-HALF_OCTAVES = 32  # bins of activation, 2^-8 to 2^8, that random examples are kept for
+HALF_OCTAVES = 32  # bins of activation, mostly 2^-8 to 2^8, that random examples are kept for
 PER_HALF_OCTAVE = 4
 AROUND = 12  # tokens to each side of a peak; examples that agree in all of them are the same text
 

@@ -25,7 +25,8 @@ from utils.features.examples import (
 from utils.steering.feature_model import ActiveFeatures
 
 N_BINS = 32  # of a feature's histogram, at least half of them up to its maximum
-SMALLEST_RANGE = -16  # exponent of 2: histograms begin with bins from 0 to here
+EMPTY_RANGE = -16  # exponent of 2: where the bins of a histogram without values end
+HEADROOM = 14  # exponent of 2: windows are kept in float16 with their peaks scaled to here
 
 
 class Histograms:
@@ -40,7 +41,7 @@ class Histograms:
 
     def __init__(self, n_groups: int):
         self.counts = np.zeros((n_groups, N_BINS), np.int32)
-        self._exponents = np.full(n_groups, SMALLEST_RANGE)
+        self._exponents = np.full(n_groups, EMPTY_RANGE)
 
     @property
     def ranges(self) -> np.ndarray:
@@ -48,8 +49,10 @@ class Histograms:
         return np.exp2(self._exponents)
 
     def add(self, group: np.ndarray, values: np.ndarray) -> None:
-        needed = self._exponents.copy()
-        np.maximum.at(needed, group, np.ceil(np.log2(np.maximum(values, 1e-9))).astype(int))
+        needed = np.where(self.counts.any(axis=1), self._exponents, np.iinfo(int).min)
+        np.maximum.at(needed, group, np.ceil(np.log2(values.astype(np.float64))).astype(int))
+        is_first = ~self.counts.any(axis=1) & (needed > np.iinfo(int).min)
+        self._exponents[is_first] = needed[is_first]
         while len(narrow := np.flatnonzero(self._exponents < needed)):
             pairs = self.counts[narrow].reshape(-1, N_BINS // 2, 2).sum(axis=2)
             self.counts[narrow] = np.pad(pairs, ((0, 0), (0, N_BINS // 2)))
@@ -58,6 +61,11 @@ class Histograms:
         bins = group * N_BINS + np.minimum(bins, N_BINS - 1)  # the upper edge is in the last
         counts = np.bincount(bins, minlength=self.counts.size)
         self.counts += counts.reshape(self.counts.shape).astype(np.int32)
+
+
+def _exponents(peaks: np.ndarray) -> np.ndarray:
+    """The powers of 2 by which windows with these peaks are divided."""
+    return np.frexp(peaks)[1] - HEADROOM
 
 
 class Encoder(Protocol):
@@ -87,6 +95,7 @@ class FeaturePass:
         self.top = BestPerGroup(n, N_TOP)
         self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE)
         self.random = np.random.default_rng(seed)
+        self._unit: int | None = None  # exponent of 2 that the half octaves are counted from
 
     def run(self, contexts: range, batch_size: int) -> None:
         """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
@@ -129,7 +138,12 @@ class FeaturePass:
         first_peak = is_peak[np.unique(group[is_peak], return_index=True)[1]]
         np.maximum.at(self.maxima, feature[starts], peaks)
 
-        octave = np.clip(2 * np.log2(np.maximum(peaks, 1e-9)) + HALF_OCTAVES / 2, 0, None)
+        if self._unit is None and len(peaks):
+            highest = int(np.floor(np.log2(peaks.max())))
+            usual = range(-HALF_OCTAVES // 8, HALF_OCTAVES // 4)
+            self._unit = 0 if highest in usual else highest - HALF_OCTAVES // 8
+        octave = 2 * (np.log2(peaks) - (self._unit or 0)) + HALF_OCTAVES / 2
+        octave = np.clip(octave, 0, None)
         bins = feature[starts] * HALF_OCTAVES + np.minimum(octave, HALF_OCTAVES - 1).astype(int)
         chance = self.random.random(len(starts), np.float32)
         entries = {
@@ -148,7 +162,10 @@ class FeaturePass:
             best.add(columns)
 
     def _windows(self, wanted, entries, starts, position, activation) -> np.ndarray:
-        """Activations of some groups around their peaks, shape (groups, WINDOW), float16."""
+        """Activations of some groups around their peaks, shape (groups, WINDOW), float16.
+
+        Scaled as `_exponents` says, for float16 ends at 65,504 and holds nothing below 6e-8.
+        """
         begins = window_start(entries["position"][wanted], self.store.context_length)
         lengths = np.diff(np.r_[starts, len(position)])[wanted]
         group = np.repeat(np.arange(len(wanted)), lengths)
@@ -157,7 +174,8 @@ class FeaturePass:
         offset = position[entry] - begins[group]
         inside = (offset >= 0) & (offset < WINDOW)
         windows = np.zeros((len(wanted), WINDOW), np.float16)
-        windows[group[inside], offset[inside]] = activation[entry[inside]]
+        scaled = np.ldexp(activation[entry], -_exponents(entries["activation"][wanted])[group])
+        windows[group[inside], offset[inside]] = scaled[inside]
         return windows
 
     # ---- results
@@ -174,7 +192,7 @@ class FeaturePass:
         bins of activation from 0 to ``histogram_range``.
         """
         uses = np.maximum(self.uses, 1)
-        total = np.maximum(self.subset_sums.sum(axis=1), 1e-12)
+        total = np.where(self.uses, self.subset_sums.sum(axis=1), 1.0)
         return {
             "frequency": self.uses / self.fidelity.n_rows,
             "max_activation": self.maxima,
@@ -203,5 +221,7 @@ class FeaturePass:
         sampled = chosen.best()
         names = ("feature", "bucket", "rank", "activation", "context", "position", "window")
         columns = {name: np.concatenate([top[name], sampled[name]]) for name in names}
+        exponents = _exponents(columns["activation"])[:, None]
+        columns["window"] = np.ldexp(columns["window"].astype(np.float32), exponents)
         order = np.lexsort([columns[name] for name in ("rank", "bucket", "feature")])
         return {name: values[order] for name, values in columns.items()}

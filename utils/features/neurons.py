@@ -78,7 +78,7 @@ def neuron_values(
     chosen: np.ndarray,
     k: int,
 ) -> np.ndarray:
-    """Chosen neurons of the block ``store.layer``, (contexts, context_length, neurons), float16.
+    """Chosen neurons of the block ``store.layer``, (contexts, context_length, neurons), float32.
 
     They are 0 where negative, or not among the block's ``k`` largest on the token.
     """
@@ -89,7 +89,7 @@ def neuron_values(
             block = neurons[-1].float()
             smallest = block.topk(k, dim=-1).values[..., -1:]
             largest = torch.where(block >= smallest, block.clamp_min(0), 0)[..., chosen]
-            values.append(largest.clamp_max(6e4).cpu().numpy().astype(np.float16))
+            values.append(largest.cpu().numpy())
     return np.concatenate(values)
 
 

@@ -19,6 +19,18 @@ LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 TOGETHER = 5  # examples a question, as in delphi: with more, answers lose count
 LABEL_TOKENS = 40  # of an answer
 GRADES_TOKENS = 24
+_NAMES = r"(?:\w+:|begin_of_|end_of_)?(?:think(?:ing)?|thought|reasoning)"
+OPENED = rf"(?i:[<\[◁]\|?{_NAMES}\|?[>\]▷]|<\|channel\|>analysis<\|message\|>)"
+CLOSED = rf"(?i:[<\[◁]\|?(?:/|(?=end_of)){_NAMES}\|?[>\]▷]|<\|channel\|>final<\|message\|>)"
+GREETING = r"(?i)(?:sure|certainly|of course|okay|ok|absolutely|(?:final )?answer|label|phrase)\W*"
+INTRODUCED = (
+    r"(?i)^(?:(?:sure|certainly|of course|okay|here)\b[^:]*\b(?:answer|label|phrase|description)"
+    r"\b[^:]*|(?:the )?(?:final )?(?:answer|label|phrase|description)\W*(?: is)?):\s*"
+)
+DECLINED = (
+    r"(?i)(?:i(?:['’]m| am) )?sorry,? (?:but )?i\b|i(?:['’]m| am) unable to\b|as an ai\b"
+    r"|i can(?:not|['’]t) (?:help|assist|provide|identify|determine|answer|comply|fulfill)"
+)
 MARKED = 0.3  # share of an example's strongest activation from which a token is marked
 
 LABEL = """\
@@ -84,7 +96,7 @@ Answer with a list of {n} numbers from 0 to 3 and nothing else, such as {example
 
 def marked_tokens(activations: np.ndarray) -> np.ndarray:
     """Which tokens of an example to mark, bool, of its length; at least its strongest."""
-    return activations >= max(MARKED * activations.max(), 1e-9)
+    return (activations >= MARKED * activations.max()) & (activations > 0)
 
 
 def show(token_texts: Sequence[str], marked: Sequence[bool]) -> str:
@@ -115,11 +127,38 @@ def label_question(texts: Sequence[str]) -> str:
     return LABEL.format(**_numbered(texts))
 
 
+def after_thinking(answer: str) -> str:
+    """What follows the thinking in an answer; empty if the thinking does not end.
+
+    A chat template may have opened it, so that only its end is in the answer.
+    """
+    opened = re.match(rf"\s*{OPENED}", answer)
+    # An end in the midst of a line may be a quotation, but for a model that certainly thought.
+    ends = list(re.finditer(rf"(?m)^[ \t]*{CLOSED}|{CLOSED}[ \t]*$", answer))
+    if opened and not ends:
+        ends = list(re.finditer(CLOSED, answer))
+    return answer[ends[-1].end() :].strip() if ends else "" if opened else answer.strip()
+
+
 def read_label(answer: str) -> str | None:
-    """A phrase of at most 200 characters; None if there are no letters or digits."""
-    lines = [line.strip(" \t\"'*.“”") for line in answer.splitlines()]
-    line = next((line for line in lines if re.search(r"\w", line)), None)
-    return line[:200] if line else None
+    """The phrase in an answer, at most 200 characters, without what introduces or wraps it.
+
+    None if there are no letters or digits, or the judge declines.
+    """
+    for line in after_thinking(answer).splitlines():
+        label = _unwrapped(re.sub(INTRODUCED, "", _unwrapped(line)))
+        if re.match(DECLINED, label):
+            return None
+        is_preamble = re.search(r"[:：][\s*_]*$", line) or re.fullmatch(GREETING, label)
+        if re.search(r"\w", label) and not is_preamble:
+            return label[:200]
+    return None
+
+
+def _unwrapped(line: str) -> str:
+    """A line without the marks of quotations, lists, headings, code and JSON around it."""
+    line = re.sub(r"^\s*(?:[-*•>]|#+)\s+|^\s*```\w*|^\s*\{(?=.*\}\s*$)", "", line)
+    return line.strip(" \t\"'*`.“”" + "}" * ("{" not in line))
 
 
 def grade_questions(question: Question, label: str, texts: Sequence[str]) -> Iterator[str]:
@@ -132,11 +171,20 @@ def grade_questions(question: Question, label: str, texts: Sequence[str]) -> Ite
 
 
 def read_grades(answer: str, n: int, highest: int) -> list[int] | None:
-    """The first list in an answer, or its first line; None unless ``n`` grades to ``highest``."""
-    brackets = re.search(r"\[([^\[\]]*)\]", answer)
-    line = brackets.group(1) if brackets else answer.strip().partition("\n")[0]
-    parts = re.split(r"\s*,\s*|\s+", line.strip())
-    if len(parts) != n or not all(re.fullmatch("[0-9]", part) for part in parts):
-        return None
-    grades = [int(part) for part in parts]
-    return grades if max(grades) <= highest else None
+    """The last list of ``n`` numbers in an answer, in brackets or else a line of its own.
+
+    Lines "Text 1: 1", in order, are a list too. None unless all are grades from 0 to ``highest``.
+    """
+    answer = after_thinking(answer)
+    numbered = re.findall(r"(?mi)^\W*text (\d+)\W+(\d+)\W*$", answer)
+    candidates = [" ".join(grade for _, grade in numbered)]
+    if [int(number) for number, _ in numbered] != list(range(1, n + 1)):
+        candidates = []
+    candidates += [line.rpartition(":")[2].strip(" \t*`.") for line in answer.splitlines()]
+    candidates += re.findall(r"\(([^()]*)\)", answer) + re.findall(r"\[([^\[\]]*)\]", answer)
+    for candidate in reversed(candidates):
+        parts = re.split(r"\s*,\s*|\s+", candidate.strip())
+        if len(parts) == n and all(re.fullmatch("[0-9]+", part) for part in parts):
+            grades = [int(part) for part in parts]
+            return grades if max(grades) <= highest else None
+    return None

@@ -82,7 +82,8 @@ def by_classifier(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
 
     rows = np.concatenate([positive, negative])
-    rows = rows / np.maximum(rows.max(axis=0), 1e-9)
+    largest = rows.max(axis=0)
+    rows = rows / np.where(largest > 0, largest, 1)
     is_positive = np.arange(len(rows)) < len(positive)
     classifier = LogisticRegression(l1_ratio=1, solver="liblinear", C=10.0, random_state=0)
     return classifier.fit(rows, is_positive).coef_[0]

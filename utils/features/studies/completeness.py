@@ -132,7 +132,7 @@ def _best_features(
     counts = np.bincount(occurrences.word_of + 1, minlength=len(words) + 1)[1:]
     rows = []
     for word, n in enumerate(counts):
-        recall, precision = active[word] / n, mass[word] / np.maximum(totals, 1e-12)
+        recall, precision = active[word] / n, mass[word] / np.where(totals > 0, totals, 1)
         f1 = 2 * recall * precision / np.maximum(recall + precision, 1e-12)
         best = int(f1.argmax())
         rows.append((best if f1[best] else -1, recall[best], precision[best], f1[best]))

@@ -234,8 +234,6 @@ def study(analysis: Analysis) -> Findings:
     if not analysis.examples.num_rows:
         return Findings({})
     settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
-    if analysis.judge is not None:
-        analysis.judge.reset_counts()
     explanations = explain(analysis.examples.to_pandas(), texts, analysis.subset_shares)
     phrases = {feature: explanation.text for feature, explanation in explanations.items()}
     random_texts = draw_texts(analysis.encoder, store, analysis.contexts, texts, settings.seed)
@@ -250,8 +248,6 @@ def study(analysis: Analysis) -> Findings:
         "explanation_score": scores.to_numpy(float),
     }
     summary = summarise(scored, compared, settings.seed)
-    if analysis.judge is not None:
-        summary |= analysis.judge.summary()
     table = pd.concat([scored.assign(group="features"), compared])
     return Findings(summary, in_words(summary), {"explanations": table}, columns)
 
@@ -268,9 +264,6 @@ def in_words(summary: dict[str, Json]) -> str:
         features, neurons = (summary["groups"][name][0] for name in COMPARED)
         words = f"{features:.2f} for features, {neurons:.2f} for neurons."
         lines.append(f"Over the same tokens: {words}")
-    for kind, n in summary.get("unparsed", {}).items():
-        asked = f"{summary['asked'][kind]:,} answers ({kind})"
-        lines.append(f"Judge: {n:,} of {asked} could not be read.")
     return "\n".join(lines)
 
 

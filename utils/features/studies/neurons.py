@@ -47,7 +47,7 @@ class Correlations:
         """Shape (n_left, n_right); 0 where a column does not vary."""
         means = [total / self.n for total in self.sums]
         deviations = [
-            (squares / self.n - mean.square()).clamp_min(0).sqrt()
+            _deviation(squares / self.n, mean)
             for squares, mean in zip(self.squares, means, strict=True)
         ]
         # Row by row of the left side, for the whole matrix may be the largest thing in memory.
@@ -55,8 +55,14 @@ class Correlations:
         for i, product in enumerate(self.products):
             covariance = product.cpu().double() / self.n - means[0][i] * means[1]
             both = deviations[0][i] * deviations[1]
-            pearson[i] = torch.where(both > 1e-12, covariance / both, 0.0)
+            pearson[i] = torch.where(both > 0, covariance / both, 0.0)
         return pearson
+
+
+def _deviation(mean_square: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Standard deviations; 0 where the variance is no more than rounding in float32."""
+    variance = mean_square - mean.square()
+    return torch.where(variance > 1e-6 * mean_square, variance, 0.0).sqrt()
 
 
 def summarise(table: pd.DataFrame) -> dict[str, float]:
