@@ -56,6 +56,8 @@ def main() -> None:
     check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset)
+    if corpus.files and ranks.rank == 0:
+        print(corpus.describe())
     corpus.check()
 
     # 2. Claim the folder; a finished run has its shards checked.

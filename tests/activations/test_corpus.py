@@ -1,5 +1,6 @@
 """The corpus: every format, bad input, ranks, and the packing of tokens into contexts."""
 
+import gzip
 import itertools
 import json
 from pathlib import Path
@@ -95,6 +96,59 @@ def test_folder_is_read_in_sorted_order(tmp_path):
     assert texts_of(tmp_path) == ["first", "second", "third"]
 
 
+RECORDS = [{"text": text} for text in TEXTS]
+LINES = b"".join(json_line(text) for text in TEXTS)
+CONTENTS = {
+    "A.JSONL": LINES,
+    "a.ndjson": LINES,
+    "lines.json": LINES,
+    "list.json": json.dumps(RECORDS).encode(),
+    "indented.json": b"\xef\xbb\xbf" + json.dumps(RECORDS, indent=2).encode(),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "members.Json.GZ": gzip.compress(LINES[:90]) + gzip.compress(LINES[90:]) + bytes(600),
+    "list.json.zst": compress(json.dumps(RECORDS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_types_of_file(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTENTS[name])
+    stem = name.split(".")[0]
+    for dataset in (tmp_path, tmp_path / name):
+        documents = list(Corpus(str(dataset)).documents())
+        assert documents == [Document(n, text, stem) for n, text in enumerate(TEXTS)]
+
+
+def test_one_document_and_compressed_files_that_are_read_whole(tmp_path):
+    text = "é" * 2**20  # longer than a chunk
+    (tmp_path / "a.json").write_text(json.dumps({"text": text}, indent=1))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.TXT.zst").write_bytes(compress(text.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "d")
+    (tmp_path / "d.parquet.gz").write_bytes(gzip.compress((tmp_path / "d").read_bytes()))
+    assert texts_of(tmp_path) == [text] * 4
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    for name in ("README.txt", "LICENSE-MIT.txt", "license_texts.jsonl", "readmes.txt", "x.md",
+                 ".hidden.txt", "en/a.jsonl.gz", "en/.cache/b.jsonl"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(json_line(name))
+    (tmp_path / "en" / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "loop").symlink_to(tmp_path)
+    corpus = Corpus(str(tmp_path))
+    assert sum(1 for _ in corpus.documents()) == len(TEXTS) + 2
+    assert corpus.describe().split("\n") == [
+        "Reading 1 .jsonl.gz: en/a.jsonl.gz",
+        "Reading 1 .jsonl: license_texts.jsonl",
+        "Reading 1 .txt: readmes.txt",
+        "Not reading 2 hidden: .hidden.txt, en/.cache/b.jsonl",
+        "Not reading 2 READMEs or licences: LICENSE-MIT.txt, README.txt",
+        "Not reading 2 of another type: loop, x.md",
+    ]
+    assert len(texts_of(tmp_path / "README.txt")) == len(texts_of(tmp_path / ".hidden.txt")) == 1
+
+
 def test_hub_records_are_split_between_ranks(tmp_path):
     # load_dataset reads a local folder with the code that streams the hub.
     for shard in range(3):
@@ -175,7 +229,11 @@ def test_no_usable_document_says_why(tmp_path):
 def test_unknown_type(tmp_path):
     path = tmp_path / "text.csv"
     path.write_text("text\n")
-    with pytest.raises(InputError, match=r"\.jsonl, \.jsonl\.zst, \.parquet, \.txt"):
+    with pytest.raises(
+        InputError, match=r"\.jsonl, \.ndjson, \.json, .*\n.*another type: text.csv"
+    ):
+        Corpus(str(tmp_path))
+    with pytest.raises(InputError, match=r"text\.csv must be or hold a file of a known type"):
         Corpus(str(path))
 
 
@@ -215,6 +273,13 @@ def test_truncated_and_damaged_files(tmp_path):
         texts_of(path)
     path.write_bytes(b"this is no zstd file")
     with pytest.raises(InputError, match=r"cut\.jsonl\.zst is damaged"):
+        texts_of(path)
+    path = tmp_path / "cut.json.gz"
+    path.write_bytes(gzip.compress(lines)[:-5])
+    with pytest.raises(InputError, match=r"cut\.json\.gz ends in the middle"):
+        texts_of(path)
+    path.write_bytes(gzip.compress(lines)[:-8] + bytes(8))  # the checksum
+    with pytest.raises(InputError, match=r"cut\.json\.gz is damaged"):
         texts_of(path)
     path = tmp_path / "cut.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)

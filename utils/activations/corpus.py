@@ -1,31 +1,27 @@
 """The corpus: its documents, and how they become contexts of tokens.
 
-A corpus is the embedded text, a local file or folder (``.jsonl``, ``.jsonl.zst``, ``.parquet``,
-``.txt``), or a streamed dataset of the Hugging Face Hub. Its records are those of the Pile,
+A corpus is the embedded text, a local file or folder (see `files`), or a streamed dataset of the
+Hugging Face Hub. Its records are those of the Pile,
 ``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required.
 """
 
 import itertools
-import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-import zstandard
 from transformers import PreTrainedTokenizerBase
 
 from utils import embedded
+from utils.activations.files import Record, list_files, listing, read_records, stem_of, type_of
 from utils.language_model import separator_token
-from utils.settings import InputError, Json, hub_token, require
+from utils.settings import InputError, hub_token, require
 
-Record = Json | Exception  # a record, or the error that reading it raised
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
 
 
@@ -73,17 +69,28 @@ class Corpus:
         self.skipped: Counter[str] = Counter()
         path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
         exists = bool(dataset) and os.path.exists(path)  # False for a name too long for a path
-        self.files = list_files(path) if exists else []  # empty for a hub dataset
-        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not dataset.endswith(SUFFIXES)
+        self.root = path
+        self.files, self.passed_over = list_files(path) if exists else ([], {})  # none for the hub
+        if dataset == "embedded":
+            self.files = [file for file in self.files if type_of(file) == ".jsonl"]  # not sources
+        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not type_of(Path(dataset))
         if not self.files and not is_name:
             raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
 
     def check(self) -> None:
         """Raise errors before long work: open each ``.parquet`` and ``.txt``, read a document."""
         for path in self.files:
-            if path.suffix in (".parquet", ".txt"):
-                next(READERS[path.suffix](path), None)
+            if type_of(path) in (".parquet", ".txt"):
+                next(read_records(path, "text"), None)
         next(self.documents())
+
+    def describe(self) -> str:
+        """Which files of a folder are read and which are not, in words."""
+        kinds = defaultdict(list)
+        for path in self.files:
+            kinds[path.name.removeprefix(stem_of(path))].append(path)
+        lines = listing(self.root, kinds, "Reading")
+        return "\n".join([*lines, *listing(self.root, self.passed_over, "Not reading")])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each local file, by name; they identify the corpus."""
@@ -103,8 +110,7 @@ class Corpus:
         if not self.files:
             yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
         for path in self.files:
-            stem = path.name.removesuffix(".zst").rsplit(".", 1)[0]
-            yield from ((record, stem) for record in READERS[path.suffix](path))
+            yield from ((record, stem_of(path)) for record in read_records(path, "text"))
 
     def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
         """(text, subset) of each usable record; `InputError` if there is none."""
@@ -126,14 +132,6 @@ class Corpus:
             )
 
 
-def list_files(path: Path) -> list[Path]:
-    """A file, or the supported files below a folder in sorted order."""
-    paths = [path] if path.is_file() else path.rglob("*")
-    files = sorted(file for file in paths if file.name.endswith(SUFFIXES) and file.is_file())
-    require(bool(files), f"{path} must be or hold a file of a known type: {', '.join(SUFFIXES)}.")
-    return files
-
-
 def unusable(record: Record) -> str | None:
     """The reason why a record cannot be used, or None."""
     if isinstance(record, Exception):
@@ -148,73 +146,6 @@ def unusable(record: Record) -> str | None:
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair; tokenizers refuse it
         return "not Unicode"
     return None
-
-
-def parse_line(line: bytes) -> Record:
-    """The value of a JSON line, or the error that reading it raises."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """A value or an error for each line of a ``.jsonl`` or ``.jsonl.zst`` file."""
-    rest = b""
-    for chunk in read_chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (parse_line(line) for line in lines if line.strip())
-    if rest.strip():
-        yield parse_line(rest)
-
-
-def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The content of a file in chunks, decompressed if it is a ``.zst`` of one or more frames.
-
-    Unlike zstandard's stream reader, it raises an error for a truncated file.
-    """
-    frame = None
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(size):
-                if path.suffix != ".zst":
-                    yield chunk
-                    continue
-                while chunk:
-                    if frame is None or frame.eof:
-                        frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                    yield frame.decompress(chunk)
-                    chunk = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    if frame is not None and not frame.eof:
-        raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
-
-
-def read_parquet(path: Path) -> Iterator[dict]:
-    """The rows of a parquet file: its columns ``text`` and, if present, ``meta``."""
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            require("text" in names, f"{path} must have a column text; it has {', '.join(names)}.")
-            columns = [name for name in ("text", "meta") if name in names]
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
-
-
-def read_txt(path: Path) -> Iterator[dict]:
-    """A text file as one document."""
-    try:
-        yield {"text": path.read_bytes().decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
-        raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
@@ -243,10 +174,6 @@ def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
             f"Check the name and the network. For a gated dataset accept its licence on its hub "
             f"page and set HF_TOKEN in .env. Without a hub: --dataset embedded."
         ) from None
-
-
-READERS = {".jsonl": read_jsonl, ".zst": read_jsonl, ".parquet": read_parquet, ".txt": read_txt}
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
 
 
 def tokenize(
