@@ -18,7 +18,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from utils import embedded
-from utils.activations.files import Record, list_files, listing, read_records, stem_of, type_of
+from utils.activations import splits
+from utils.activations.files import (
+    Record,
+    list_files,
+    listing,
+    read_records,
+    relative_name,
+    stem_of,
+    type_of,
+)
 from utils.language_model import separator_token
 from utils.settings import InputError, hub_token, require
 
@@ -60,28 +69,60 @@ class Corpus:
     ``skipped`` counts by reason the records of the latest pass that cannot be used; for local
     files, those of all ranks.
 
+    Args:
+        dataset: The name of a hub dataset may go on with a configuration, ``allenai/c4/en``.
+        config: Of the dataset's configurations; None for the default or only one.
+        split: Of its splits.
+        column: The field of its records that holds the text.
+
     Raises:
         InputError: The dataset cannot be read.
     """
 
-    def __init__(self, dataset: str):
-        self.name = dataset
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+    ):
+        self.name, self.config, self.split, self.column = dataset, config, split, column
         self.skipped: Counter[str] = Counter()
-        path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
-        exists = bool(dataset) and os.path.exists(path)  # False for a name too long for a path
-        self.root = path
-        self.files, self.passed_over = list_files(path) if exists else ([], {})  # none for the hub
-        if dataset == "embedded":
-            self.files = [file for file in self.files if type_of(file) == ".jsonl"]  # not sources
-        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not type_of(Path(dataset))
-        if not self.files and not is_name:
+        self.root = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
+        self.files: list[Path] = []  # none for a hub dataset
+        self.names_without_folder = False
+        if dataset and os.path.exists(self.root):  # False for a name too long for a path
+            self._choose_files()
+            return
+        is_name = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:/([\w.-]+))?", dataset)
+        if not is_name or type_of(Path(dataset)):
             raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
+        self.hub_name, within = is_name.groups()
+        require(
+            None in (within, config) or within == config,
+            f"CONFIG must be left out, or {within!r} as in {dataset}; it is {config!r}.",
+        )
+        self.config = config or within
+
+    def _choose_files(self) -> None:
+        self.files, self.passed_over = list_files(self.root)
+        if self.name == "embedded":
+            self.files = [file for file in self.files if type_of(file) == ".jsonl"]  # not sources
+        if self.root.is_dir():
+            self.files, others = splits.choose_split(self.root, self.files, self.config, self.split)
+            self.passed_over |= others
+            return
+        require(
+            self.config is None and self.split == "train",
+            f"CONFIG and SPLIT are for folders and hub datasets; {self.name} is a file. Leave "
+            "them out.",
+        )
 
     def check(self) -> None:
         """Raise errors before long work: open each ``.parquet`` and ``.txt``, read a document."""
         for path in self.files:
             if type_of(path) in (".parquet", ".txt"):
-                next(read_records(path, "text"), None)
+                next(read_records(path, self.column), None)
         next(self.documents())
 
     def describe(self) -> str:
@@ -93,8 +134,17 @@ class Corpus:
         return "\n".join([*lines, *listing(self.root, self.passed_over, "Not reading")])
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each local file, by name; they identify the corpus."""
-        return {path.name: path.stat().st_size for path in self.files}
+        """Bytes of each local file, by its path in the folder; they identify the corpus."""
+        names = (self._name_of(path) for path in self.files)
+        return dict(zip(names, (path.stat().st_size for path in self.files), strict=True))
+
+    def name_files_as(self, earlier: dict[str, int] | None) -> None:
+        """Name files as an earlier run did; earlier versions left out the folder they are in."""
+        self.names_without_folder = True
+        self.names_without_folder = earlier is None or earlier == self.sizes()
+
+    def _name_of(self, path: Path) -> str:
+        return path.name if self.names_without_folder else relative_name(path, self.root)
 
     def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of one rank, without its first ``skip``."""
@@ -108,35 +158,43 @@ class Corpus:
     def _records(self, rank: int, world_size: int) -> Iterator[tuple[Record, str]]:
         """(record, default subset) of all local records, or of the rank's of a hub dataset."""
         if not self.files:
-            yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
+            records = read_hub(
+                (self.hub_name, self.config, self.split), self.column, rank, world_size
+            )
+            yield from ((record, self.name) for record in records)
         for path in self.files:
-            yield from ((record, stem_of(path)) for record in read_records(path, "text"))
+            name = Path(self._name_of(path))
+            subset = name.with_name(stem_of(name)).as_posix()
+            yield from ((record, subset) for record in read_records(path, self.column))
 
     def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
         """(text, subset) of each usable record; `InputError` if there is none."""
         self.skipped.clear()
-        empty = True
+        empty, fields = True, {}
         for record, default_subset in records:
-            reason = unusable(record)
+            reason = unusable(record, self.column)
             if reason:
                 self.skipped[reason] += 1
+                fields = fields or (record if isinstance(record, dict) else {})
                 continue
             empty = False
             meta = record.get("meta")
             subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
-            yield record["text"], subset or default_subset
+            yield record[self.column], subset or default_subset
         if empty:
             content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            remedy = f" Choose TEXT_COLUMN among {', '.join(fields)}." if fields else ""
             raise InputError(
-                f"{self.name} must hold documents with a text; it holds {content or 'no record'}."
+                f"{self.name} must hold documents with a {self.column}; it holds "
+                f"{content or 'no record'}.{remedy}"
             )
 
 
-def unusable(record: Record) -> str | None:
-    """The reason why a record cannot be used, or None."""
+def unusable(record: Record, column: str) -> str | None:
+    """The reason why a record, whose text is in ``column``, cannot be used, or None."""
     if isinstance(record, Exception):
         return "not UTF-8" if isinstance(record, UnicodeDecodeError) else "not JSON"
-    text = record.get("text") if isinstance(record, dict) else None
+    text = record.get(column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         return "without a text"
     if not text.strip():
@@ -148,23 +206,31 @@ def unusable(record: Record) -> str | None:
     return None
 
 
-def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
-    """Stream one rank's records of a hub dataset's train split."""
+def read_hub(
+    source: tuple[str, str | None, str], column: str, rank: int, world_size: int
+) -> Iterator[dict]:
+    """Stream one rank's records of a hub dataset: its name, configuration and split."""
     # Imported here, because it takes seconds that local text does not need.
     import datasets
     import datasets.distributed
 
     token = hub_token()
+    name, config, split = source
     try:
-        stream = datasets.load_dataset(name, split="train", streaming=True, token=token)
+        stream = datasets.load_dataset(name, config, split=split, streaming=True, token=token)
         rows = datasets.distributed.split_dataset_by_node(stream, rank, world_size)
         for number, row in enumerate(rows):
             if number == 0:
-                require("text" in row, f"{name} must have a column text; it has {', '.join(row)}.")
+                require(
+                    column in row,
+                    f"{name} must have a column {column}; it has {', '.join(row)}. Choose one with "
+                    "TEXT_COLUMN.",
+                )
             yield row
     except InputError:
         raise
     except Exception as error:  # many kinds: not found, gated, offline, connection, no such split
+        _refuse_unknown_part(source, token)
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         if token:
             reason = reason.replace(token, "<token>")
@@ -174,6 +240,23 @@ def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
             f"Check the name and the network. For a gated dataset accept its licence on its hub "
             f"page and set HF_TOKEN in .env. Without a hub: --dataset embedded."
         ) from None
+
+
+def _refuse_unknown_part(source: tuple[str, str | None, str], token: str | None) -> None:
+    """Refuse a configuration or split that a hub dataset does not have, listing what it has."""
+    import datasets
+
+    name, config, split = source
+    try:
+        configs = datasets.get_dataset_config_names(name, token=token)
+        default = datasets.get_dataset_default_config_name(name, token=token)
+        config = splits.choose_config(name, configs, default, config)
+        parts = datasets.get_dataset_split_names(name, config, token=token)
+    except InputError as error:
+        raise error from None
+    except Exception:  # the dataset as a whole cannot be read
+        return
+    splits.require_among(f"SPLIT of {name}", split, parts)
 
 
 def tokenize(

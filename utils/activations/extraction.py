@@ -141,6 +141,8 @@ class Extraction:
         self.manifest.write(self.manifest_path)
 
     def _adopt_manifest(self) -> None:
+        if self.manifest is not None:
+            self.corpus.name_files_as(self.manifest.files)
         facts = {
             "model_name": self.settings.model_name,
             "revision": self.language_model.revision,

@@ -185,7 +185,9 @@ def read_parquet(path: Path, column: str = "text") -> Iterator[dict]:
         with _open_parquet(path) as file, pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             require(
-                column in names, f"{path} must have a column {column}; it has {', '.join(names)}."
+                column in names,
+                f"{path} must have a column {column}; it has {', '.join(names)}. Choose one with "
+                "TEXT_COLUMN.",
             )
             columns = [name for name in dict.fromkeys((column, "meta")) if name in names]
             for batch in table.iter_batches(batch_size=256, columns=columns):

@@ -39,7 +39,7 @@ class Manifest:
     """The source of one process's activations, and the shards it has finished.
 
     Attributes:
-        files: Bytes of each local file of the corpus, by name.
+        files: Bytes of each local file of the corpus, by its path in the corpus' folder.
         skipped: Number of records of the corpus that could not be used, by reason.
         outlier_norm: Positions of a larger raw norm are not kept.
         excluded: Number of positions that are not kept, by reason.
