@@ -9,13 +9,14 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.activations.manifest import Manifest
-from utils.activations.shards import ARRAYS, Shard, damaged_shard, shard_path
+from utils.activations.shards import Shard, damaged_shard, shard_path
 from utils.artifacts import append_record, fingerprint, missing_stage, read_log
 from utils.settings import require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
 CHECK_THREADS = 4  # one thread reads slower than a disk
 SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
+MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
 Contexts = Sequence[int]  # numbers of contexts of a store: a range or a list
 
@@ -79,17 +80,20 @@ class ActivationStore:
         self.layer, self.dtype = first.layer, first.dtype
         self.d_model, self.context_length = first.d_model, first.context_length
         self.dataset, self.skipped = first.dataset, first.skipped
-        self.outlier_norm = max(manifest.outlier_norm for manifest in manifests)
-        self.n_tokens = sum(entry.kept for manifest in manifests for entry in manifest.shards)
-        sum_squared_norm = sum(manifest.sum_squared_norm for manifest in manifests)
-        self.scale = float(np.sqrt(self.d_model * self.n_tokens / sum_squared_norm))
-        total = np.sum([manifest.sum for manifest in manifests], axis=0)
-        self.mean = (total / self.n_tokens).astype(np.float32)
         self.excluded = {
             reason: sum(manifest.excluded[reason] for manifest in manifests)
             for reason in first.excluded
         }
         self._open_shards(manifests)
+        self._set_outlier_norm(manifests)
+        n_outliers, outlier_sum, outlier_squares = self._sum_outliers()
+        self.excluded["outlier_norm"] += n_outliers
+        n_summed = sum(entry.kept for manifest in manifests for entry in manifest.shards)
+        self.n_tokens = n_summed - n_outliers
+        squares = sum(manifest.sum_squared_norm for manifest in manifests) - outlier_squares
+        self.scale = float(np.sqrt(self.d_model * self.n_tokens / squares))
+        total = sum((np.asarray(manifest.sum) for manifest in manifests), -outlier_sum)
+        self.mean = (total / self.n_tokens).astype(np.float32)
 
     def _require_finished(self, manifests: list[Manifest]) -> None:
         world_size = manifests[0].world_size
@@ -108,15 +112,46 @@ class ActivationStore:
         shards = []
         for manifest in manifests:
             numbers = np.array([number_of[name] for name in manifest.subsets], np.int16)
-            shards += [(Shard(self.folder, entry), numbers) for entry in manifest.shards]
+            shards += [
+                (Shard(self.folder, entry, manifest.bos), numbers) for entry in manifest.shards
+            ]
         shards.sort(key=lambda pair: pair[0].number)
         self.shards = [shard for shard, _ in shards]
         self._subset_numbers = {shard.number: numbers for shard, numbers in shards}
         self._ends = np.cumsum([shard.contexts for shard in self.shards])
         for shard in self.shards:
-            for array in ARRAYS:
+            for array in shard.crc32:
                 shard[array]
         self.storage_dtype = self.shards[0]["activations"].dtype
+
+    def _set_outlier_norm(self, manifests: list[Manifest]) -> None:
+        """Set one threshold for all shards with norms, a multiple of the median over all of them.
+
+        It depends on the shards alone, so that every stage and process has the same.
+        """
+        earlier = [m.outlier_norm for m in manifests if m.outlier_norm is not None]
+        self.outlier_norm = max(earlier, default=0.0)
+        shards = [shard for shard in self.shards if shard.has_norms]
+        if shards:
+            step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
+            norms = [shard["norms"][shard["tokens"] != shard.bos][::step] for shard in shards]
+            (factor,) = {m.outlier_factor for m in manifests if m.outlier_norm is None}
+            self.outlier_norm = factor * float(np.median(np.concatenate(norms)))
+        for shard in shards:
+            shard.outlier_norm = self.outlier_norm
+
+    def _sum_outliers(self) -> tuple[int, np.ndarray, float]:
+        """Number of outliers in shards with norms, and their sums of activations and of ‖x‖²."""
+        n, total, squares = 0, np.zeros(self.d_model), 0.0
+        for shard in self.shards:
+            outliers = shard.outliers() if shard.has_norms else np.zeros((0, 0), bool)
+            for row in np.flatnonzero(outliers.any(axis=1)):
+                values = shard["activations"][row][outliers[row]].astype(np.float64)
+                total += values.sum(axis=0)
+                squares += float(np.square(values).sum())
+            n += int(outliers.sum())
+            shard.release()
+        return n, total, squares
 
     @property
     def n_contexts(self) -> int:
@@ -151,7 +186,7 @@ class ActivationStore:
                 progress.update(batch.tokens.size)
 
     def read(self, array: str, contexts: Iterable[int]) -> np.ndarray:
-        """One of `ARRAYS` of the given contexts, shape (contexts, context_length, ...)."""
+        """An array of the given contexts, or ``"kept"``, (contexts, context_length, ...)."""
         return np.stack([self._row(array, context) for context in contexts])
 
     def windows(
@@ -170,7 +205,7 @@ class ActivationStore:
     def kept_counts(self, contexts: range, starts: np.ndarray) -> np.ndarray:
         """Kept positions of the pieces that begin at ``starts``, shape (contexts, pieces)."""
         counts = [
-            np.add.reduceat(shard["kept"], starts, axis=1, dtype=np.int64) for shard in self.shards
+            np.add.reduceat(shard.kept(), starts, axis=1, dtype=np.int64) for shard in self.shards
         ]
         return np.concatenate(counts)[contexts.start : contexts.stop]
 
@@ -190,7 +225,7 @@ class ActivationStore:
             if previous is not None and (shard is not previous or number % SPANS_MAPPED == 0):
                 previous.release()
             previous = shard
-            kept = shard["kept"][row, start : start + length]
+            kept = shard.kept((row, slice(start, start + length)))
             rows.append(shard["activations"][row, start : start + length][kept])
             if not np.isfinite(rows[-1]).all():
                 self._raise_not_finite(context)
@@ -206,7 +241,7 @@ class ActivationStore:
 
     def _row(self, array: str, context: int) -> np.ndarray:
         shard, row = self._locate(context)
-        values = shard[array][row]
+        values = shard.kept(row) if array == "kept" else shard[array][row]
         return self._subset_numbers[shard.number][values] if array == "subsets" else values
 
     def _raise_not_finite(self, context: int) -> None:
