@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from tests.compare_runs import Rule, read_json, unequal
 from utils.activations.shards import EARLIER_ARRAYS
-from utils.activations.store import ActivationStore
+from utils.activations.store import LAST_CONTEXTS, ActivationStore
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.saved import open_autoencoder
 
@@ -108,7 +108,9 @@ def test_overwrite_deletes_no_run_of_the_same_settings(earlier, run_here):
 def test_autoencoders_reconstruct_as_they_did(folder):
     store = ActivationStore("activations")
     autoencoder, trained = open_autoencoder(folder, store)
-    held_out = store.split(trained["held_out"])[1]
+    split = store.split(trained["held_out"], trained["most_held_out_tokens"])
+    assert split.rule == LAST_CONTEXTS and "split" not in trained
+    held_out = split.held_out
     fidelity = measure_fidelity(autoencoder, (batch.rows for batch in store.batches(held_out, 64)))
     assert fidelity.fvu == pytest.approx(trained["fvu"], rel=1e-3)
     assert fidelity.l0 == pytest.approx(trained["l0"], rel=1e-3)
@@ -194,6 +196,7 @@ def test_training_goes_on(run_here):
     metrics = read_json(folder / "metrics.json"), read_json(Path("autoencoder") / "metrics.json")
     for name in ("fvu", "l0", "cosine", "dead_fraction", "n_tokens", "n_steps"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=0.02), name
+    assert metrics[0]["split"] == LAST_CONTEXTS  # as it was begun
     assert not (folder / "backup.keras").exists()
 
 

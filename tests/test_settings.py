@@ -23,8 +23,9 @@ FLAGS = {
         --contexts-per-batch --overwrite
     """,
     "train_autoencoder": """
-        --activations-dir --autoencoder-dir --held-out --kind --n-latents --decoder-norm
-        --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype --prefixes
+        --activations-dir --autoencoder-dir --held-out --n-held-out-tokens --kind --n-latents
+        --decoder-norm --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype
+        --prefixes
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
         --learning-rate-decay --learning-rate-shape --gradient-clip-norm

@@ -15,7 +15,13 @@ from utils.activations import store as module
 from utils.activations.batches import ShuffledBatches
 from utils.activations.manifest import Manifest
 from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, Shard, shard_path
-from utils.activations.store import CHECKED, ActivationStore
+from utils.activations.store import (
+    CHECKED,
+    DOCUMENT_HASH,
+    LAST_CONTEXTS,
+    ActivationStore,
+    hash_numbers,
+)
 from utils.artifacts import write_json
 from utils.settings import InputError
 
@@ -183,14 +189,57 @@ def test_a_damaged_manifest_is_named(store, tmp_path):
             Manifest.read(path)
 
 
-def test_first_and_split(store):
-    assert store.first(None) == range(10)
-    assert store.first(CONTEXT + 1) == range(2)
-    assert store.first(10**9) == range(10)
-    assert store.split(0.3) == (range(7), range(7, 10))
-    assert store.split(1e-9) == (range(9), range(9, 10))
+def test_a_sample_is_of_all_contexts(store):
+    assert store.sample(None) == range(10)
+    assert list(store.sample(CONTEXT + 1)) == [0, 5]
+    assert list(store.sample(6 * CONTEXT)) == [0, 1, 3, 5, 6, 8]
+    assert list(store.sample(10**9)) == list(range(10))
+
+
+def test_the_last_contexts_are_held_out_as_in_earlier_versions(store):
+    for share, n in ((0.3, 3), (1e-9, 1)):
+        split = store.split(share, None)
+        assert list(split.training) == list(range(10 - n)) and split.rule == LAST_CONTEXTS
+        assert list(split.held_out) == list(range(10 - n, 10))
     with pytest.raises(InputError, match="too few to hold any out"):
-        store.split(0.99)
+        store.split(0.99, None)
+
+
+def test_whole_documents_are_held_out_by_a_hash_of_their_numbers(tmp_path):
+    # Documents of 1 to 7 contexts, in order; the token at BOS may be of the one before.
+    draw = np.random.default_rng(0)
+    owner = np.repeat(np.arange(150), draw.integers(1, 8, 150))
+    arrays = make_arrays(len(owner))
+    arrays["documents"] = np.broadcast_to(owner[:, None], arrays["tokens"].shape).astype(np.int32)
+    arrays["documents"] = arrays["documents"].copy()
+    arrays["documents"][:, 0] = 9_999
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    write_activations(tmp_path / "a", arrays, per_shard=50)
+    store = ActivationStore(tmp_path / "a")
+    training, held_out, rule = store.split(0.1, 10**9)
+    assert rule == DOCUMENT_HASH and len(held_out) == round(0.1 * len(owner))
+    assert sorted([*training, *held_out]) == list(range(len(owner)))
+    assert not set(owner[training]) & set(owner[held_out])
+    places = held_out / len(owner)  # of all the data, not of its end
+    assert places.min() < 0.2 and places.max() > 0.8 and 0.3 < places.mean() < 0.7
+    # Documents are held out wherever they are: here in two processes' shards, in another order.
+    order = draw.permutation(len(owner))
+    write_activations(tmp_path / "b", {name: v[order] for name, v in arrays.items()}, per_shard=7)
+    mixed = ActivationStore(tmp_path / "b").split(0.1, 10**9)
+    assert set(owner[order][mixed.held_out]) == set(owner[held_out])
+    assert len(store.split(0.1, 12 * CONTEXT + 1).held_out) == 12
+    # A text that is one document has no other to hold out.
+    arrays["documents"][:] = 0
+    write_activations(tmp_path / "c", arrays)
+    split = ActivationStore(tmp_path / "c").split(0.1, 10 * CONTEXT)
+    assert split.rule == LAST_CONTEXTS and list(split.held_out) == [*range(len(owner))][-10:]
+
+
+def test_a_known_hash():
+    # SplitMix64 of seed 0, as published.
+    numbers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert hash_numbers(np.arange(3)).tolist() == numbers
 
 
 def test_float16_overflow_is_refused_with_the_remedy(arrays, tmp_path):
@@ -324,6 +373,14 @@ def test_every_kept_row_comes_once_a_pass(batches, arrays):
         assert sorted(one) == sorted(rows)
     assert passes[0] != passes[1] != passes[2]
     assert passes[0] != sorted(rows)
+
+
+def test_batches_of_contexts_that_are_not_neighbours(store, arrays):
+    contexts = np.array([0, 3, 4, 9])
+    batches = ShuffledBatches(store, contexts, 7, seed=0)
+    rows = arrays["activations"][contexts][arrays["kept"][contexts]][:, 0].astype(int).tolist()
+    stream = numbers(itertools.islice(batches.from_step(0), len(rows) // 7 + 1))
+    assert sorted(stream[: len(rows)]) == sorted(rows)
 
 
 def test_from_any_step_on_it_is_the_uninterrupted_stream(batches):

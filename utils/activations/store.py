@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,12 +19,32 @@ CHECK_THREADS = 4  # one thread reads slower than a disk
 SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
-Contexts = Sequence[int]  # numbers of contexts of a store: a range or a list
+Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
+
+
+class Split(NamedTuple):
+    """Contexts of a store for training and held out of it, and the rule: a constant below."""
+
+    training: np.ndarray
+    held_out: np.ndarray
+    rule: str
+
+
+DOCUMENT_HASH, LAST_CONTEXTS = "document hash", "last contexts"
 
 
 def spread(contexts: Contexts, n: int) -> Contexts:
-    """``n`` evenly spaced contexts, as neighbours may share a document; all if there are fewer."""
-    return contexts[:: max(1, len(contexts) // n)][:n]
+    """``n`` evenly spaced contexts, so that all parts of the corpus are among them; at most all."""
+    n = min(n, len(contexts))
+    return np.asarray(contexts)[np.arange(n) * len(contexts) // max(1, n)]
+
+
+def hash_numbers(numbers: np.ndarray) -> np.ndarray:
+    """A hash of each number, uint64: the mixing of SplitMix64."""
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class ContextBatch:
@@ -159,19 +180,46 @@ class ActivationStore:
 
     # ---- choosing contexts
 
-    def first(self, n_tokens: int | None) -> range:
-        """The first contexts that hold ``n_tokens``; all contexts for None."""
-        if n_tokens is None:
-            return range(self.n_contexts)
-        return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
+    def sample(self, n_tokens: int | None) -> Contexts:
+        """Evenly spaced contexts that hold ``n_tokens``; all contexts for None."""
+        every = range(self.n_contexts)
+        return every if n_tokens is None else spread(every, -(-n_tokens // self.context_length))
 
-    def split(self, held_out: float) -> tuple[range, range]:
-        """Contexts for training and, at the end of the corpus, a share ``held_out`` of them."""
-        n_train = self.n_contexts - max(1, round(held_out * self.n_contexts))
+    def split(self, held_out: float, n_tokens: int | None) -> Split:
+        """Hold out a share ``held_out`` of the contexts, of at most ``n_tokens``, in their order.
+
+        A context belongs to the document of its first token after BOS. Documents are held out in
+        the order of a hash of their numbers, as far as they fit. If none does, or ``n_tokens`` is
+        None, as in earlier versions, the last contexts are held out.
+
+        Raises:
+            InputError: There are too few contexts to train on others.
+        """
+        most = self.n_contexts if n_tokens is None else n_tokens // self.context_length
+        wanted = max(1, min(round(held_out * self.n_contexts), most))
         require(
-            n_train > 0, f"{self.folder} has {self.n_contexts} contexts: too few to hold any out."
+            wanted < self.n_contexts,
+            f"{self.folder} has {self.n_contexts} contexts: too few to hold any out.",
         )
-        return range(n_train), range(n_train, self.n_contexts)
+        is_held_out, rule = np.zeros(self.n_contexts, bool), DOCUMENT_HASH
+        if n_tokens is not None:
+            is_held_out = self._in_hashed_documents(wanted)
+        if not is_held_out.any():
+            is_held_out[-wanted:], rule = True, LAST_CONTEXTS
+        return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), rule)
+
+    def _in_hashed_documents(self, n: int) -> np.ndarray:
+        """Which contexts belong to the first documents by hash that hold at most ``n``, bool."""
+        document = np.concatenate([shard["documents"][:, 1] for shard in self.shards])
+        numbers, index, counts = np.unique(document, return_inverse=True, return_counts=True)
+        chosen = np.zeros(len(numbers), bool)
+        for i in np.argsort(hash_numbers(numbers), kind="stable"):
+            if counts[i] <= n:
+                chosen[i] = True
+                n -= counts[i]
+            if n == 0:
+                break
+        return chosen[index]
 
     # ---- reading
 
@@ -202,12 +250,12 @@ class ActivationStore:
             values[i, : len(window)] = window
         return values
 
-    def kept_counts(self, contexts: range, starts: np.ndarray) -> np.ndarray:
+    def kept_counts(self, contexts: Contexts, starts: np.ndarray) -> np.ndarray:
         """Kept positions of the pieces that begin at ``starts``, shape (contexts, pieces)."""
         counts = [
             np.add.reduceat(shard.kept(), starts, axis=1, dtype=np.int64) for shard in self.shards
         ]
-        return np.concatenate(counts)[contexts.start : contexts.stop]
+        return np.concatenate(counts)[np.asarray(contexts)]
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
         """The kept activations of contexts, shape (rows, d_model), in the storage dtype."""

@@ -93,4 +93,6 @@ def open_autoencoder(
     )
     path = folder / "autoencoder.keras"
     trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
+    # The setting, where the metric of that name is the number held out; earlier versions had none.
+    trained["most_held_out_tokens"] = settings.get("n_held_out_tokens")
     return load_autoencoder(path), trained

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.language_model import LanguageModel, residual_at
 from utils.steering.feature_model import ActiveFeatures
 
@@ -52,7 +52,7 @@ def draw_neurons(
 def neuron_values(
     language_model: LanguageModel,
     store: ActivationStore,
-    contexts: range,
+    contexts: Contexts,
     chosen: np.ndarray,
     k: int,
 ) -> np.ndarray:
@@ -76,12 +76,13 @@ class NeuronStore(ActivationStore):
 
     Args:
         store: Holds the tokens and their sources.
-        values: Of its first contexts, shape (contexts, context_length, neurons).
+        values: Of some of its contexts, shape (contexts, context_length, neurons).
+        contexts: The numbers of these.
     """
 
-    def __init__(self, store: ActivationStore, values: np.ndarray):
+    def __init__(self, store: ActivationStore, values: np.ndarray, contexts: Contexts):
         vars(self).update(vars(store))
-        self._values = values
+        self._values = dict(zip(contexts, values, strict=True))
         self.d_model = values.shape[-1]
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
