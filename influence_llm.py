@@ -210,8 +210,8 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
 
     # 5. Over held-out prompts: does attribution, or activation alone, predict the ablation?
     if settings.n_prompts:
-        _, held_out = store.split(trained["held_out"])
-        contexts = spread(held_out, settings.n_prompts)
+        split = store.split(trained["held_out"], trained["most_held_out_tokens"])
+        contexts = spread(split.held_out, settings.n_prompts)
         sample = settings.prompt_tokens, settings.features_per_prompt, settings.seed
         table = attribution.compare_with_ablation(model, store, contexts, *sample)
         table.to_csv(folder / "attribution_correlation.csv", index=False)

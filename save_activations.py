@@ -31,6 +31,9 @@ DTYPE: Dtype = "auto"  # of the model; auto: bfloat16 if the device computes in 
 
 # --- text
 DATASET = "monology/pile-uncopyrighted"  # Hugging Face name, text file or folder, or "embedded"
+CONFIG: str | None = None  # configuration of the dataset; None: its default or only one
+SPLIT = "train"  # split of the dataset
+TEXT_COLUMN = "text"  # field of the dataset's records that holds the text
 N_TOKENS = 100_000_000  # tokens to save, by all processes together
 CONTEXT_LENGTH = 1_024  # tokens in a context, including its first, BOS
 OUTLIER_FACTOR = 3.0  # exclude positions whose norm is more than this many times the median
@@ -55,7 +58,9 @@ def main() -> None:
     config = read_config(settings.model_name, settings.layer)
     check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
     d_model = config.get_text_config().hidden_size
-    corpus = Corpus(settings.dataset)
+    corpus = Corpus(settings.dataset, settings.config, settings.split, settings.text_column)
+    if corpus.files and ranks.rank == 0:
+        print(corpus.describe())
     corpus.check()
 
     # 2. Claim the folder; a finished run has its shards checked.

@@ -7,6 +7,7 @@ goes on from its last backup.
     python train_autoencoder.py --n-latents 16384 --k 32
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -21,7 +22,8 @@ from utils.settings import Settings, read_settings, require, require_positive, r
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
 AUTOENCODER_DIR = "data/autoencoder"  # folder to write to
-HELD_OUT = 0.05  # share of the contexts, at the end, kept out of training to measure on
+HELD_OUT = 0.05  # share of the contexts, by document, kept out of training to measure on
+N_HELD_OUT_TOKENS: int | None = 1_000_000  # most of these; None: the last contexts, HELD_OUT of all
 
 # --- autoencoder
 KIND = "topk"  # l1 (the paper's), topk, batch_topk, matryoshka, jumprelu, gated
@@ -102,7 +104,7 @@ def main() -> None:
     check(settings)
     backend = use_backend(settings.backend, huge_pages=True)
     from utils.activations.batches import ShuffledBatches
-    from utils.activations.store import ActivationStore
+    from utils.activations.store import ActivationStore, spread
     from utils.autoencoder import scaling_laws, sweep, training
     from utils.autoencoder.callbacks import Rounds, read_log
     from utils.autoencoder.devices import use_devices
@@ -120,16 +122,17 @@ def main() -> None:
     with open_stage(settings.autoencoder_dir, record, OUTPUTS, settings.overwrite) as folder:
         if is_finished(folder):
             return
+        settings = as_begun(settings, folder)
         store.verify(folder)
         if settings.sweep_latents:
             print(scaling_laws.describe(scaling_laws.measure_laws(settings, store, folder)))
             return
 
         # 2. Split the contexts, and cut the training into rounds.
-        training_contexts, held_out = store.split(settings.held_out)
-        batches = ShuffledBatches(store, training_contexts, settings.batch_size, settings.seed)
+        split = store.split(settings.held_out, settings.n_held_out_tokens)
+        batches = ShuffledBatches(store, split.training, settings.batch_size, settings.seed)
         rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
-        validated = held_out[: max(1, N_VALIDATION_TOKENS // store.context_length)]
+        validated = spread(split.held_out, max(1, N_VALIDATION_TOKENS // store.context_length))
         rows = store.kept_rows(validated).astype("float32")
         data = training.TrainingData(batches.from_step, rows, settings.batch_size)
         print(plan(settings, store, rounds, backend))
@@ -145,22 +148,29 @@ def main() -> None:
         )
 
         # 5. Measure on tokens held out, and save.
-        held_out_batches = store.batches(held_out, settings.batch_size)
+        held_out_batches = store.batches(split.held_out, settings.batch_size)
         fidelity = measure_fidelity(autoencoder, (batch.rows for batch in held_out_batches))
         save_autoencoder(autoencoder, folder / artifacts.AUTOENCODER_FILE)
         log = read_log(folder / artifacts.LOG_FILE)
         plot_training_curves(log, folder / "training_curves.png")
-        metrics = metrics_of(autoencoder, fidelity, log, store, backend)
+        metrics = metrics_of(autoencoder, fidelity, log, store, backend) | {"split": split.rule}
         write_json(folder / artifacts.METRICS_FILE, metrics)
         (folder / artifacts.BACKUP_FILE).unlink(missing_ok=True)
         print(describe(metrics))
 
 
+def as_begun(settings: Settings, folder: Path) -> Settings:
+    """The settings, holding out what a run of an earlier version did: the whole of HELD_OUT."""
+    if "n_held_out_tokens" in read_json(folder / artifacts.SETTINGS_FILE):
+        return settings
+    return dataclasses.replace(settings, n_held_out_tokens=None)
+
+
 def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(
-        settings, "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale", "n_passes",
-        "batch_size", "learning_rate", "gradient_clip_norm", "dead_after", "log_every",
+        settings, "n_held_out_tokens", "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale",
+        "n_passes", "batch_size", "learning_rate", "gradient_clip_norm", "dead_after", "log_every",
         "backup_every",
     )  # fmt: skip
     for name in ("sparsity_coefficient", "preactivation_coefficient", "auxk_coefficient", "seed"):

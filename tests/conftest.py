@@ -31,7 +31,7 @@ from tiny_llama import save_tiny_llama  # noqa: E402
 
 from utils import embedded  # noqa: E402
 from utils.activations.manifest import Manifest  # noqa: E402
-from utils.activations.shards import ShardWriter  # noqa: E402
+from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, ShardWriter  # noqa: E402
 
 SUBSETS = {
     "Garden": "rose tulip spade rain seed bloom soil leaf".split(),
@@ -39,6 +39,7 @@ SUBSETS = {
 }
 SCRIPTS = ("save_activations", "train_autoencoder", "analyze_features", "influence_llm")
 LAYER = 1
+BOS = 300  # of made-up tokens
 
 
 def pytest_configure(config):
@@ -100,19 +101,26 @@ def write_activations(
 ) -> None:
     """Write a finished folder of activations, a shard at a time, a context at a time.
 
-    ``arrays`` has an array for each of `shards.ARRAYS`; the subsets are "a" and "b".
+    ``arrays`` has an array for each of `shards.ARRAYS`, or of `shards.EARLIER_ARRAYS`, as earlier
+    versions wrote. With norms, positions above 50 medians are outliers, and BOS is token `BOS`. The
+    subsets are "a" and "b".
     """
+    has_norms = "norms" in arrays
+    rule = {"bos": BOS, "outlier_factor": 50.0} if has_norms else {"outlier_norm": 50.0}
+    names = ARRAYS if has_norms else EARLIER_ARRAYS
     n_contexts, context_length, d_model = arrays["activations"].shape
     manifest = Manifest(
         model_name="m", revision=None, layer=1, dtype="float32", d_model=d_model,
-        context_length=context_length, dataset="d", subsets=["a", "b"], outlier_norm=50.0,
-        finished=True,
+        context_length=context_length, dataset="d", subsets=["a", "b"], finished=True, **rule,
     )  # fmt: skip
     for shard, first in enumerate(range(0, n_contexts, per_shard)):
-        writer = ShardWriter(folder, shard, (per_shard, context_length, d_model), storage_dtype)
+        shape = (per_shard, context_length, d_model)
+        writer = ShardWriter(folder, shard, shape, storage_dtype, names)
         for context in range(first, min(first + per_shard, n_contexts)):
-            one = {name: values[context : context + 1] for name, values in arrays.items()}
-            writer.append(excluded_of(one), **one)
+            one = {name: arrays[name][context : context + 1] for name in names}
+            summed = one["tokens"] != BOS if has_norms else one["kept"]
+            excluded = {"bos": int((~summed).sum())} if has_norms else excluded_of(one)
+            writer.append(excluded, summed, **one)
         entry = writer.finish()
         manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
     manifest.write(folder / "manifest.json")

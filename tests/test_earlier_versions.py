@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 
 from tests.compare_runs import Rule, read_json, unequal
-from utils.activations.store import ARRAYS, ActivationStore
+from utils.activations.shards import EARLIER_ARRAYS
+from utils.activations.store import LAST_CONTEXTS, ActivationStore
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.saved import open_autoencoder
 
@@ -107,7 +108,9 @@ def test_overwrite_deletes_no_run_of_the_same_settings(earlier, run_here):
 def test_autoencoders_reconstruct_as_they_did(folder):
     store = ActivationStore("activations")
     autoencoder, trained = open_autoencoder(folder, store)
-    held_out = store.split(trained["held_out"])[1]
+    split = store.split(trained["held_out"], trained["most_held_out_tokens"])
+    assert split.rule == LAST_CONTEXTS and "split" not in trained
+    held_out = split.held_out
     fidelity = measure_fidelity(autoencoder, (batch.rows for batch in store.batches(held_out, 64)))
     assert fidelity.fvu == pytest.approx(trained["fvu"], rel=1e-3)
     assert fidelity.l0 == pytest.approx(trained["l0"], rel=1e-3)
@@ -170,7 +173,7 @@ def test_activations_go_on(run_here):
     manifests = read_json(whole / "manifest.json"), read_json(half / "manifest.json")
     assert manifests[1]["shards"][: len(written)] == begun["shards"]
     for entry in (entry for manifest in manifests for entry in manifest["shards"]):
-        assert set(entry.pop("crc32")) == set(ARRAYS)
+        assert set(entry.pop("crc32")) == set(EARLIER_ARRAYS)
     assert not [place for place in unequal(*manifests, Rule(None)) if place.relative > 1e-3]
 
 
@@ -192,6 +195,7 @@ def test_training_goes_on(run_here):
     metrics = read_json(folder / "metrics.json"), read_json(Path("autoencoder") / "metrics.json")
     for name in ("fvu", "l0", "cosine", "dead_fraction", "n_tokens", "n_steps"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=0.02), name
+    assert metrics[0]["split"] == LAST_CONTEXTS  # as it was begun
     assert not (folder / "backup.keras").exists()
 
 

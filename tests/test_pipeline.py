@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
 
+from utils.activations.store import ActivationStore
 from utils.artifacts import CHECKSUMS_FILE, write_json
+from utils.features.analysis import missing_in_words
 from utils.features.catalogue import Catalogue, save_features
 
 FOLDERS = ("activations", "autoencoder", "analysis", "influence")
@@ -74,6 +76,33 @@ def test_autoencoder(tiny_run):
     assert log["loss"].iloc[-1] < log["loss"].iloc[0]
     assert (folder / "autoencoder.keras").exists()
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_documents_are_held_out(tiny_run):
+    metrics = json.loads((tiny_run.folder / "autoencoder" / "metrics.json").read_text())
+    store = ActivationStore(tiny_run.folder / "activations")
+    training, held_out, rule = store.split(0.05, 1_000_000)
+    assert metrics["split"] == rule == "document hash"
+    assert metrics["n_held_out_tokens"] == len(store.kept_rows(held_out))
+    owners = store.read("documents", range(store.n_contexts))[:, 1]
+    assert not set(owners[training]) & set(owners[held_out])
+    assert len(held_out) == round(0.05 * store.n_contexts)
+    assert held_out.min() < 0.2 * store.n_contexts and held_out.max() > 0.8 * store.n_contexts
+
+
+def test_an_analysis_of_a_part_is_of_all_the_data(tiny_run, run_here, tmp_path):
+    flags = ["--n-tokens", 3_200, "--studies", "specificity", "--n-neuron-tokens", 3_200]
+    flags = [*tiny_run.flags.analyze_features, *flags, "--analysis-dir", tmp_path]
+    printed = run_here("analyze_features", *flags).stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    contexts = pd.read_parquet(tmp_path / "examples.parquet")["context"]
+    assert set(contexts) <= {n * 1_536 // 100 for n in range(100)}
+    assert contexts.min() < 200 and contexts.max() > 1_400
+    assert summary["share_analysed"] == pytest.approx(100 / 1_536)
+    assert "Analysed: 6.5% of the saved contexts, evenly spaced over all; N_TOKENS" in printed
+    summary["subset_shares"] |= {"Desert": 0.0, "Sea": 0.0}
+    assert "and nothing of Desert, Sea; N_TOKENS" in missing_in_words(summary)[0]
+    assert missing_in_words({"subset_shares": {"a": 0.0}}) == []  # of an earlier version
 
 
 def test_analysis(tiny_run):

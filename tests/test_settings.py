@@ -18,12 +18,14 @@ from utils.settings import InputError, as_dict, read_settings, require_positive,
 
 FLAGS = {
     "save_activations": """
-        --model-name --layer --dtype --dataset --n-tokens --context-length --outlier-factor
-        --activations-dir --storage-dtype --tokens-per-shard --contexts-per-batch --overwrite
+        --model-name --layer --dtype --dataset --config --split --text-column --n-tokens
+        --context-length --outlier-factor --activations-dir --storage-dtype --tokens-per-shard
+        --contexts-per-batch --overwrite
     """,
     "train_autoencoder": """
-        --activations-dir --autoencoder-dir --held-out --kind --n-latents --decoder-norm
-        --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype --prefixes
+        --activations-dir --autoencoder-dir --held-out --n-held-out-tokens --kind --n-latents
+        --decoder-norm --unit-decoder --input-normalizer --k --auxk-coefficient --selection-dtype
+        --prefixes
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
         --learning-rate-decay --learning-rate-shape --gradient-clip-norm

@@ -1,5 +1,6 @@
 """The corpus: every format, bad input, ranks, and the packing of tokens into contexts."""
 
+import gzip
 import itertools
 import json
 from pathlib import Path
@@ -95,15 +96,187 @@ def test_folder_is_read_in_sorted_order(tmp_path):
     assert texts_of(tmp_path) == ["first", "second", "third"]
 
 
+RECORDS = [{"text": text} for text in TEXTS]
+LINES = b"".join(json_line(text) for text in TEXTS)
+CONTENTS = {
+    "A.JSONL": LINES,
+    "a.ndjson": LINES,
+    "lines.json": LINES,
+    "list.json": json.dumps(RECORDS).encode(),
+    "indented.json": b"\xef\xbb\xbf" + json.dumps(RECORDS, indent=2).encode(),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "members.Json.GZ": gzip.compress(LINES[:90]) + gzip.compress(LINES[90:]) + bytes(600),
+    "list.json.zst": compress(json.dumps(RECORDS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_types_of_file(tmp_path, name):
+    (tmp_path / name).write_bytes(CONTENTS[name])
+    stem = name.split(".")[0]
+    for dataset in (tmp_path, tmp_path / name):
+        documents = list(Corpus(str(dataset)).documents())
+        assert documents == [Document(n, text, stem) for n, text in enumerate(TEXTS)]
+
+
+def test_one_document_and_compressed_files_that_are_read_whole(tmp_path):
+    text = "é" * 2**20  # longer than a chunk
+    (tmp_path / "a.json").write_text(json.dumps({"text": text}, indent=1))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.TXT.zst").write_bytes(compress(text.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "d")
+    (tmp_path / "d.parquet.gz").write_bytes(gzip.compress((tmp_path / "d").read_bytes()))
+    assert texts_of(tmp_path) == [text] * 4
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    for name in ("README.txt", "LICENSE-MIT.txt", "license_texts.jsonl", "readmes.txt", "x.md",
+                 ".hidden.txt", "en/a.jsonl.gz", "en/.cache/b.jsonl"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(json_line(name))
+    (tmp_path / "en" / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "loop").symlink_to(tmp_path)
+    corpus = Corpus(str(tmp_path))
+    assert sum(1 for _ in corpus.documents()) == len(TEXTS) + 2
+    assert corpus.describe().split("\n") == [
+        "Reading 1 .jsonl.gz: en/a.jsonl.gz",
+        "Reading 1 .jsonl: license_texts.jsonl",
+        "Reading 1 .txt: readmes.txt",
+        "Not reading 2 hidden: .hidden.txt, en/.cache/b.jsonl",
+        "Not reading 2 READMEs or licences: LICENSE-MIT.txt, README.txt",
+        "Not reading 2 of another type: loop, x.md",
+    ]
+    assert len(texts_of(tmp_path / "README.txt")) == len(texts_of(tmp_path / ".hidden.txt")) == 1
+
+
 def test_hub_records_are_split_between_ranks(tmp_path):
     # load_dataset reads a local folder with the code that streams the hub.
     for shard in range(3):
         table = pyarrow.table({"text": [f"{shard}-{n}" for n in range(5)]})
         pyarrow.parquet.write_table(table, tmp_path / f"train-{shard}.parquet")
-    ranks = [[row["text"] for row in read_hub(str(tmp_path), rank, 2)] for rank in range(2)]
+    ranks = [
+        [row["text"] for row in read_hub((str(tmp_path), None, "train"), "text", rank, 2)]
+        for rank in range(2)
+    ]
     expected = [f"{shard}-{n}" for shard in range(3) for n in range(5)]
     assert sorted(ranks[0] + ranks[1]) == expected
     assert abs(len(ranks[0]) - len(ranks[1])) <= 1
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: ["en/part-*.jsonl"]
+  - split: test
+    path: en/held.jsonl
+- config_name: de
+  data_dir: de
+---
+# A dataset
+"""
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset's folder of two languages, each of two splits, and an extra file."""
+    for name in ("en/part-0.jsonl", "en/part-1.jsonl", "en/held.jsonl", "de/train.jsonl",
+                 "de/test.jsonl", "extra.jsonl"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(json_line(name))
+    return tmp_path
+
+
+def test_the_cards_configurations_and_splits(dataset):
+    (dataset / "README.md").write_text(CARD)
+    for options, names in (
+        (("en",), ["en/part-0.jsonl", "en/part-1.jsonl"]),
+        (("en", "test"), ["en/held.jsonl"]),
+        (("de",), ["de/train.jsonl"]),
+        (("de", "test"), ["de/test.jsonl"]),
+    ):
+        corpus = Corpus(str(dataset), *options)
+        assert [document.text for document in corpus.documents()] == names
+        assert list(corpus.sizes()) == names
+        # It is what the hub's library reads.
+        config, split = (*options, "train")[:2]
+        rows = read_hub((str(dataset), config, split), "text", 0, 1)
+        assert [row["text"] for row in rows] == names
+    assert "Not reading 1 of the split train: de/train.jsonl" in corpus.describe()
+    assert "Not reading 4 of no split in the card's configuration: en/held" in corpus.describe()
+    for options, message in (
+        ((), r"has several configurations: en, de\. Choose one with CONFIG"),
+        (("fr",), r"CONFIG of .* must be one of en, de; it is 'fr'"),
+        (("en", "dev"), r"SPLIT of .* must be one of train, test; it is 'dev'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Corpus(str(dataset), *options)
+        config, split = (*options, None, "train")[:2] if len(options) < 2 else options
+        with pytest.raises(InputError, match=message):
+            list(read_hub((str(dataset), config, split), "text", 0, 1))
+    (dataset / "README.md").write_text(CARD.replace("config_name: de", "config_name: default"))
+    assert texts_of(dataset) == ["de/train.jsonl"]
+    (dataset / "README.md").write_text(CARD.replace("part-*", "none-*"))
+    with pytest.raises(InputError, match="none of the files that its card"):
+        Corpus(str(dataset), "en")
+    (dataset / "README.md").write_text("---\nconfigs: [1]\n---\n")
+    with pytest.raises(InputError, match="must be a dataset card"):
+        Corpus(str(dataset))
+
+
+def test_conventional_names_of_splits(dataset):
+    read = ["de/train.jsonl", "en/held.jsonl", "en/part-0.jsonl", "en/part-1.jsonl", "extra.jsonl"]
+    assert texts_of(dataset) == read
+    names = ["dev/train.txt", "pile.val-00000-of-00001.txt", "Validation.json", "protest.txt"]
+    for name in names:
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_text(json.dumps({"text": name}))
+    texts = [document.subset for document in Corpus(str(dataset), split="validation").documents()]
+    assert texts == ["Validation", "dev/train", "pile.val-00000-of-00001"]
+    assert texts_of(dataset)[-1] == json.dumps({"text": "protest.txt"})
+    with pytest.raises(InputError, match=r"SPLIT of .* must be one of validation, test, train"):
+        Corpus(str(dataset), split="all")
+    with pytest.raises(InputError, match=r"CONFIG of .* must be left out, for there are none"):
+        Corpus(str(dataset), "en")
+    with pytest.raises(InputError, match=r"is a file\. Leave them out"):
+        Corpus(str(dataset / "extra.jsonl"), split="test")
+
+
+def test_files_of_one_name_are_two(dataset):
+    (dataset / "de" / "part-0.jsonl").write_bytes(json_line("longer than the other"))
+    corpus = Corpus(str(dataset))
+    path = "part-0.jsonl"
+    assert {corpus.sizes()[f"en/{path}"], corpus.sizes()[f"de/{path}"]} == {28, 34}
+    assert {"en/part-0", "de/part-0"} < {document.subset for document in corpus.documents()}
+    earlier = {file.name: file.stat().st_size for file in corpus.files}  # as d597169 wrote it
+    corpus.name_files_as(earlier | {path: 0})
+    assert f"en/{path}" in corpus.sizes()
+    corpus.name_files_as(earlier)
+    assert corpus.sizes() == earlier
+
+
+def test_the_column_of_the_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "n": range(4)}), tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_bytes(b"".join(json_line(7, body=text) for text in TEXTS))
+    corpus = Corpus(str(tmp_path), column="body")
+    corpus.check()
+    assert [document.text for document in corpus.documents()] == TEXTS * 2
+    rows = read_hub((str(tmp_path), None, "train"), "body", 0, 1)
+    assert next(rows)["body"] == TEXTS[0]
+    with pytest.raises(InputError, match=r"a body; it .*text\. Choose TEXT_COLUMN among title, x"):
+        (tmp_path / "c.jsonl").write_bytes(b'{"title": "a", "x": 1}\n')
+        Corpus(str(tmp_path / "c.jsonl"), column="body").check()
+
+
+def test_a_hub_name_with_a_configuration():
+    corpus = Corpus("allenai/c4/en")
+    assert (corpus.hub_name, corpus.config) == ("allenai/c4", "en")
+    assert (Corpus("allenai/c4").hub_name, Corpus("gsm8k").config) == ("allenai/c4", None)
+    with pytest.raises(InputError, match="CONFIG must be left out, or 'en' as in allenai/c4/en"):
+        Corpus("allenai/c4/en", "de")
 
 
 def test_embedded_is_the_prepared_pile(embedded_pile):
@@ -175,11 +348,15 @@ def test_no_usable_document_says_why(tmp_path):
 def test_unknown_type(tmp_path):
     path = tmp_path / "text.csv"
     path.write_text("text\n")
-    with pytest.raises(InputError, match=r"\.jsonl, \.jsonl\.zst, \.parquet, \.txt"):
+    with pytest.raises(
+        InputError, match=r"\.jsonl, \.ndjson, \.json, .*\n.*another type: text.csv"
+    ):
+        Corpus(str(tmp_path))
+    with pytest.raises(InputError, match=r"text\.csv must be or hold a file of a known type"):
         Corpus(str(path))
 
 
-@pytest.mark.parametrize("name", ["", "./pile", "/no/such", "a/b/c", "pile.jsonl", "a/b.parquet"])
+@pytest.mark.parametrize("name", ["", "./pile", "/no/such", "a/b/c/d", "pile.jsonl", "a/b.parquet"])
 def test_missing_file(name):
     with pytest.raises(InputError, match="no file or folder"):
         Corpus(name)
@@ -201,7 +378,7 @@ def test_hub_out_of_reach_is_one_message_without_the_token(monkeypatch):
 def test_parquet_and_hub_without_a_text_column(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="must have a column text; it has content"):
-        list(read_hub(str(tmp_path), 0, 1))
+        list(read_hub((str(tmp_path), None, "train"), "text", 0, 1))
     (tmp_path / "a.jsonl").write_bytes(json_line("read first"))
     with pytest.raises(InputError, match="must have a column text; it has content"):
         Corpus(str(tmp_path)).check()
@@ -215,6 +392,13 @@ def test_truncated_and_damaged_files(tmp_path):
         texts_of(path)
     path.write_bytes(b"this is no zstd file")
     with pytest.raises(InputError, match=r"cut\.jsonl\.zst is damaged"):
+        texts_of(path)
+    path = tmp_path / "cut.json.gz"
+    path.write_bytes(gzip.compress(lines)[:-5])
+    with pytest.raises(InputError, match=r"cut\.json\.gz ends in the middle"):
+        texts_of(path)
+    path.write_bytes(gzip.compress(lines)[:-8] + bytes(8))  # the checksum
+    with pytest.raises(InputError, match=r"cut\.json\.gz is damaged"):
         texts_of(path)
     path = tmp_path / "cut.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)

@@ -96,6 +96,32 @@ def test_outliers_are_left_out_and_counted(run_here, tiny_run, tmp_path, tokeniz
     assert f"{store.excluded['outlier_norm']:,} of norm above" in printed
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_head_of_the_text_does_not_set_the_outlier_norm(
+    run_here, tiny_run, tmp_path, monkeypatch, world_size
+):
+    path = tmp_path / "text.jsonl"
+    texts = ["anchor " * 400] * 2 + [text for text, _ in make_texts(100)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = [*tiny_run.flags.save_activations, "--dataset", path, "--outlier-factor", 1.05]
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        run_here("save_activations", *flags, "--activations-dir", tmp_path / "activations")
+    store = ActivationStore(tmp_path / "activations")
+    norms = np.linalg.norm(array(store, "activations").astype(np.float32), axis=-1)
+    counted = array(store, "tokens") != array(store, "tokens")[0, 0]
+    median = np.median(norms[counted])
+    head = np.median(norms[:4][counted[:4]])
+    assert abs(head / median - 1) > 0.01
+    assert store.outlier_norm == pytest.approx(1.05 * median, rel=1e-5)
+    clear = np.abs(norms / store.outlier_norm - 1) > 1e-5
+    kept = counted & (norms <= store.outlier_norm)
+    assert (array(store, "kept") == kept)[clear].all() and 0 < kept.sum() < counted.sum()
+    rows = array(store, "activations")[array(store, "kept")].astype(np.float64)
+    assert store.scale == pytest.approx((store.d_model / (rows**2).sum(axis=1).mean()) ** 0.5)
+
+
 # -------------------------------------------------------------------------------- several ranks
 
 

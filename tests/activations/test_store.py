@@ -1,5 +1,6 @@
 """The activations' format: written, read, checked, shuffled."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,14 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import excluded_of, write_activations
+from conftest import BOS, excluded_of, write_activations
 
 from tests.benchmarks.gpu import write_store
 from utils.activations import store as module
 from utils.activations.batches import ShuffledBatches
 from utils.activations.manifest import Manifest
-from utils.activations.shards import ARRAYS, Shard, shard_path
-from utils.activations.store import CHECKED, ActivationStore
+from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, Shard, shard_path
+from utils.activations.store import (
+    CHECKED,
+    DOCUMENT_HASH,
+    LAST_CONTEXTS,
+    ActivationStore,
+    hash_numbers,
+)
 from utils.artifacts import write_json
 from utils.settings import InputError
 
@@ -30,18 +37,27 @@ def make_arrays(n_contexts: int, seed: int = 0) -> dict[str, np.ndarray]:
     kept[:, 0] = False
     activations = draw.normal(size=(*shape, D_MODEL)).astype(np.float16)
     activations[..., 0] = 1 + np.arange(kept.size).reshape(shape)
+    tokens = draw.integers(0, BOS, shape, np.int32)
+    tokens[:, 0] = BOS
     return {
         "activations": activations,
-        "tokens": draw.integers(0, 300, shape, np.int32),
+        "tokens": tokens,
+        "norms": np.where(kept, 1, 51).astype(np.float32),
         "kept": kept,
         "documents": np.sort(draw.integers(0, 9, shape, np.int32)),
         "subsets": draw.integers(0, 2, shape, np.int16),
     }
 
 
-@pytest.fixture
-def arrays() -> dict[str, np.ndarray]:
-    return make_arrays(10)
+@pytest.fixture(params=[ARRAYS, EARLIER_ARRAYS], ids=["norms", "kept"])
+def arrays(request) -> dict[str, np.ndarray]:
+    """Of both layouts; ``kept`` is what should count."""
+    arrays = make_arrays(10)
+    return arrays if "norms" in request.param else without_norms(arrays)
+
+
+def without_norms(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in arrays.items() if name != "norms"}
 
 
 @pytest.fixture
@@ -71,8 +87,8 @@ def test_known_scale_and_mean(tmp_path):
 def test_what_is_written_is_read(store, arrays, tmp_path):
     assert [shard.contexts for shard in store.shards] == [3, 3, 3, 1]
     assert store.n_contexts == 10 and store.context_length == CONTEXT
-    for name in ARRAYS:
-        for context in range(10):
+    for name in arrays:
+        for context in range(10 if name in ("kept", *store.shards[0].crc32) else 0):
             assert np.array_equal(store.read(name, [context])[0], arrays[name][context])
     assert store.storage_dtype == np.float16 and store.subset_names == ["a", "b"]
     assert not list(tmp_path.glob(".partial-*"))
@@ -87,6 +103,42 @@ def test_counts_scale_and_mean_are_of_the_kept_rows(store, arrays):
     assert np.square(rows * store.scale).sum(axis=1).mean() == pytest.approx(D_MODEL)
     np.testing.assert_allclose(store.mean, rows.mean(axis=0), rtol=1e-5)
     assert np.array_equal(store.kept_rows(range(10)), rows)
+
+
+def test_one_outlier_norm_of_all_shards_and_processes(tmp_path, monkeypatch):
+    # The first shards are of norm 60, above 50 times the 1 of most others.
+    arrays = make_arrays(20)
+    arrays["norms"] = np.where(arrays["kept"], 1, 2).astype(np.float32)
+    arrays["norms"][:6] = 60
+    arrays["norms"][:, 0] = 1e6  # BOS
+    arrays["norms"][11, 7] = 51
+    write_activations(tmp_path, arrays)
+    kept = (arrays["tokens"] != BOS) & (arrays["norms"] <= 50)
+    rows = arrays["activations"][kept].astype(np.float64)
+    one = ActivationStore(tmp_path)
+    manifest = Manifest.read(tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").unlink()
+    for rank in range(2):  # the same shards, as of two processes
+        part = dataclasses.replace(manifest, shards=manifest.shards[rank::2], world_size=2)
+        nothing = {"sum": 0.0, "sum_squared_norm": 0.0, "excluded": {"bos": 0, "outlier_norm": 0}}
+        part = dataclasses.replace(part, **nothing) if rank else part
+        part.write(tmp_path / f"manifest-{rank:05d}.json")
+    monkeypatch.setattr(module, "MEDIAN_SAMPLE", 100)
+    for store in (one, ActivationStore(tmp_path)):
+        assert store.outlier_norm == 50
+        assert store.excluded == {"bos": 20, "outlier_norm": 6 * (CONTEXT - 1) + 1}
+        assert store.n_tokens == len(rows)
+        assert np.array_equal(store.read("kept", range(20)), kept)
+        assert np.array_equal(store.kept_rows(range(20)), rows)
+        np.testing.assert_allclose(store.mean, rows.mean(axis=0), rtol=1e-6)
+        assert np.square(rows * store.scale).sum(axis=1).mean() == pytest.approx(D_MODEL, rel=1e-9)
+    before = store.fingerprint
+    for rank in range(2):
+        part = Manifest.read(tmp_path / f"manifest-{rank:05d}.json")
+        part.outlier_factor = 70.0
+        part.write(tmp_path / f"manifest-{rank:05d}.json")
+    store = ActivationStore(tmp_path)
+    assert store.outlier_norm == 70 and store.fingerprint != before
 
 
 @pytest.mark.parametrize("contexts", [range(2, 9), [8, 3, 4, 0]])
@@ -137,14 +189,57 @@ def test_a_damaged_manifest_is_named(store, tmp_path):
             Manifest.read(path)
 
 
-def test_first_and_split(store):
-    assert store.first(None) == range(10)
-    assert store.first(CONTEXT + 1) == range(2)
-    assert store.first(10**9) == range(10)
-    assert store.split(0.3) == (range(7), range(7, 10))
-    assert store.split(1e-9) == (range(9), range(9, 10))
+def test_a_sample_is_of_all_contexts(store):
+    assert store.sample(None) == range(10)
+    assert list(store.sample(CONTEXT + 1)) == [0, 5]
+    assert list(store.sample(6 * CONTEXT)) == [0, 1, 3, 5, 6, 8]
+    assert list(store.sample(10**9)) == list(range(10))
+
+
+def test_the_last_contexts_are_held_out_as_in_earlier_versions(store):
+    for share, n in ((0.3, 3), (1e-9, 1)):
+        split = store.split(share, None)
+        assert list(split.training) == list(range(10 - n)) and split.rule == LAST_CONTEXTS
+        assert list(split.held_out) == list(range(10 - n, 10))
     with pytest.raises(InputError, match="too few to hold any out"):
-        store.split(0.99)
+        store.split(0.99, None)
+
+
+def test_whole_documents_are_held_out_by_a_hash_of_their_numbers(tmp_path):
+    # Documents of 1 to 7 contexts, in order; the token at BOS may be of the one before.
+    draw = np.random.default_rng(0)
+    owner = np.repeat(np.arange(150), draw.integers(1, 8, 150))
+    arrays = make_arrays(len(owner))
+    arrays["documents"] = np.broadcast_to(owner[:, None], arrays["tokens"].shape).astype(np.int32)
+    arrays["documents"] = arrays["documents"].copy()
+    arrays["documents"][:, 0] = 9_999
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    write_activations(tmp_path / "a", arrays, per_shard=50)
+    store = ActivationStore(tmp_path / "a")
+    training, held_out, rule = store.split(0.1, 10**9)
+    assert rule == DOCUMENT_HASH and len(held_out) == round(0.1 * len(owner))
+    assert sorted([*training, *held_out]) == list(range(len(owner)))
+    assert not set(owner[training]) & set(owner[held_out])
+    places = held_out / len(owner)  # of all the data, not of its end
+    assert places.min() < 0.2 and places.max() > 0.8 and 0.3 < places.mean() < 0.7
+    # Documents are held out wherever they are: here in two processes' shards, in another order.
+    order = draw.permutation(len(owner))
+    write_activations(tmp_path / "b", {name: v[order] for name, v in arrays.items()}, per_shard=7)
+    mixed = ActivationStore(tmp_path / "b").split(0.1, 10**9)
+    assert set(owner[order][mixed.held_out]) == set(owner[held_out])
+    assert len(store.split(0.1, 12 * CONTEXT + 1).held_out) == 12
+    # A text that is one document has no other to hold out.
+    arrays["documents"][:] = 0
+    write_activations(tmp_path / "c", arrays)
+    split = ActivationStore(tmp_path / "c").split(0.1, 10 * CONTEXT)
+    assert split.rule == LAST_CONTEXTS and list(split.held_out) == [*range(len(owner))][-10:]
+
+
+def test_a_known_hash():
+    # SplitMix64 of seed 0, as published.
+    numbers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert hash_numbers(np.arange(3)).tolist() == numbers
 
 
 def test_float16_overflow_is_refused_with_the_remedy(arrays, tmp_path):
@@ -172,9 +267,13 @@ def repair(path: Path) -> str:
     return f"run save_activations.py again with the settings in {path.parent / 'settings.json'}"
 
 
-@pytest.mark.parametrize("name", ARRAYS)
-def test_a_truncated_or_missing_file_is_named_with_its_repair(arrays, tmp_path, name):
-    write_activations(tmp_path, arrays)
+LAYOUTS = [*((name, ARRAYS) for name in ARRAYS), ("kept", EARLIER_ARRAYS)]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_a_truncated_or_missing_file_is_named_with_its_repair(tmp_path, name, layout):
+    arrays = make_arrays(10)
+    write_activations(tmp_path, {array: arrays[array] for array in layout})
     path = shard_path(tmp_path, name, 2)
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
@@ -186,15 +285,16 @@ def test_a_truncated_or_missing_file_is_named_with_its_repair(arrays, tmp_path, 
 
 def test_a_file_of_another_length_is_named(arrays, tmp_path):
     write_activations(tmp_path, arrays)
-    path = shard_path(tmp_path, "kept", 0)
+    path = shard_path(tmp_path, "subsets", 0)
     np.save(path, np.load(path)[:2])
-    with pytest.raises(InputError, match=r"kept-00000\.npy holds 2 contexts instead of 3"):
+    with pytest.raises(InputError, match=r"subsets-00000\.npy holds 2 contexts instead of 3"):
         ActivationStore(tmp_path)
 
 
-@pytest.mark.parametrize("name", ARRAYS)
-def test_a_flipped_bit_is_found(arrays, tmp_path, name):
-    write_activations(tmp_path, arrays)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_a_flipped_bit_is_found(tmp_path, name, layout):
+    arrays = make_arrays(10)
+    write_activations(tmp_path, {array: arrays[array] for array in layout})
     path = shard_path(tmp_path, name, 1)
     spoil(path, -3)
     with pytest.raises(InputError, match="does not match its checksum") as error:
@@ -223,6 +323,7 @@ def test_shards_are_checked_once_while_they_are_as_they_were(store, tmp_path, mo
 
 def test_nan_is_named_by_shard_and_place(arrays, tmp_path):
     arrays["kept"][4, 5] = True
+    arrays.get("norms", arrays["kept"])[4, 5] = 1
     write_activations(tmp_path, arrays)
     path = shard_path(tmp_path, "activations", 1)
     values = np.load(path)
@@ -272,6 +373,14 @@ def test_every_kept_row_comes_once_a_pass(batches, arrays):
         assert sorted(one) == sorted(rows)
     assert passes[0] != passes[1] != passes[2]
     assert passes[0] != sorted(rows)
+
+
+def test_batches_of_contexts_that_are_not_neighbours(store, arrays):
+    contexts = np.array([0, 3, 4, 9])
+    batches = ShuffledBatches(store, contexts, 7, seed=0)
+    rows = arrays["activations"][contexts][arrays["kept"][contexts]][:, 0].astype(int).tolist()
+    stream = numbers(itertools.islice(batches.from_step(0), len(rows) // 7 + 1))
+    assert sorted(stream[: len(rows)]) == sorted(rows)
 
 
 def test_from_any_step_on_it_is_the_uninterrupted_stream(batches):

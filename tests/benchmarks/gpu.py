@@ -267,12 +267,13 @@ def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
     arrays = {name: np.zeros(shape[:2], np.int16) for name in ("documents", "subsets")}
     arrays["tokens"] = np.random.default_rng(0).integers(0, 2**15, shape[:2])
     writer = ShardWriter(folder, 0, shape, "float16")
-    writer.append({}, activations=activations, kept=np.ones(shape[:2], bool), **arrays)
+    arrays["norms"] = np.ones(shape[:2])
+    writer.append({}, np.ones(shape[:2], bool), activations=activations, **arrays)
     entry = writer.finish()
     names = dict.fromkeys(("model_name", "dtype", "dataset"), "made up")
     manifest = Manifest(
         **names, revision=None, layer=0, d_model=shape[2], context_length=shape[1],
-        outlier_norm=0.0, subsets=["made up"], finished=True,
+        bos=-1, outlier_factor=2.0, subsets=["made up"], finished=True,
     )  # fmt: skip
     manifest.add(entry, writer.sum, writer.sum_squared_norm, {})
     manifest.write(folder / "manifest.json")

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from utils.activations.batches import ShuffledBatches
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.artifacts import write_json
 
 USUAL_STEPS = 30_000
 DEAD_AFTER = 500_000
 HELD_OUT = 0.05
+N_HELD_OUT_TOKENS = 1_000_000
 N_SAVED_CONTEXTS = 64
 EVALUATION_BATCH = 2_048
 NOT_RECORDED = ("activations", "output", "reconstruction", "directions")
@@ -242,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     store = ActivationStore(options.activations)
-    training, held_out = store.split(HELD_OUT)
+    training, held_out, _ = store.split(HELD_OUT, N_HELD_OUT_TOKENS)
     batches = read_batches(store, training, options)
     peer = PEERS[options.peer](options, store.d_model)
     seconds = [seconds_of(peer, step, batch) for step, batch in enumerate(batches)]
@@ -295,7 +296,7 @@ def parse() -> argparse.Namespace:
 
 
 def read_batches(
-    store: ActivationStore, contexts: range, options: argparse.Namespace
+    store: ActivationStore, contexts: Contexts, options: argparse.Namespace
 ) -> list[torch.Tensor]:
     """The batches of a whole run, scaled, in memory."""
     source = ShuffledBatches(store, contexts, options.batch_size, seed=0).from_step(0)
@@ -320,7 +321,7 @@ def reconstruct(peer, store: ActivationStore, rows: np.ndarray) -> tuple[np.ndar
     return n_active.numpy(), reconstruction.float().numpy() / store.scale
 
 
-def measure(peer, store: ActivationStore, held_out: range) -> dict[str, float]:
+def measure(peer, store: ActivationStore, held_out: Contexts) -> dict[str, float]:
     """FVU, as in `utils.autoencoder.fidelity`, and L0 over the kept rows of some contexts."""
     n_rows = n_active = error = squares = 0.0
     total = np.zeros(store.d_model)
@@ -339,7 +340,7 @@ def measure(peer, store: ActivationStore, held_out: range) -> dict[str, float]:
     }
 
 
-def save_reconstruction(peer, store: ActivationStore, held_out: range, path: Path) -> None:
+def save_reconstruction(peer, store: ActivationStore, held_out: Contexts, path: Path) -> None:
     """Write the raw reconstruction of contexts, (contexts, context_length, d_model) float32."""
     contexts = store.read("activations", held_out[:N_SAVED_CONTEXTS]).astype(np.float32)
     np.save(path, np.stack([reconstruct(peer, store, context)[1] for context in contexts]))

@@ -23,6 +23,7 @@ from utils.language_model import load_language_model, replaced_output
 K = 32
 WITH_K = ("topk", "batch_topk", "matryoshka")
 HELD_OUT = 0.05  # as in train_autoencoder.py and peers.py
+N_HELD_OUT_TOKENS = 1_000_000
 N_CONTEXTS = 64  # held-out contexts on which the loss recovered is measured
 DEAD_AFTER = 500_000  # as in peers.py
 
@@ -42,7 +43,7 @@ class Benchmark:
         self.folder = Path(options.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = ActivationStore(options.activations)
-        self.training, self.held_out = self.store.split(HELD_OUT)
+        self.training, self.held_out, _ = self.store.split(HELD_OUT, N_HELD_OUT_TOKENS)
         threads = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
         self.environment = {**os.environ, **dict.fromkeys(threads, str(options.threads))}
         self.environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -218,7 +218,7 @@ def test_quiet_texts_and_neurons_in_the_place_of_latents(tmp_path):
     expected = np.where(expected >= eighth, expected.clip(0), 0)[..., chosen]
     np.testing.assert_allclose(values, expected, rtol=1e-3)  # of float16
 
-    neurons, rows = TopNeurons(20), NeuronStore(store, values)
+    neurons, rows = TopNeurons(20), NeuronStore(store, values, range(12))
     found = FeaturePass(neurons, rows, seed=0)
     found.run(range(12), 32)
     masked = np.where(kept[..., None], values, 0)

@@ -156,6 +156,17 @@ def test_top_examples_are_the_highest_peaks_of_contexts(found, reported):
             assert reported[example.context, example.position, feature] == example.activation
 
 
+def test_examples_are_of_the_contexts_that_were_chosen(found, store, reported):
+    chosen = store.sample(17 * CONTEXT)
+    assert len(set(np.diff(chosen))) > 1 and chosen[-1] > 0.9 * N_CONTEXTS
+    sampled = FeaturePass(found.encoder, store, seed=0)
+    sampled.run(chosen, batch_size=5 * CONTEXT)
+    examples = sampled.examples()
+    assert set(examples["context"]) <= set(chosen) and len(set(examples["context"])) > 10
+    places = examples["context"], examples["position"], examples["feature"]
+    np.testing.assert_array_equal(reported[places], examples["activation"])
+
+
 def test_random_examples_lie_in_their_buckets(found, reported):
     examples = pd.DataFrame({k: list(v) for k, v in found.examples().items()})
     below_top = examples[examples["bucket"] > 0]

@@ -1,5 +1,7 @@
 """From text to activations on disk, for save_activations.py. Read in this order:
 
+files              which files of a folder are read, and the records in them
+splits             the configurations and splits of a dataset's folder
 corpus             datasets to documents to contexts of tokens
 manifest, shards   the format on disk: the source of the activations; arrays with checksums
 store              all activations of a folder, in batches of contexts

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.settings import require
 
 PIECE = 32  # neighbouring positions, read together; fewer are mixed better, and read more slowly
@@ -26,7 +26,7 @@ class ShuffledBatches:
     def __init__(
         self,
         store: ActivationStore,
-        contexts: range,
+        contexts: Contexts,
         batch_size: int,
         seed: int,
         pool_bytes: int = POOL_BYTES,
@@ -34,7 +34,7 @@ class ShuffledBatches:
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self._starts = np.arange(0, store.context_length, PIECE)
         self._kept = store.kept_counts(contexts, self._starts).ravel()
-        self._first_piece = contexts.start * len(self._starts)
+        self._contexts = np.asarray(contexts)
         self.n_rows = int(self._kept.sum())
         require(
             batch_size <= self.n_rows,
@@ -90,8 +90,8 @@ class ShuffledBatches:
 
     def _read_pool(self, n_pass: int, number: int, pieces: np.ndarray, skip: int) -> np.ndarray:
         """The rows of a pool in shuffled order, read in the order of the disk."""
-        pieces = np.sort(pieces) + self._first_piece
-        places = zip(*np.divmod(pieces, len(self._starts)), strict=True)
-        rows = self.store.kept_spans((c, self._starts[p], PIECE) for c, p in places)
+        places = zip(*np.divmod(np.sort(pieces), len(self._starts)), strict=True)
+        spans = ((self._contexts[c], self._starts[p], PIECE) for c, p in places)
+        rows = self.store.kept_spans(spans)
         order = np.random.default_rng([self.seed, n_pass, number]).permutation(len(rows))
         return rows[order[skip:]]

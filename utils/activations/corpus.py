@@ -1,31 +1,36 @@
 """The corpus: its documents, and how they become contexts of tokens.
 
-A corpus is the embedded text, a local file or folder (``.jsonl``, ``.jsonl.zst``, ``.parquet``,
-``.txt``), or a streamed dataset of the Hugging Face Hub. Its records are those of the Pile,
+A corpus is the embedded text, a local file or folder (see `files`), or a streamed dataset of the
+Hugging Face Hub. Its records are those of the Pile,
 ``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required.
 """
 
 import itertools
-import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-import zstandard
 from transformers import PreTrainedTokenizerBase
 
 from utils import embedded
+from utils.activations import splits
+from utils.activations.files import (
+    Record,
+    list_files,
+    listing,
+    read_records,
+    relative_name,
+    stem_of,
+    type_of,
+)
 from utils.language_model import separator_token
-from utils.settings import InputError, Json, hub_token, require
+from utils.settings import InputError, hub_token, require
 
-Record = Json | Exception  # a record, or the error that reading it raised
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
 
 
@@ -64,30 +69,82 @@ class Corpus:
     ``skipped`` counts by reason the records of the latest pass that cannot be used; for local
     files, those of all ranks.
 
+    Args:
+        dataset: The name of a hub dataset may go on with a configuration, ``allenai/c4/en``.
+        config: Of the dataset's configurations; None for the default or only one.
+        split: Of its splits.
+        column: The field of its records that holds the text.
+
     Raises:
         InputError: The dataset cannot be read.
     """
 
-    def __init__(self, dataset: str):
-        self.name = dataset
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+    ):
+        self.name, self.config, self.split, self.column = dataset, config, split, column
         self.skipped: Counter[str] = Counter()
-        path = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
-        exists = bool(dataset) and os.path.exists(path)  # False for a name too long for a path
-        self.files = list_files(path) if exists else []  # empty for a hub dataset
-        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset) and not dataset.endswith(SUFFIXES)
-        if not self.files and not is_name:
+        self.root = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
+        self.files: list[Path] = []  # none for a hub dataset
+        self.names_without_folder = False
+        if dataset and os.path.exists(self.root):  # False for a name too long for a path
+            self._choose_files()
+            return
+        is_name = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:/([\w.-]+))?", dataset)
+        if not is_name or type_of(Path(dataset)):
             raise InputError(f"There is no file or folder {dataset!r} to read as the dataset.")
+        self.hub_name, within = is_name.groups()
+        require(
+            None in (within, config) or within == config,
+            f"CONFIG must be left out, or {within!r} as in {dataset}; it is {config!r}.",
+        )
+        self.config = config or within
+
+    def _choose_files(self) -> None:
+        self.files, self.passed_over = list_files(self.root)
+        if self.name == "embedded":
+            self.files = [file for file in self.files if type_of(file) == ".jsonl"]  # not sources
+        if self.root.is_dir():
+            self.files, others = splits.choose_split(self.root, self.files, self.config, self.split)
+            self.passed_over |= others
+            return
+        require(
+            self.config is None and self.split == "train",
+            f"CONFIG and SPLIT are for folders and hub datasets; {self.name} is a file. Leave "
+            "them out.",
+        )
 
     def check(self) -> None:
         """Raise errors before long work: open each ``.parquet`` and ``.txt``, read a document."""
         for path in self.files:
-            if path.suffix in (".parquet", ".txt"):
-                next(READERS[path.suffix](path), None)
+            if type_of(path) in (".parquet", ".txt"):
+                next(read_records(path, self.column), None)
         next(self.documents())
 
+    def describe(self) -> str:
+        """Which files of a folder are read and which are not, in words."""
+        kinds = defaultdict(list)
+        for path in self.files:
+            kinds[path.name.removeprefix(stem_of(path))].append(path)
+        lines = listing(self.root, kinds, "Reading")
+        return "\n".join([*lines, *listing(self.root, self.passed_over, "Not reading")])
+
     def sizes(self) -> dict[str, int]:
-        """Bytes of each local file, by name; they identify the corpus."""
-        return {path.name: path.stat().st_size for path in self.files}
+        """Bytes of each local file, by its path in the folder; they identify the corpus."""
+        names = (self._name_of(path) for path in self.files)
+        return dict(zip(names, (path.stat().st_size for path in self.files), strict=True))
+
+    def name_files_as(self, earlier: dict[str, int] | None) -> None:
+        """Name files as an earlier run did; earlier versions left out the folder they are in."""
+        self.names_without_folder = True
+        self.names_without_folder = earlier is None or earlier == self.sizes()
+
+    def _name_of(self, path: Path) -> str:
+        return path.name if self.names_without_folder else relative_name(path, self.root)
 
     def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents of one rank, without its first ``skip``."""
@@ -101,44 +158,43 @@ class Corpus:
     def _records(self, rank: int, world_size: int) -> Iterator[tuple[Record, str]]:
         """(record, default subset) of all local records, or of the rank's of a hub dataset."""
         if not self.files:
-            yield from ((record, self.name) for record in read_hub(self.name, rank, world_size))
+            records = read_hub(
+                (self.hub_name, self.config, self.split), self.column, rank, world_size
+            )
+            yield from ((record, self.name) for record in records)
         for path in self.files:
-            stem = path.name.removesuffix(".zst").rsplit(".", 1)[0]
-            yield from ((record, stem) for record in READERS[path.suffix](path))
+            name = Path(self._name_of(path))
+            subset = name.with_name(stem_of(name)).as_posix()
+            yield from ((record, subset) for record in read_records(path, self.column))
 
     def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
         """(text, subset) of each usable record; `InputError` if there is none."""
         self.skipped.clear()
-        empty = True
+        empty, fields = True, {}
         for record, default_subset in records:
-            reason = unusable(record)
+            reason = unusable(record, self.column)
             if reason:
                 self.skipped[reason] += 1
+                fields = fields or (record if isinstance(record, dict) else {})
                 continue
             empty = False
             meta = record.get("meta")
             subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
-            yield record["text"], subset or default_subset
+            yield record[self.column], subset or default_subset
         if empty:
             content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            remedy = f" Choose TEXT_COLUMN among {', '.join(fields)}." if fields else ""
             raise InputError(
-                f"{self.name} must hold documents with a text; it holds {content or 'no record'}."
+                f"{self.name} must hold documents with a {self.column}; it holds "
+                f"{content or 'no record'}.{remedy}"
             )
 
 
-def list_files(path: Path) -> list[Path]:
-    """A file, or the supported files below a folder in sorted order."""
-    paths = [path] if path.is_file() else path.rglob("*")
-    files = sorted(file for file in paths if file.name.endswith(SUFFIXES) and file.is_file())
-    require(bool(files), f"{path} must be or hold a file of a known type: {', '.join(SUFFIXES)}.")
-    return files
-
-
-def unusable(record: Record) -> str | None:
-    """The reason why a record cannot be used, or None."""
+def unusable(record: Record, column: str) -> str | None:
+    """The reason why a record, whose text is in ``column``, cannot be used, or None."""
     if isinstance(record, Exception):
         return "not UTF-8" if isinstance(record, UnicodeDecodeError) else "not JSON"
-    text = record.get("text") if isinstance(record, dict) else None
+    text = record.get(column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         return "without a text"
     if not text.strip():
@@ -150,90 +206,31 @@ def unusable(record: Record) -> str | None:
     return None
 
 
-def parse_line(line: bytes) -> Record:
-    """The value of a JSON line, or the error that reading it raises."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """A value or an error for each line of a ``.jsonl`` or ``.jsonl.zst`` file."""
-    rest = b""
-    for chunk in read_chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (parse_line(line) for line in lines if line.strip())
-    if rest.strip():
-        yield parse_line(rest)
-
-
-def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The content of a file in chunks, decompressed if it is a ``.zst`` of one or more frames.
-
-    Unlike zstandard's stream reader, it raises an error for a truncated file.
-    """
-    frame = None
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(size):
-                if path.suffix != ".zst":
-                    yield chunk
-                    continue
-                while chunk:
-                    if frame is None or frame.eof:
-                        frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                    yield frame.decompress(chunk)
-                    chunk = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    if frame is not None and not frame.eof:
-        raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
-
-
-def read_parquet(path: Path) -> Iterator[dict]:
-    """The rows of a parquet file: its columns ``text`` and, if present, ``meta``."""
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            require("text" in names, f"{path} must have a column text; it has {', '.join(names)}.")
-            columns = [name for name in ("text", "meta") if name in names]
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
-
-
-def read_txt(path: Path) -> Iterator[dict]:
-    """A text file as one document."""
-    try:
-        yield {"text": path.read_bytes().decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
-        raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
-    """Stream one rank's records of a hub dataset's train split."""
+def read_hub(
+    source: tuple[str, str | None, str], column: str, rank: int, world_size: int
+) -> Iterator[dict]:
+    """Stream one rank's records of a hub dataset: its name, configuration and split."""
     # Imported here, because it takes seconds that local text does not need.
     import datasets
     import datasets.distributed
 
     token = hub_token()
+    name, config, split = source
     try:
-        stream = datasets.load_dataset(name, split="train", streaming=True, token=token)
+        stream = datasets.load_dataset(name, config, split=split, streaming=True, token=token)
         rows = datasets.distributed.split_dataset_by_node(stream, rank, world_size)
         for number, row in enumerate(rows):
             if number == 0:
-                require("text" in row, f"{name} must have a column text; it has {', '.join(row)}.")
+                require(
+                    column in row,
+                    f"{name} must have a column {column}; it has {', '.join(row)}. Choose one with "
+                    "TEXT_COLUMN.",
+                )
             yield row
     except InputError:
         raise
     except Exception as error:  # many kinds: not found, gated, offline, connection, no such split
+        _refuse_unknown_part(source, token)
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         if token:
             reason = reason.replace(token, "<token>")
@@ -245,8 +242,21 @@ def read_hub(name: str, rank: int, world_size: int) -> Iterator[dict]:
         ) from None
 
 
-READERS = {".jsonl": read_jsonl, ".zst": read_jsonl, ".parquet": read_parquet, ".txt": read_txt}
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+def _refuse_unknown_part(source: tuple[str, str | None, str], token: str | None) -> None:
+    """Refuse a configuration or split that a hub dataset does not have, listing what it has."""
+    import datasets
+
+    name, config, split = source
+    try:
+        configs = datasets.get_dataset_config_names(name, token=token)
+        default = datasets.get_dataset_default_config_name(name, token=token)
+        config = splits.choose_config(name, configs, default, config)
+        parts = datasets.get_dataset_split_names(name, config, token=token)
+    except InputError as error:
+        raise error from None
+    except Exception:  # the dataset as a whole cannot be read
+        return
+    splits.require_among(f"SPLIT of {name}", split, parts)
 
 
 def tokenize(

@@ -15,7 +15,13 @@ from tqdm import tqdm
 
 from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
 from utils.activations.manifest import Manifest, ShardEntry
-from utils.activations.shards import Shard, ShardWriter, bytes_per_token
+from utils.activations.shards import (
+    ARRAYS,
+    EARLIER_ARRAYS,
+    Shard,
+    ShardWriter,
+    bytes_per_token,
+)
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
 
@@ -116,11 +122,11 @@ class Extraction:
     # ---- running
 
     def begin(self, language_model: LanguageModel, corpus: Corpus) -> None:
-        """Continue an earlier run's manifest, or set the outlier norm on the first batch."""
+        """Continue an earlier run's manifest, or make one and print this machine's speed."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
-        if self.manifest.outlier_norm is None:
-            self._calibrate()
+        if not self.manifest.shards:
+            self._print_speed()
 
     def run(self) -> None:
         """Write all missing and damaged shards."""
@@ -141,6 +147,8 @@ class Extraction:
         self.manifest.write(self.manifest_path)
 
     def _adopt_manifest(self) -> None:
+        if self.manifest is not None:
+            self.corpus.name_files_as(self.manifest.files)
         facts = {
             "model_name": self.settings.model_name,
             "revision": self.language_model.revision,
@@ -153,7 +161,9 @@ class Extraction:
             "world_size": self.ranks.world_size,
         }
         if self.manifest is None:
-            self.manifest = Manifest(**facts)
+            factor = self.settings.outlier_factor
+            bos = self.language_model.bos
+            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor)
         for name, value in facts.items():
             earlier = getattr(self.manifest, name)
             is_unknown = name == "files" and earlier is None  # early versions recorded none
@@ -163,8 +173,8 @@ class Extraction:
                 f"is {value!r} now. Delete it to start anew.",
             )
 
-    def _calibrate(self) -> None:
-        """Set the norm above which a position is an outlier; print this machine's speed."""
+    def _print_speed(self) -> None:
+        """Print how fast this machine is on the first batch; `InputError` if there is no text."""
         batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
         require(
             bool(batch),
@@ -174,10 +184,8 @@ class Extraction:
         tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
         residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
         start = time.perf_counter()
-        residual = residual_at(self.language_model, tokens, self.settings.layer)
-        norms = residual.float().norm(dim=-1).cpu()
+        residual_at(self.language_model, tokens, self.settings.layer).cpu()
         rate = tokens.numel() / (time.perf_counter() - start)
-        self.manifest.outlier_norm = self.settings.outlier_factor * float(norms.median())
         hours = self.n_contexts * self.settings.context_length / rate / 3600
         print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
 
@@ -229,11 +237,13 @@ class Extraction:
                 upcoming = reading.submit(self._next_batch, contexts)
                 if writer is None:
                     shape = (n_contexts, self.settings.context_length, self.manifest.d_model)
-                    writer = ShardWriter(self.folder, number, shape, self.settings.storage_dtype)
-                arrays, excluded = self._run_batch(batch)
+                    names = ARRAYS if self.manifest.outlier_norm is None else EARLIER_ARRAYS
+                    storage_dtype = self.settings.storage_dtype
+                    writer = ShardWriter(self.folder, number, shape, storage_dtype, names)
+                arrays, excluded, summed = self._run_batch(batch)
                 if written is not None:
                     written.result()
-                written = writing.submit(writer.append, excluded, **arrays)
+                written = writing.submit(writer.append, excluded, summed, **arrays)
                 self.progress.update(arrays["tokens"].size)
                 position = batch[-1].next_position
             if written is not None:
@@ -243,22 +253,28 @@ class Extraction:
     def _next_batch(self, contexts: Iterator[Context]) -> list[Context]:
         return list(itertools.islice(contexts, self.settings.contexts_per_batch))
 
-    def _run_batch(self, batch: list[Context]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    def _run_batch(
+        self, batch: list[Context]
+    ) -> tuple[dict[str, np.ndarray], dict[str, int], np.ndarray]:
+        """The batch for `ShardWriter.append`: arrays, counts of excluded positions, the others."""
         tokens = np.stack([context.tokens for context in batch])
         residual = residual_at(self.language_model, torch.from_numpy(tokens), self.settings.layer)
-        norms = residual.float().norm(dim=-1)
-        outliers = (norms > self.manifest.outlier_norm).cpu().numpy()
         bos = tokens == self.language_model.bos
         stored = residual.to(getattr(torch, self.settings.storage_dtype))
         arrays = {
             "activations": stored.cpu().numpy(),
             "tokens": tokens,
-            "kept": ~(bos | outliers),
             "documents": np.stack([context.documents for context in batch]),
             "subsets": np.stack([self._subset_numbers(context) for context in batch]),
         }
-        excluded = {"bos": int(bos.sum()), "outlier_norm": int((outliers & ~bos).sum())}
-        return arrays, excluded
+        excluded = {"bos": int(bos.sum())}
+        if self.manifest.outlier_norm is None:
+            # Of what is stored, so that a shard that is made anew has the same if its activations
+            # are the same.
+            return arrays | {"norms": stored.float().norm(dim=-1).cpu().numpy()}, excluded, ~bos
+        outliers = (residual.float().norm(dim=-1) > self.manifest.outlier_norm).cpu().numpy() & ~bos
+        kept = ~(bos | outliers)
+        return arrays | {"kept": kept}, excluded | {"outlier_norm": int(outliers.sum())}, kept
 
     def _subset_numbers(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's list, which grows."""

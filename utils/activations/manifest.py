@@ -13,7 +13,8 @@ import numpy as np
 from utils.artifacts import read_json, write_json
 from utils.settings import InputError
 
-LATER = ("files", "position", "start")  # not written if None, as early versions did not have them
+# Not written if None, as folders of some versions do not have them.
+LATER = ("files", "position", "start", "bos", "outlier_factor", "outlier_norm")
 
 
 @dataclasses.dataclass
@@ -22,7 +23,8 @@ class ShardEntry:
 
     Attributes:
         shard: Its number.
-        contexts, kept: The number of contexts and of kept positions in it.
+        contexts: The number of contexts in it.
+        kept: The number of positions that the manifest's sums are over.
         crc32: The checksum of each array's file.
         start: The `corpus.Position` at which it begins.
     """
@@ -39,11 +41,13 @@ class Manifest:
     """The source of one process's activations, and the shards it has finished.
 
     Attributes:
-        files: Bytes of each local file of the corpus, by name.
+        files: Bytes of each local file of the corpus, by its path in the corpus' folder.
         skipped: Number of records of the corpus that could not be used, by reason.
-        outlier_norm: Positions of a larger raw norm are not kept.
-        excluded: Number of positions that are not kept, by reason.
-        sum, sum_squared_norm: Over kept positions, of raw activations (d_model,) and of ‖x‖².
+        bos: The token that begins contexts and documents.
+        outlier_factor: Positions of a raw norm above so many medians are not kept.
+        outlier_norm: That norm, where an earlier version set it while writing; else the store does.
+        excluded: Number of positions that are not summed, by reason: BOS; at a set norm, outliers.
+        sum, sum_squared_norm: Over all others, of raw activations (d_model,) and of ‖x‖².
         subsets: Names of the subsets; the shards hold indices into them.
         position: The `corpus.Position` after the last shard.
     """
@@ -59,6 +63,8 @@ class Manifest:
     world_size: int = 1
     finished: bool = False
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    bos: int | None = None
+    outlier_factor: float | None = None
     outlier_norm: float | None = None
     excluded: dict[str, int] = dataclasses.field(
         default_factory=lambda: {"bos": 0, "outlier_norm": 0}
@@ -92,7 +98,7 @@ class Manifest:
     def add(
         self, entry: ShardEntry, total: np.ndarray, squares: float, excluded: Mapping[str, int]
     ) -> None:
-        """Add a finished shard, with its sums over kept positions."""
+        """Add a finished shard, with its sums."""
         self.shards.append(entry)
         self.sum = (np.asarray(self.sum) + total).tolist()
         self.sum_squared_norm += squares

@@ -4,11 +4,12 @@ A folder holds, for each shard n, arrays whose first axis is the context:
 
     activations-n.npy  float16 (contexts, context_length, d_model)   the residual stream, raw
     tokens-n.npy       int32   (contexts, context_length)
-    kept-n.npy         bool    (contexts, context_length)   False at BOS and at norm outliers
+    norms-n.npy        float32 (contexts, context_length)   of the activations as stored
     documents-n.npy    int32   (contexts, context_length)   number of the usable document
     subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
 
-and a manifest, written after a shard's files: only shards that are listed there are whole.
+and a manifest, written after a shard's files: only shards that are listed there are whole. Earlier
+versions wrote no norms but ``kept-n.npy``, bool, False at BOS and at norm outliers.
 """
 
 import collections
@@ -24,9 +25,20 @@ from utils.activations.manifest import ShardEntry
 from utils.artifacts import checksum
 from utils.settings import InputError
 
-ARRAYS = ("activations", "tokens", "kept", "documents", "subsets")
+Places = int | tuple[int | slice, ...]  # an index of an array's contexts and positions
+
+DTYPES = {
+    "activations": None,  # the storage dtype
+    "tokens": np.int32,
+    "norms": np.float32,
+    "kept": np.bool_,
+    "documents": np.int32,
+    "subsets": np.int16,
+}
+ARRAYS = tuple(name for name in DTYPES if name != "kept")
+EARLIER_ARRAYS = tuple(name for name in DTYPES if name != "norms")
 SMALLEST = 2**-16  # root mean square that float16 holds to a few thousandths
-OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in ARRAYS))
+OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in DTYPES))
 
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
@@ -34,31 +46,40 @@ def shard_path(folder: Path, array: str, shard: int) -> Path:
 
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:
-    """Size of a token on disk: its activation, and 11 bytes in the other arrays."""
-    return d_model * np.dtype(storage_dtype).itemsize + 11
+    """Size of a token on disk: its activation, and 14 bytes in the other arrays."""
+    return d_model * np.dtype(storage_dtype).itemsize + 14
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
-    """Writes one shard, batch by batch under temporary names; renames its files when finished."""
+    """Writes one shard, batch by batch under temporary names; renames its files when finished.
 
-    def __init__(self, folder: Path, shard: int, shape: tuple[int, int, int], storage_dtype: str):
+    ``arrays`` are `ARRAYS`, or `EARLIER_ARRAYS` to go on with a folder of an earlier version.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard: int,
+        shape: tuple[int, int, int],
+        storage_dtype: str,
+        arrays: tuple[str, ...] = ARRAYS,
+    ):
         self.folder, self.shard = folder, shard
-        dtypes = (np.dtype(storage_dtype), np.int32, np.bool_, np.int32, np.int16)
         self._arrays = {
             array: np.lib.format.open_memmap(
                 self._partial(array),
                 mode="w+",
-                dtype=dtype,
+                dtype=DTYPES[array] or storage_dtype,
                 shape=shape if array == "activations" else shape[:2],
             )
-            for array, dtype in zip(ARRAYS, dtypes, strict=True)
+            for array in arrays
         }
-        for array in ARRAYS:
+        for array in arrays:
             self._reserve(self._partial(array))
-        self._filled = 0
+        self._filled = self._n_summed = 0
         self.sum = np.zeros(shape[2])
         self.sum_squared_norm = 0.0
         self.excluded = collections.Counter()
@@ -87,14 +108,16 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Delete the unfinished files."""
-        self._arrays.clear()
-        for array in ARRAYS:
+        for array in self._arrays:
             self._partial(array).unlink(missing_ok=True)
+        self._arrays.clear()
 
-    def append(self, excluded: dict[str, int], **batch: np.ndarray) -> None:
-        """Add contexts: an array for each of `ARRAYS`, of shape (batch, context_length, ...).
+    def append(self, excluded: dict[str, int], summed: np.ndarray, **batch: np.ndarray) -> None:
+        """Add contexts: each of the shard's arrays, of shape (batch, context_length, ...).
 
-        ``excluded`` counts by reason their positions that are not kept.
+        Args:
+            excluded: Number by reason of their positions that are not in the sums.
+            summed: Which positions are; bool, shape (batch, context_length).
 
         Raises:
             InputError: An activation is not finite in the storage dtype.
@@ -102,7 +125,7 @@ class ShardWriter:
         stop = self._filled + len(batch["tokens"])
         for array, values in batch.items():
             self._arrays[array][self._filled : stop] = values
-        rows = batch["activations"][batch["kept"]].astype(np.float32)
+        rows = batch["activations"][summed].astype(np.float32)
         stored = self._arrays["activations"]
         if not np.isfinite(stored[self._filled : stop]).all():
             self.discard()
@@ -122,7 +145,7 @@ class ShardWriter:
         self.sum += rows.sum(axis=0, dtype=np.float64)
         self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
         self.excluded.update(excluded)
-        self._filled = stop
+        self._filled, self._n_summed = stop, self._n_summed + len(rows)
 
     def finish(self, crc32: dict[str, int] | None = None) -> ShardEntry:
         """Rename the shard's files to their final names; returns its entry for the manifest.
@@ -130,8 +153,7 @@ class ShardWriter:
         Raises:
             InputError: The checksums differ from ``crc32``; the earlier files are kept.
         """
-        n_kept = int(self._arrays["kept"][: self._filled].sum())
-        entry = ShardEntry(self.shard, self._filled, n_kept, crc32={})
+        entry = ShardEntry(self.shard, self._filled, self._n_summed, crc32={})
         for array, values in self._arrays.items():
             values.flush()
             if self._filled < len(values):  # the corpus ended within the shard
@@ -147,7 +169,7 @@ class ShardWriter:
                 f"{self.folder} to start anew."
             )
         self._arrays.clear()
-        for array in ARRAYS:
+        for array in entry.crc32:
             self._partial(array).replace(shard_path(self.folder, array, self.shard))
         return entry
 
@@ -156,18 +178,40 @@ class ShardWriter:
 
 
 class Shard:
-    """The finished shard of a manifest's entry; ``shard["tokens"]`` is a memory-mapped array."""
+    """The finished shard of a manifest's entry; ``shard["tokens"]`` is a memory-mapped array.
 
-    def __init__(self, folder: Path, entry: ShardEntry):
-        self.folder, self.number = folder, entry.shard
+    Attributes:
+        bos: The token that is never kept.
+        outlier_norm: Positions of a larger norm are not kept. Set by the store.
+    """
+
+    outlier_norm = np.inf
+
+    def __init__(self, folder: Path, entry: ShardEntry, bos: int | None = None):
+        self.folder, self.number, self.bos = folder, entry.shard, bos
         self.contexts, self.crc32 = entry.contexts, entry.crc32
 
     def __getitem__(self, array: str) -> np.ndarray:
         return _open_array(shard_path(self.folder, array, self.number), self.contexts)
 
+    @property
+    def has_norms(self) -> bool:
+        """Whether outliers are chosen on reading; earlier versions chose them while writing."""
+        return "norms" in self.crc32
+
+    def kept(self, places: Places = ()) -> np.ndarray:
+        """Whether positions are neither BOS nor norm outliers; bool, at an index of the arrays."""
+        if not self.has_norms:
+            return self["kept"][places]
+        return (self["tokens"][places] != self.bos) & (self["norms"][places] <= self.outlier_norm)
+
+    def outliers(self) -> np.ndarray:
+        """Which positions are norm outliers; bool, shape (contexts, context_length)."""
+        return (self["tokens"][()] != self.bos) & (self["norms"][()] > self.outlier_norm)
+
     def verify(self) -> None:
         """Compare every array with its checksum; raises `InputError` naming a damaged file."""
-        for array in ARRAYS:
+        for array in self.crc32:
             self[array]
             path = shard_path(self.folder, array, self.number)
             if checksum(path) != self.crc32[array]:
@@ -180,7 +224,7 @@ class Shard:
 
     def state(self) -> str:
         """Path, size and modification time of every file, to recognise a checked shard."""
-        paths = [shard_path(self.folder, array, self.number).resolve() for array in ARRAYS]
+        paths = [shard_path(self.folder, array, self.number).resolve() for array in self.crc32]
         return " ".join(f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
 
 

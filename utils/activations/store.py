@@ -4,25 +4,47 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from utils.activations.manifest import Manifest
-from utils.activations.shards import ARRAYS, Shard, damaged_shard, shard_path
+from utils.activations.shards import Shard, damaged_shard, shard_path
 from utils.artifacts import append_record, fingerprint, missing_stage, read_log
 from utils.settings import require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
 CHECK_THREADS = 4  # one thread reads slower than a disk
 SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
+MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
-Contexts = Sequence[int]  # numbers of contexts of a store: a range or a list
+Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
+
+
+class Split(NamedTuple):
+    """Contexts of a store for training and held out of it, and the rule: a constant below."""
+
+    training: np.ndarray
+    held_out: np.ndarray
+    rule: str
+
+
+DOCUMENT_HASH, LAST_CONTEXTS = "document hash", "last contexts"
 
 
 def spread(contexts: Contexts, n: int) -> Contexts:
-    """``n`` evenly spaced contexts, as neighbours may share a document; all if there are fewer."""
-    return contexts[:: max(1, len(contexts) // n)][:n]
+    """``n`` evenly spaced contexts, so that all parts of the corpus are among them; at most all."""
+    n = min(n, len(contexts))
+    return np.asarray(contexts)[np.arange(n) * len(contexts) // max(1, n)]
+
+
+def hash_numbers(numbers: np.ndarray) -> np.ndarray:
+    """A hash of each number, uint64: the mixing of SplitMix64."""
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class ContextBatch:
@@ -79,17 +101,20 @@ class ActivationStore:
         self.layer, self.dtype = first.layer, first.dtype
         self.d_model, self.context_length = first.d_model, first.context_length
         self.dataset, self.skipped = first.dataset, first.skipped
-        self.outlier_norm = max(manifest.outlier_norm for manifest in manifests)
-        self.n_tokens = sum(entry.kept for manifest in manifests for entry in manifest.shards)
-        sum_squared_norm = sum(manifest.sum_squared_norm for manifest in manifests)
-        self.scale = float(np.sqrt(self.d_model * self.n_tokens / sum_squared_norm))
-        total = np.sum([manifest.sum for manifest in manifests], axis=0)
-        self.mean = (total / self.n_tokens).astype(np.float32)
         self.excluded = {
             reason: sum(manifest.excluded[reason] for manifest in manifests)
             for reason in first.excluded
         }
         self._open_shards(manifests)
+        self._set_outlier_norm(manifests)
+        n_outliers, outlier_sum, outlier_squares = self._sum_outliers()
+        self.excluded["outlier_norm"] += n_outliers
+        n_summed = sum(entry.kept for manifest in manifests for entry in manifest.shards)
+        self.n_tokens = n_summed - n_outliers
+        squares = sum(manifest.sum_squared_norm for manifest in manifests) - outlier_squares
+        self.scale = float(np.sqrt(self.d_model * self.n_tokens / squares))
+        total = sum((np.asarray(manifest.sum) for manifest in manifests), -outlier_sum)
+        self.mean = (total / self.n_tokens).astype(np.float32)
 
     def _require_finished(self, manifests: list[Manifest]) -> None:
         world_size = manifests[0].world_size
@@ -108,15 +133,46 @@ class ActivationStore:
         shards = []
         for manifest in manifests:
             numbers = np.array([number_of[name] for name in manifest.subsets], np.int16)
-            shards += [(Shard(self.folder, entry), numbers) for entry in manifest.shards]
+            shards += [
+                (Shard(self.folder, entry, manifest.bos), numbers) for entry in manifest.shards
+            ]
         shards.sort(key=lambda pair: pair[0].number)
         self.shards = [shard for shard, _ in shards]
         self._subset_numbers = {shard.number: numbers for shard, numbers in shards}
         self._ends = np.cumsum([shard.contexts for shard in self.shards])
         for shard in self.shards:
-            for array in ARRAYS:
+            for array in shard.crc32:
                 shard[array]
         self.storage_dtype = self.shards[0]["activations"].dtype
+
+    def _set_outlier_norm(self, manifests: list[Manifest]) -> None:
+        """Set one threshold for all shards with norms, a multiple of the median over all of them.
+
+        It depends on the shards alone, so that every stage and process has the same.
+        """
+        earlier = [m.outlier_norm for m in manifests if m.outlier_norm is not None]
+        self.outlier_norm = max(earlier, default=0.0)
+        shards = [shard for shard in self.shards if shard.has_norms]
+        if shards:
+            step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
+            norms = [shard["norms"][shard["tokens"] != shard.bos][::step] for shard in shards]
+            (factor,) = {m.outlier_factor for m in manifests if m.outlier_norm is None}
+            self.outlier_norm = factor * float(np.median(np.concatenate(norms)))
+        for shard in shards:
+            shard.outlier_norm = self.outlier_norm
+
+    def _sum_outliers(self) -> tuple[int, np.ndarray, float]:
+        """Number of outliers in shards with norms, and their sums of activations and of ‖x‖²."""
+        n, total, squares = 0, np.zeros(self.d_model), 0.0
+        for shard in self.shards:
+            outliers = shard.outliers() if shard.has_norms else np.zeros((0, 0), bool)
+            for row in np.flatnonzero(outliers.any(axis=1)):
+                values = shard["activations"][row][outliers[row]].astype(np.float64)
+                total += values.sum(axis=0)
+                squares += float(np.square(values).sum())
+            n += int(outliers.sum())
+            shard.release()
+        return n, total, squares
 
     @property
     def n_contexts(self) -> int:
@@ -124,19 +180,46 @@ class ActivationStore:
 
     # ---- choosing contexts
 
-    def first(self, n_tokens: int | None) -> range:
-        """The first contexts that hold ``n_tokens``; all contexts for None."""
-        if n_tokens is None:
-            return range(self.n_contexts)
-        return range(min(self.n_contexts, -(-n_tokens // self.context_length)))
+    def sample(self, n_tokens: int | None) -> Contexts:
+        """Evenly spaced contexts that hold ``n_tokens``; all contexts for None."""
+        every = range(self.n_contexts)
+        return every if n_tokens is None else spread(every, -(-n_tokens // self.context_length))
 
-    def split(self, held_out: float) -> tuple[range, range]:
-        """Contexts for training and, at the end of the corpus, a share ``held_out`` of them."""
-        n_train = self.n_contexts - max(1, round(held_out * self.n_contexts))
+    def split(self, held_out: float, n_tokens: int | None) -> Split:
+        """Hold out a share ``held_out`` of the contexts, of at most ``n_tokens``, in their order.
+
+        A context belongs to the document of its first token after BOS. Documents are held out in
+        the order of a hash of their numbers, as far as they fit. If none does, or ``n_tokens`` is
+        None, as in earlier versions, the last contexts are held out.
+
+        Raises:
+            InputError: There are too few contexts to train on others.
+        """
+        most = self.n_contexts if n_tokens is None else n_tokens // self.context_length
+        wanted = max(1, min(round(held_out * self.n_contexts), most))
         require(
-            n_train > 0, f"{self.folder} has {self.n_contexts} contexts: too few to hold any out."
+            wanted < self.n_contexts,
+            f"{self.folder} has {self.n_contexts} contexts: too few to hold any out.",
         )
-        return range(n_train), range(n_train, self.n_contexts)
+        is_held_out, rule = np.zeros(self.n_contexts, bool), DOCUMENT_HASH
+        if n_tokens is not None:
+            is_held_out = self._in_hashed_documents(wanted)
+        if not is_held_out.any():
+            is_held_out[-wanted:], rule = True, LAST_CONTEXTS
+        return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), rule)
+
+    def _in_hashed_documents(self, n: int) -> np.ndarray:
+        """Which contexts belong to the first documents by hash that hold at most ``n``, bool."""
+        document = np.concatenate([shard["documents"][:, 1] for shard in self.shards])
+        numbers, index, counts = np.unique(document, return_inverse=True, return_counts=True)
+        chosen = np.zeros(len(numbers), bool)
+        for i in np.argsort(hash_numbers(numbers), kind="stable"):
+            if counts[i] <= n:
+                chosen[i] = True
+                n -= counts[i]
+            if n == 0:
+                break
+        return chosen[index]
 
     # ---- reading
 
@@ -151,7 +234,7 @@ class ActivationStore:
                 progress.update(batch.tokens.size)
 
     def read(self, array: str, contexts: Iterable[int]) -> np.ndarray:
-        """One of `ARRAYS` of the given contexts, shape (contexts, context_length, ...)."""
+        """An array of the given contexts, or ``"kept"``, (contexts, context_length, ...)."""
         return np.stack([self._row(array, context) for context in contexts])
 
     def windows(
@@ -167,12 +250,12 @@ class ActivationStore:
             values[i, : len(window)] = window
         return values
 
-    def kept_counts(self, contexts: range, starts: np.ndarray) -> np.ndarray:
+    def kept_counts(self, contexts: Contexts, starts: np.ndarray) -> np.ndarray:
         """Kept positions of the pieces that begin at ``starts``, shape (contexts, pieces)."""
         counts = [
-            np.add.reduceat(shard["kept"], starts, axis=1, dtype=np.int64) for shard in self.shards
+            np.add.reduceat(shard.kept(), starts, axis=1, dtype=np.int64) for shard in self.shards
         ]
-        return np.concatenate(counts)[contexts.start : contexts.stop]
+        return np.concatenate(counts)[np.asarray(contexts)]
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
         """The kept activations of contexts, shape (rows, d_model), in the storage dtype."""
@@ -190,7 +273,7 @@ class ActivationStore:
             if previous is not None and (shard is not previous or number % SPANS_MAPPED == 0):
                 previous.release()
             previous = shard
-            kept = shard["kept"][row, start : start + length]
+            kept = shard.kept((row, slice(start, start + length)))
             rows.append(shard["activations"][row, start : start + length][kept])
             if not np.isfinite(rows[-1]).all():
                 self._raise_not_finite(context)
@@ -206,7 +289,7 @@ class ActivationStore:
 
     def _row(self, array: str, context: int) -> np.ndarray:
         shard, row = self._locate(context)
-        values = shard[array][row]
+        values = shard.kept(row) if array == "kept" else shard[array][row]
         return self._subset_numbers[shard.number][values] if array == "subsets" else values
 
     def _raise_not_finite(self, context: int) -> None:

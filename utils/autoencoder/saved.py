@@ -88,4 +88,7 @@ def open_autoencoder(
     )
     path = folder / artifacts.AUTOENCODER_FILE
     autoencoder = load_autoencoder(path)
-    return autoencoder, {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
+    trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
+    # The setting, where the metric of that name is the number held out; earlier versions had none.
+    trained["most_held_out_tokens"] = settings.get("n_held_out_tokens")
+    return autoencoder, trained

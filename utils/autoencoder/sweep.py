@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from utils.activations.batches import ShuffledBatches
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, spread
 from utils.artifacts import reading, replacing, require_disk_space
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
@@ -29,7 +29,7 @@ from utils.autoencoder.kinds import find_kind
 from utils.settings import require
 
 BACKUP_SECONDS = 300
-N_HELD_OUT_TOKENS = 16_384
+N_MEASURED_TOKENS = 16_384  # held-out tokens that every run is measured on
 TABLE_FILE = "scaling_laws.csv"
 NOT_OF_A_SWEEP = ("N_LATENTS", "N_PASSES", "LOG_EVERY", "BACKUP_EVERY", "TENSORBOARD")
 
@@ -39,6 +39,7 @@ class SweepSettings(training.TrainingSettings, Protocol):
 
     batch_size: int
     held_out: float
+    n_held_out_tokens: int | None
     sweep_latents: tuple[int, ...]
     sweep_steps: tuple[int, ...]
     sweep_learning_rates: tuple[float, ...]
@@ -126,9 +127,9 @@ class Sweep:
     ):
         self.settings, self.store, self.folder = settings, store, folder
         self.backup_seconds, self._backed_up = backup_seconds, time.monotonic()
-        contexts, held_out = store.split(settings.held_out)
-        self.batches = ShuffledBatches(store, contexts, settings.batch_size, settings.seed)
-        held_out = held_out[: max(1, N_HELD_OUT_TOKENS // store.context_length)]
+        split = store.split(settings.held_out, settings.n_held_out_tokens)
+        self.batches = ShuffledBatches(store, split.training, settings.batch_size, settings.seed)
+        held_out = spread(split.held_out, max(1, N_MEASURED_TOKENS // store.context_length))
         batches = (batch.rows for batch in store.batches(held_out, settings.batch_size))
         even = (rows[: len(rows) // n_shares() * n_shares()] for rows in batches)
         self.held_out = [rows for rows in even if len(rows)]

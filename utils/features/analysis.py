@@ -25,6 +25,8 @@ from utils.language_model import LanguageModel, load_language_model, token_texts
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
+PASS_FILE = "pass.json"  # the results of the pass
+
 
 class AnalysisSettings(JudgeSettings, Protocol):
     """The settings of analyze_features.py that an analysis and its studies read."""
@@ -60,7 +62,7 @@ class Analysis:
 
     Attributes:
         all_sizes: All dictionaries, the smallest first.
-        contexts: Contexts of the store that are analysed.
+        contexts: Contexts of the store that are analysed: spread over all of it.
         held_out: Contexts held out of training.
         features: The table of features, a row a feature; this and the next after `run_pass`.
         examples: The table of examples.
@@ -81,8 +83,11 @@ class Analysis:
         self.autoencoder, self.trained = autoencoder, trained
         self.all_sizes = sorted([autoencoder, *other_sizes], key=lambda one: one.n_latents)
         self.words: list[str] = []
-        self.contexts = store.first(settings.n_tokens)
-        self.held_out = store.split(trained["held_out"])[1]
+        self.contexts = store.sample(settings.n_tokens)
+        done = folder / PASS_FILE
+        if done.exists() and "share_analysed" not in read_json(done):
+            self.contexts = range(len(self.contexts))  # those of an earlier version's pass
+        self.held_out = store.split(trained["held_out"], trained["most_held_out_tokens"]).held_out
 
     @functools.cached_property
     def encoder(self) -> FeatureEncoder:
@@ -108,14 +113,13 @@ class Analysis:
 
     def verify(self) -> None:
         """Check the shards that the analysis reads against their checksums."""
-        n_tokens = self.settings.n_tokens
-        n_tokens = n_tokens and max(n_tokens, self.settings.n_neuron_tokens)
-        self.store.verify(self.folder, [*self.store.first(n_tokens), *self.held_out])
+        compared = self.store.sample(self.settings.n_neuron_tokens)
+        self.store.verify(self.folder, [*self.contexts, *compared, *self.held_out])
 
     @torch.no_grad()
     def run_pass(self) -> None:
         """One pass over the activations; it makes the tables of features and examples."""
-        done = self.folder / "pass.json"
+        done = self.folder / PASS_FILE
         if not done.exists():
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
             feature_pass.run(self.contexts, self.settings.batch_size)
@@ -124,8 +128,11 @@ class Analysis:
             catalogue.save_tables(self.folder, examples, texts)
             features = catalogue.feature_table(feature_pass.statistics(), examples, texts)
             catalogue.save_features(self.folder / "pass.parquet", features)
-            write_json(done, summarise(feature_pass, self.store, self.trained))
+            share = len(self.contexts) / self.store.n_contexts
+            summary = summarise(feature_pass, self.store, self.trained)
+            write_json(done, summary | {"share_analysed": share})
         self.summary = read_json(done, REMEDY)
+        self.words += missing_in_words(self.summary)
         self.subset_shares = self.summary["subset_shares"]
         with reading(self.folder / "pass.parquet", REMEDY) as path:
             self.features = pd.read_parquet(path)
@@ -172,6 +179,19 @@ class Analysis:
         catalogue.save_features(self.folder / catalogue.FEATURES_FILE, self.features)
         write_json(self.folder / catalogue.SUMMARY_FILE, self.summary)
         return self.summary
+
+
+def missing_in_words(summary: dict[str, Json]) -> list[str]:
+    """What of the saved activations is not analysed, as a sentence; nothing if all of it is."""
+    share = summary.get("share_analysed", 1.0)
+    if share == 1:
+        return []
+    missing = [name for name, part in summary["subset_shares"].items() if not part]
+    names = f", and nothing of {', '.join(missing)}" if missing else ""
+    return [
+        f"Analysed: {share:.1%} of the saved contexts, evenly spaced over all{names}; N_TOKENS "
+        "decides."
+    ]
 
 
 def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Json]:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils.activations.store import ActivationStore, ContextBatch
+from utils.activations.store import ActivationStore, ContextBatch, Contexts
 from utils.autoencoder.fidelity import Fidelity
 from utils.features.examples import (
     HALF_OCTAVES,
@@ -97,7 +97,7 @@ class FeaturePass:
         self.random = np.random.default_rng(seed)
         self._unit: int | None = None  # exponent of 2 that the half octaves are counted from
 
-    def run(self, contexts: range, batch_size: int) -> None:
+    def run(self, contexts: Contexts, batch_size: int) -> None:
         """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
         for batch in self.store.batches(contexts, batch_size, "analysing"):
             self._add(batch)
@@ -113,7 +113,7 @@ class FeaturePass:
         self.histograms.add(feature, activation)
         self._add_subsets(batch.subsets, batch.subsets[context, position], feature, activation)
         text = text_around(batch.tokens)
-        self._add_examples(batch.contexts[0], text, feature, context, position, activation)
+        self._add_examples(np.asarray(batch.contexts), text, feature, context, position, activation)
 
     def _add_subsets(self, subsets, subset, feature, activation) -> None:
         """Add the subsets of all positions, and those of the places where features are active."""
@@ -123,7 +123,7 @@ class FeaturePass:
         sums = np.bincount(group, activation, minlength=self.subset_sums.size)
         self.subset_sums += sums.reshape(self.subset_sums.shape)
 
-    def _add_examples(self, first_context, text, feature, context, position, activation) -> None:
+    def _add_examples(self, numbers, text, feature, context, position, activation) -> None:
         """Offer the peak of each feature in each context to the kept examples."""
         key = feature.astype(np.int64) * (context.max() + 1 if len(context) else 1) + context
         order = np.argsort(key, kind="stable")
@@ -149,7 +149,7 @@ class FeaturePass:
         entries = {
             "feature": feature[starts],
             "activation": peaks,
-            "context": (first_context + context[starts]).astype(np.int32),
+            "context": numbers[context[starts]].astype(np.int32),
             "position": position[first_peak].astype(np.int32),
         }
         top = {"group": feature[starts], "priority": peaks}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import require
 from utils.steering.feature_model import ActiveFeatures
@@ -74,7 +74,7 @@ def draw_neurons(
 def neuron_values(
     language_model: LanguageModel,
     store: ActivationStore,
-    contexts: range,
+    contexts: Contexts,
     chosen: np.ndarray,
     k: int,
 ) -> np.ndarray:
@@ -98,12 +98,13 @@ class NeuronStore(ActivationStore):
 
     Args:
         store: Holds the tokens and their sources.
-        values: Of its first contexts, shape (contexts, context_length, neurons).
+        values: Of some of its contexts, shape (contexts, context_length, neurons).
+        contexts: The numbers of these.
     """
 
-    def __init__(self, store: ActivationStore, values: np.ndarray):
+    def __init__(self, store: ActivationStore, values: np.ndarray, contexts: Contexts):
         vars(self).update(vars(store))
-        self._values = values
+        self._values = dict(zip(contexts, values, strict=True))
         self.d_model = values.shape[-1]
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:

@@ -20,7 +20,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
 from utils import plots
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.characters import IDEOGRAPH, WORD, whole_characters
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
@@ -49,7 +49,7 @@ class Occurrences(NamedTuple):
 
 
 def find_occurrences(
-    store: ActivationStore, contexts: range, token_texts: list[str], seed: int
+    store: ActivationStore, contexts: Contexts, token_texts: list[str], seed: int
 ) -> Occurrences:
     """Where the words of the lists are, and other words, drawn evenly over log frequency.
 
@@ -93,7 +93,7 @@ def _choose(counts: np.ndarray, listed: np.ndarray, seed: int) -> np.ndarray:
 def find_features(
     encoder: Encoder,
     store: ActivationStore,
-    contexts: range,
+    contexts: Contexts,
     occurrences: Occurrences,
     batch_size: int,
 ) -> tuple[pd.DataFrame, int]:

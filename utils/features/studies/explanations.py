@@ -24,7 +24,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from utils import plots
-from utils.activations.store import ActivationStore, ContextBatch
+from utils.activations.store import ActivationStore, ContextBatch, Contexts
 from utils.characters import whole_characters
 from utils.features import questions
 from utils.features.analysis import Analysis, Findings
@@ -63,11 +63,11 @@ class RandomTexts(NamedTuple):
 
 
 def draw_texts(
-    encoder: Encoder, store: ActivationStore, contexts: range, token_texts: list[str], seed: int
+    encoder: Encoder, store: ActivationStore, contexts: Contexts, token_texts: list[str], seed: int
 ) -> RandomTexts:
     """Texts of `WINDOW` tokens; each feature has some among them that it is not active in."""
     random = np.random.default_rng(seed)
-    drawn = contexts.start + np.sort(random.permutation(len(contexts))[:N_SILENT])
+    drawn = np.asarray(contexts)[np.sort(random.permutation(len(contexts))[:N_SILENT])]
     batches = (ContextBatch(store, [context]) for context in drawn)
     batches = [batch for batch in batches if batch.kept.any()]
     active = np.zeros((len(batches), encoder.n_latents), bool)
@@ -275,11 +275,14 @@ def compare_with_neurons(analysis: Analysis) -> pd.DataFrame:
     """
     settings, store, texts = analysis.settings, analysis.store, analysis.token_texts
     n = min(N_COMPARED, settings.n_explained)
-    contexts = store.first(settings.n_neuron_tokens)
+    contexts = store.sample(settings.n_neuron_tokens)
     neurons = draw_neurons(analysis.language_model, store.layer, 2 * n, settings.seed)
     k = max(1, round(analysis.summary["l0"]))
     values = neuron_values(analysis.language_model, store, contexts, neurons, k)
-    groups = (analysis.encoder, store), (TopNeurons(len(neurons)), NeuronStore(store, values))
+    groups = (
+        (analysis.encoder, store),
+        (TopNeurons(len(neurons)), NeuronStore(store, values, contexts)),
+    )
     tables = []
     for name, (encoder, rows) in zip(COMPARED, groups, strict=True):
         feature_pass = FeaturePass(encoder, rows, settings.seed)

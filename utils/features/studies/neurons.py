@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from utils import plots
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.neurons import N_TOGETHER, neurons_of
@@ -80,7 +80,7 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 def correlate_with_neurons(
     model: FeatureModel,
     store: ActivationStore,
-    contexts: range,
+    contexts: Contexts,
     features: np.ndarray,
     batch_size: int = N_TOGETHER,
 ) -> pd.DataFrame:
@@ -118,7 +118,7 @@ def correlate_with_neurons(
 def study(analysis: Analysis) -> Findings:
     """The neuron that each of ``N_STUDIED`` features correlates with most."""
     store, settings = analysis.store, analysis.settings
-    contexts = store.first(settings.n_neuron_tokens)
+    contexts = store.sample(settings.n_neuron_tokens)
     frequency = analysis.features["frequency"].to_numpy()
     n_tokens = len(contexts) * store.context_length
     features = draw_features(frequency, n_tokens, settings.n_studied, settings.seed)

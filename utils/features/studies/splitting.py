@@ -16,7 +16,7 @@ import pandas as pd
 from keras import ops
 
 from utils import plots
-from utils.activations.store import ActivationStore
+from utils.activations.store import ActivationStore, Contexts, spread
 from utils.characters import is_word
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
@@ -70,7 +70,7 @@ def _level(n_latents: int, feature, parent, cosine, ancestor) -> pd.DataFrame:
 def label_features(
     encoder: Encoder,
     store: ActivationStore,
-    contexts: range,
+    contexts: Contexts,
     token_texts: list[str],
     batch_size: int,
 ) -> pd.DataFrame:
@@ -155,7 +155,7 @@ def study(analysis: Analysis) -> Findings:
         return Findings(None)
     sizes = [one.directions() for one in autoencoders]
     table = find_parents(sizes, [~ops.convert_to_numpy(one.dead()) for one in autoencoders])
-    contexts = range(min(len(analysis.contexts), -(-N_TOKENS // store.context_length)))
+    contexts = spread(analysis.contexts, -(-N_TOKENS // store.context_length))
     texts, batch_size = analysis.token_texts, settings.batch_size
     labels = {
         one.n_latents: label_features(FeatureEncoder(one), store, contexts, texts, batch_size)

@@ -1,0 +1,234 @@
+"""Files of text: which of a folder are read, and the records in them.
+
+Types are ``.jsonl`` and ``.ndjson`` (a record a line), ``.json`` (a record, a list of them, or
+lines), ``.parquet`` and ``.txt`` (a document), each also ``.gz`` or ``.zst``, in small or capital
+letters.
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from utils.settings import InputError, Json, require
+
+Record = Json | Exception  # a record, or the error that reading it raised
+DECOMPRESSORS = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
+ABOUT = re.compile(r"(readme|licen[cs]es?|copying|notice|changelog)(?![a-z0-9])", re.IGNORECASE)
+N_NAMED = 3  # files whose names are shown
+
+# ------------------------------------------------------------------------------------- choosing
+
+
+def type_of(path: Path) -> str | None:
+    """The type of a file, such as ``.jsonl``, without its compression; None if it is not known."""
+    name = path.name.lower()
+    for compression in DECOMPRESSORS:
+        name = name.removesuffix(compression)
+    suffix = Path(name).suffix
+    return suffix if suffix in READERS else None
+
+
+def stem_of(path: Path) -> str:
+    """The name of a file without its type and compression."""
+    compressed = path.suffix.lower() in DECOMPRESSORS
+    return path.name.removesuffix(path.suffix if compressed else "").rsplit(".", 1)[0]
+
+
+def list_files(path: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files to read, in sorted order, and all others of a folder, by the reason why not.
+
+    Raises:
+        InputError: There is none to read, or a folder cannot be listed.
+    """
+    chosen, passed_over = [], defaultdict(list)
+    for file in _all_files(path):
+        reason = None if file == path and type_of(file) else _reason_against(file, path)
+        (passed_over[reason] if reason else chosen).append(file)
+    types = ", ".join(READERS)
+    others = "".join(f"\n{line}" for line in listing(path, passed_over, "There are"))
+    require(
+        bool(chosen),
+        f"{path} must be or hold a file of a known type: {types}, each also .gz or .zst.{others}",
+    )
+    return chosen, dict(passed_over)
+
+
+def _all_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+
+    walk = os.walk(path, onerror=refuse)
+    # A link to a folder is not entered, since it may lead back; as a "file" it is named.
+    return sorted(
+        Path(folder, name)
+        for folder, folders, files in walk
+        for name in [*files, *(one for one in folders if Path(folder, one).is_symlink())]
+    )
+
+
+def _reason_against(file: Path, root: Path) -> str | None:
+    """Why a file below a folder is not read, or None."""
+    if any(part.startswith(".") for part in file.relative_to(root).parts):
+        return "hidden"
+    if type_of(file) is None:
+        return "of another type"
+    if not file.is_file():
+        return "a link that leads to no file"
+    if type_of(file) == ".txt" and ABOUT.match(file.name):
+        return "READMEs or licences"
+    return None
+
+
+def listing(root: Path, files: dict[str, list[Path]], verb: str) -> list[str]:
+    """A line for each kind of files: their number, and the names of the first."""
+    lines = []
+    for kind, paths in files.items():
+        names = [relative_name(path, root) for path in paths[:N_NAMED]]
+        rest = ", …" if len(paths) > N_NAMED else ""
+        lines.append(f"{verb} {len(paths):,} {kind}: {', '.join(names)}{rest}")
+    return lines
+
+
+def relative_name(path: Path, root: Path) -> str:
+    """The path of a file within a folder, or its name."""
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def parse(text: bytes) -> Record:
+    """The value of JSON text, or the error that reading it raises."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """The content of a file in chunks, decompressed if it is a ``.gz`` or ``.zst``.
+
+    These may be several, one after the other. Unlike their modules' stream readers, it raises an
+    error for a truncated file.
+    """
+    decompressor, frame = DECOMPRESSORS.get(path.suffix.lower()), None
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(size):
+                if decompressor is None:
+                    yield chunk
+                    continue
+                while chunk:
+                    if frame is None or frame.eof:
+                        chunk = chunk.lstrip(b"\0")  # gzip files may be padded, no frame begins so
+                        if not chunk:
+                            break
+                        frame = decompressor()
+                    yield frame.decompress(chunk)
+                    chunk = frame.unused_data
+    except (zstandard.ZstdError, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    if frame is not None and not frame.eof:
+        raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that are not blank."""
+    rest = b""
+    for chunk in read_chunks(path):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line for line in lines if line.strip())
+    if rest.strip():
+        yield rest
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """A value or an error for each line of a file."""
+    return map(parse, read_lines(path))
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    """The records of a file that is one record, a list of them, or has one a line."""
+    first = parse(next(read_lines(path), b"[]"))
+    # What begins with a whole record goes on with others, and may be too long for the memory.
+    whole = first if isinstance(first, dict) else parse(b"".join(read_chunks(path)))
+    if isinstance(whole, list):
+        yield from whole
+    elif whole is first or isinstance(whole, Exception):
+        yield from read_jsonl(path)
+    else:
+        yield whole
+
+
+def read_parquet(path: Path, column: str = "text") -> Iterator[dict]:
+    """The rows of a parquet file: ``column`` and, if present, ``meta``."""
+    try:
+        with _open_parquet(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            require(
+                column in names,
+                f"{path} must have a column {column}; it has {', '.join(names)}. Choose one with "
+                "TEXT_COLUMN.",
+            )
+            columns = [name for name in dict.fromkeys((column, "meta")) if name in names]
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+
+
+@contextlib.contextmanager
+def _open_parquet(path: Path) -> Iterator[BinaryIO]:
+    """The file, decompressed to a temporary one if need be: it is read from its end."""
+    if path.suffix.lower() not in DECOMPRESSORS:
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        for chunk in read_chunks(path):
+            file.write(chunk)
+        file.seek(0)
+        yield file
+
+
+def read_txt(path: Path, column: str = "text") -> Iterator[dict]:
+    """A text file as one document."""
+    try:
+        yield {column: b"".join(read_chunks(path)).decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
+        raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
+
+
+def read_records(path: Path, column: str) -> Iterator[Record]:
+    """The records of a file, whose text is in ``column``."""
+    reader = READERS[type_of(path)]
+    return reader(path) if reader in (read_jsonl, read_json) else reader(path, column)
+
+
+READERS = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".txt": read_txt,
+}
