@@ -39,6 +39,8 @@ INTENDED: dict[str, str] = {
     "*settings.json:page": "never was a setting",
     "*settings.json:outputs": "never was a setting",
     "*training_log.csv:loss_*": "each term of the loss is logged",
+    # Between that change and the checks of all that is read:
+    "*.jsonl:*.check": "each line has its checksum",
 }
 
 # As above: what differs whenever the same command is given twice.

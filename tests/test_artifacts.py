@@ -12,9 +12,11 @@ from conftest import ROOT
 from utils.artifacts import (
     CHECKSUMS_FILE,
     RunRecord,
+    append_record,
     fingerprint,
     open_stage,
     read_json,
+    read_log,
     replacing,
     require_disk_space,
     write_json,
@@ -87,6 +89,17 @@ def test_a_file_is_compared_with_its_checksum(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"a\.json is missing\. Delete .* and make it anew"):
         read_json(path)
+
+
+def test_a_damaged_line_of_a_log_is_skipped(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"a": 1.5}\n')  # of an earlier version
+    records = [{"a": 2.5, "b": {"c": [None, "é"]}}, {"a": 3.5}]
+    for record in records:
+        append_record(log, record)
+    assert list(read_log(log, ["a"])) == [{"a": 1.5}, *records]
+    log.write_text(log.read_text().replace("2.5", "2.4"))
+    assert list(read_log(log, ["a"])) == [{"a": 1.5}, {"a": 3.5}]
 
 
 def test_fingerprint_is_of_the_content_and_its_order(tmp_path):

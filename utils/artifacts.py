@@ -154,8 +154,11 @@ def read_json(path: Path, remedy: str | None = None) -> Json:
 
 
 def append_record(log: Path, record: dict[str, Json]) -> None:
-    """Add a line of JSON to a log, after ending a line that a killed process left incomplete."""
-    line = json.dumps(record, ensure_ascii=False) + "\n"
+    """Add a line of JSON to a log, after ending a line that a killed process left incomplete.
+
+    The last field of a line, ``check``, is the CRC-32 of the others.
+    """
+    line = json.dumps({**record, "check": _check(record)}, ensure_ascii=False) + "\n"
     with log.open("ab+") as file:
         if file.tell():
             file.seek(-1, 2)
@@ -163,13 +166,18 @@ def append_record(log: Path, record: dict[str, Json]) -> None:
         file.write(line.encode())
 
 
+def _check(record: dict[str, Json]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
+
+
 def read_log(log: Path, needed: Iterable[str]) -> Iterator[dict[str, Json]]:
-    """The records of a log that have all the ``needed`` fields; incomplete lines are skipped."""
+    """The records of a log that have all the ``needed`` fields; damaged lines are skipped."""
     # Not splitlines(), which also splits at characters that JSON strings may hold.
     for line in log.read_text("utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
             record = json.loads(line)
-            if set(needed) <= record.keys():
+            check = record.pop("check", None)  # earlier versions wrote none
+            if set(needed) <= record.keys() and check in (None, _check(record)):
                 yield record
 
 

@@ -49,10 +49,11 @@ class Histograms:
         return np.exp2(self._exponents)
 
     def add(self, group: np.ndarray, values: np.ndarray) -> None:
-        needed = np.where(self.counts.any(axis=1), self._exponents, np.iinfo(int).min)
-        np.maximum.at(needed, group, np.ceil(np.log2(values.astype(np.float64))).astype(int))
-        is_first = ~self.counts.any(axis=1) & (needed > np.iinfo(int).min)
-        self._exponents[is_first] = needed[is_first]
+        is_empty = ~self.counts.any(axis=1)
+        self._exponents[group[is_empty[group]]] = np.iinfo(int).min
+        needed = self._exponents.copy()
+        np.maximum.at(needed, group, np.ceil(np.log2(values)).astype(int))
+        self._exponents[is_empty] = needed[is_empty]
         while len(narrow := np.flatnonzero(self._exponents < needed)):
             pairs = self.counts[narrow].reshape(-1, N_BINS // 2, 2).sum(axis=2)
             self.counts[narrow] = np.pad(pairs, ((0, 0), (0, N_BINS // 2)))
@@ -95,7 +96,7 @@ class FeaturePass:
         self.top = BestPerGroup(n, N_TOP)
         self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE)
         self.random = np.random.default_rng(seed)
-        self._unit: int | None = None  # exponent of 2 that the half octaves are counted from
+        self._unit: int | None = None  # exponent of 2 in the middle of the half octaves
 
     def run(self, contexts: Contexts, batch_size: int) -> None:
         """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
@@ -142,8 +143,7 @@ class FeaturePass:
             highest = int(np.floor(np.log2(peaks.max())))
             usual = range(-HALF_OCTAVES // 8, HALF_OCTAVES // 4)
             self._unit = 0 if highest in usual else highest - HALF_OCTAVES // 8
-        octave = 2 * (np.log2(peaks) - (self._unit or 0)) + HALF_OCTAVES / 2
-        octave = np.clip(octave, 0, None)
+        octave = np.clip(2 * (np.log2(peaks) - (self._unit or 0)) + HALF_OCTAVES / 2, 0, None)
         bins = feature[starts] * HALF_OCTAVES + np.minimum(octave, HALF_OCTAVES - 1).astype(int)
         chance = self.random.random(len(starts), np.float32)
         entries = {

@@ -36,8 +36,8 @@ function statistics(i) {
   const share = index.frequency[i];
   const facts = [
     ["active on", `${(100 * share).toPrecision(2)}% of tokens${share < 0.1 ? ` (1 in ${withCommas(1 / share)})` : ""}`],
-    ["maximum", `${+index.max_activation[i].toPrecision(4)}`],
-    ["mean where active", `${+index.mean_activation[i].toPrecision(4)}`],
+    ["maximum", sized(index.max_activation[i])],
+    ["mean where active", sized(index.mean_activation[i])],
     ["mostly in", `${index.subsets[index.subset[i]]} (${(100 * index.top_subset_share[i]).toFixed(0)}%)`],
     ...index.scores.filter((name) => index[name][i] !== null).map((name) => [inWords(name), `${+index[name][i].toPrecision(3)}`]),
   ];
@@ -94,7 +94,7 @@ function examples(i, all) {
 function lines(some, maximum) {
   return make("ul", { class: "examples" }, ...some.map((example) =>
     make("li", {}, make("span", { class: "text", dir: "auto" }, ...example.runs.map((run, place) => marked(run, maximum, place === 0))),
-      make("span", { class: "source soft" }, make("b", {}, `${+example.peak.toPrecision(4)}`), " ", example.source))));
+      make("span", { class: "source soft" }, make("b", {}, sized(example.peak)), " ", example.source))));
 }
 
 function marked(run, maximum, first) {
@@ -107,4 +107,9 @@ function marked(run, maximum, first) {
   if (!first) whole.append(text.slice(0, text.length - word.length));
   whole.append(mark);
   return whole;
+}
+
+/** An activation with two decimals, or three digits where these would be zeros. */
+function sized(value) {
+  return value && value < 0.1 ? `${+value.toPrecision(3)}` : value.toFixed(2);
 }
