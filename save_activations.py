@@ -136,7 +136,7 @@ def describe(folder: Path, ranks: Ranks) -> str:
             raise
         return f"Process {ranks.rank} is done; another has a shard to make anew ({error})"
     total = store.n_contexts * store.context_length
-    reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.0f}"}
+    reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.4g}"}
     excluded = ", ".join(f"{count:,} {reasons[why]}" for why, count in store.excluded.items())
     skipped = "".join(f" Skipped {n:,} records {why}." for why, n in store.skipped.items())
     return (

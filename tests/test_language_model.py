@@ -75,3 +75,17 @@ def test_weights_that_the_model_has_no_place_for_are_left_out(changed_model, tin
     )
     tokens = torch.arange(20)[None]
     assert torch.equal(model(tokens).logits, same(tokens).logits)
+
+
+def test_a_tokenizer_that_is_missing_or_another_models_is_refused(changed_model):
+    def smaller(weights):
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        return weights | {name: weights[name][:100].clone() for name in names}
+
+    folder = changed_model(smaller, vocab_size=100)
+    with pytest.raises(InputError, match=r"has 320 tokens, and the model embeds 100\. Save"):
+        load_language_model(str(folder), LAYER, "float32")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        load_language_model(str(folder), LAYER, "float32")

@@ -112,7 +112,8 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     """Load a model and its tokenizer; for ``dtype`` see `resolve_dtype`.
 
     Raises:
-        InputError: As for `read_config`; or the checkpoint does not hold the model's weights.
+        InputError: As for `read_config`; or the checkpoint does not hold the model's weights, or
+            the tokenizer is not the model's.
     """
     config = read_config(name, layer)
     device = pick_device()
@@ -133,6 +134,7 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
         f"{type(model).__name__}.",
     )
     _require_all_weights(name, model, loading)
+    _require_own_tokenizer(name, model, tokenizer)
     model.requires_grad_(False)
     # A model's own settings (LLaMA's: temperature 0.6, top_p 0.9) must not mix into what is asked.
     ends = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -164,6 +166,25 @@ def _require_all_weights(name: str, model: PreTrainedModel, loading: dict[str, I
         f"The checkpoint of {name} must hold exactly the weights of its model; "
         f"{'; '.join(wrong[:N_NAMED])}{f'; and {n_more} more' if n_more > 0 else ''}. Download or "
         "save the model again, with the config.json that belongs to it.",
+    )
+
+
+def _require_own_tokenizer(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse an empty tokenizer, which transformers makes where there is none, or another model's.
+
+    Tokens added beyond the vocabulary, as for padding, may be more than the model has.
+    """
+    require(
+        bool(tokenizer("a", add_special_tokens=False)["input_ids"]),
+        f"{name} must have a tokenizer; its folder holds none. Save the model's beside it.",
+    )
+    n_tokens = model.get_input_embeddings().num_embeddings
+    require(
+        tokenizer.vocab_size <= n_tokens,
+        f"The tokenizer of {name} must be its own: it has {tokenizer.vocab_size:,} tokens, and the "
+        f"model embeds {n_tokens:,}. Save the model's tokenizer beside it.",
     )
 
 

@@ -320,13 +320,14 @@ def test_bad_lines_are_skipped_and_counted(tmp_path):
         assert corpus.skipped == counts
 
 
-def test_txt_of_another_encoding(tmp_path):
+@pytest.mark.parametrize(("encoding", "byte"), [("latin-1", "byte 3"), ("utf-16", "byte 0")])
+def test_txt_of_another_encoding(tmp_path, encoding, byte):
     (tmp_path / "a.txt").write_text("fine")
     path = tmp_path / "b.txt"
-    path.write_bytes(b"caf\xe9")
+    path.write_text("caf\xe9", encoding)
     with pytest.raises(InputError) as error:
         Corpus(str(tmp_path)).check()
-    for part in (str(path), "byte 3", "iconv -f latin-1 -t utf-8"):
+    for part in (str(path), byte, f"iconv -f {encoding} -t utf-8"):
         assert part in str(error.value)
 
 

@@ -107,8 +107,6 @@ def test_refuses_what_devices_cannot_share(trained):
     assert len(said) == 2 and all("JAX sees one" in message for message in said)
 
 
-def test_refuses_other_backends_and_names():
+def test_refuses_other_backends():
     with pytest.raises(InputError, match=r"needs BACKEND jax.*it is torch"):
         use_devices("data", 32, (64,))
-    with pytest.raises(InputError, match="data or model; it is 'both'"):
-        use_devices("both", 32, (64,))

@@ -103,17 +103,17 @@ def test_activations_that_do_not_vary_are_refused(stores):
 
 def test_activations_that_float16_cannot_hold_are_refused(tmp_path):
     shape = (1, 4, 8)
-    batch = {"tokens": np.zeros((1, 4), np.int32), "kept": np.ones((1, 4), bool)}
-    batch |= {"documents": batch["tokens"], "subsets": batch["tokens"]}
+    summed = np.ones((1, 4), bool)
+    batch = dict.fromkeys(("tokens", "norms", "documents", "subsets"), np.zeros((1, 4)))
     for dtype in ("float16", "float32"):
         for size, words in {3e-6: "too small for float16", 1e5: "overflow, use"}.items():
             writer = ShardWriter(tmp_path, 0, shape, dtype)
             activations = torch.full(shape, size).to(getattr(torch, dtype)).numpy()
             if dtype == "float32":
-                writer.append({}, activations=activations, **batch)
+                writer.append({}, summed, activations=activations, **batch)
                 continue
             with pytest.raises(InputError, match=f"(?s){words}.*--storage-dtype float32"):
-                writer.append({}, activations=activations, **batch)
+                writer.append({}, summed, activations=activations, **batch)
 
 
 def test_large_neurons_are_not_cut(tmp_path):

@@ -175,7 +175,8 @@ class Corpus:
             reason = unusable(record, self.column)
             if reason:
                 self.skipped[reason] += 1
-                fields = fields or (record if isinstance(record, dict) else {})
+                if isinstance(record, dict) and self.column not in record:
+                    fields = fields or record
                 continue
             empty = False
             meta = record.get("meta")

@@ -29,6 +29,7 @@ DECOMPRESSORS = {
 }
 ABOUT = re.compile(r"(readme|licen[cs]es?|copying|notice|changelog)(?![a-z0-9])", re.IGNORECASE)
 N_NAMED = 3  # files whose names are shown
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what a text file in it begins with
 
 # ------------------------------------------------------------------------------------- choosing
 
@@ -212,10 +213,12 @@ def _open_parquet(path: Path) -> Iterator[BinaryIO]:
 
 def read_txt(path: Path, column: str = "text") -> Iterator[dict]:
     """A text file as one document."""
+    content = b"".join(read_chunks(path))
     try:
-        yield {column: b"".join(read_chunks(path)).decode("utf-8-sig")}
+        yield {column: content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        remedy = f"Convert it, for example: iconv -f latin-1 -t utf-8 {path} > utf-8.txt"
+        encoding = "utf-16" if content.startswith(UTF_16) else "latin-1"
+        remedy = f"Convert it, for example: iconv -f {encoding} -t utf-8 {path} > utf-8.txt"
         raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
 
 

@@ -186,7 +186,7 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
     variance = 1 / store.scale**2 - squared_mean / store.d_model
     require(
         variance * store.scale**2 > LEAST_VARIANCE,
-        f"Activations must vary; those in {store.folder} are all but the same at every position. "
+        "Activations must vary; these are all but the same at every position. "
         "Choose another INPUT_NORMALIZER, or another layer.",
     )
     return variance**-0.5, store.mean
