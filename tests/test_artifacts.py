@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from utils import artifacts
 from utils.artifacts import (
     CHECKSUMS_FILE,
     RunRecord,
@@ -300,3 +301,15 @@ def test_disk_space(tmp_path):
     require_disk_space(tmp_path, 1_000)
     with pytest.raises(InputError, match=r"needs 1,000,000\.0 GB and its disk has [\d,.]+ GB free"):
         require_disk_space(tmp_path, 10**15)
+
+
+def test_a_file_replaced_while_it_is_compared_is_not_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "manifest.json"
+    write_json(path, 1)
+
+    def replace_then_check(*_):
+        write_json(path, 2)  # as another process does
+        return artifacts.checksum(path)
+
+    monkeypatch.setattr(artifacts, "_checksum_of", replace_then_check)
+    assert read_json(path) == 2

@@ -117,6 +117,11 @@ def _checksum_of(path: Path, _size: int, _modified_ns: int) -> int:
     return checksum(path)
 
 
+def _recorded_checksums(path: Path) -> set[int]:
+    recorded = read_log(path.with_name(CHECKSUMS_FILE), ("file", "crc32"))
+    return {record["crc32"] for record in recorded if record["file"] == path.name}
+
+
 @contextlib.contextmanager
 def reading(path: Path, remedy: str | None = None) -> Iterator[Path]:
     """Compare a file with its checksum, if there is one; while open, ``path`` is read.
@@ -127,13 +132,13 @@ def reading(path: Path, remedy: str | None = None) -> Iterator[Path]:
         InputError: It is missing, does not match, or reading it fails; names the remedy.
     """
     remedy = remedy or f"Delete {path.parent} and make it anew."
-    log = path.with_name(CHECKSUMS_FILE)
-    recorded = read_log(log, ("file", "crc32")) if log.exists() else ()
-    checksums = {record["crc32"] for record in recorded if record["file"] == path.name}
     try:
         state = path.stat()
-        if checksums and _checksum_of(path, state.st_size, state.st_mtime_ns) not in checksums:
-            raise ValueError(f"it does not match its checksum in {CHECKSUMS_FILE}")
+        if path.with_name(CHECKSUMS_FILE).exists():
+            crc32 = _checksum_of(path, state.st_size, state.st_mtime_ns)
+            checksums = _recorded_checksums(path)  # last, for another process may replace the file
+            if checksums and crc32 not in checksums:
+                raise ValueError(f"it does not match its checksum in {CHECKSUMS_FILE}")
         yield path
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing. {remedy}") from error

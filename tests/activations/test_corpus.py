@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from utils.activations.corpus import Corpus, Document, Position, pack_contexts, read_hub, tokenize
+from utils.activations.files import type_of
 from utils.language_model import separator_token
 from utils.settings import InputError
 
@@ -206,6 +207,15 @@ def test_the_cards_configurations_and_splits(dataset):
         assert [row["text"] for row in rows] == names
     assert "Not reading 1 of the split train: de/train.jsonl" in corpus.describe()
     assert "Not reading 4 of no split in the card's configuration: en/held" in corpus.describe()
+    parts = ["en/part-0.jsonl", "en/part-1.jsonl"]
+    (dataset / "README.md").write_text(
+        "---\nconfigs: [{config_name: a, data_dir: , data_files: [{path: en/part-*}]}]\n---\n"
+    )
+    assert list(Corpus(str(dataset)).sizes()) == parts
+    (dataset / "README.md").write_text("---\nconfigs: [{data_files: [{split: a}]}]\n---\n")
+    with pytest.raises(InputError, match="must name a path for each"):
+        Corpus(str(dataset), None, "a")
+    (dataset / "README.md").write_text(CARD)
     for options, message in (
         ((), r"has several configurations: en, de\. Choose one with CONFIG"),
         (("fr",), r"CONFIG of .* must be one of en, de; it is 'fr'"),
@@ -318,6 +328,10 @@ def test_bad_lines_are_skipped_and_counted(tmp_path):
         documents = [(document.index, document.text) for document in corpus.documents()]
         assert documents == [(0, "good 0"), (1, "good 1")]
         assert corpus.skipped == counts
+
+
+def test_a_file_compressed_twice_is_not_read():
+    assert type_of(Path("a.JSONL.gz")) == ".jsonl" and type_of(Path("a.jsonl.zst.gz")) is None
 
 
 @pytest.mark.parametrize(("encoding", "byte"), [("latin-1", "byte 3"), ("utf-16", "byte 0")])

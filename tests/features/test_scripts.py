@@ -94,6 +94,14 @@ def test_peaks_labels_and_examples_are_whole(analysed):
     assert "«中»" in printed and "\ufffd" not in printed
 
 
+def test_text_before_a_split_character_is_shown_once():
+    example = SimpleNamespace(
+        token_texts=["The ", "sign ", "", "好", " is"], peak=3,
+        activations=np.array([0, 0, 0.5, 1, 0]),
+    )  # fmt: skip
+    assert _runs(example) == ["The sign ", ["好", 1.0, 1], " is"]
+
+
 def test_searching_finds_the_feature_and_no_other(analysed):
     for feature, word in enumerate(("中", None, None, "あ")):
         if word:

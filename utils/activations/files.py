@@ -36,10 +36,8 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what a text file in it begins with
 
 def type_of(path: Path) -> str | None:
     """The type of a file, such as ``.jsonl``, without its compression; None if it is not known."""
-    name = path.name.lower()
-    for compression in DECOMPRESSORS:
-        name = name.removesuffix(compression)
-    suffix = Path(name).suffix
+    compressed = path.suffix.lower() in DECOMPRESSORS
+    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
     return suffix if suffix in READERS else None
 
 

@@ -88,18 +88,23 @@ def _default_of(configs: dict[str, dict[str, Json]]) -> str | None:
 
 def _splits_of(root: Path, files: list[Path], config: dict[str, Json]) -> dict[str, set[Path]]:
     """The files of each split of a configuration."""
-    folder = root / config.get("data_dir", "")
+    folder = root / (config.get("data_dir") or "")
     entries = config.get("data_files")
     if entries is None:
         return _conventional_splits(folder, files)
     entries = entries if isinstance(entries, list) else [entries]
     splits = defaultdict(set)
     for entry in entries:
-        entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+        entry = entry if isinstance(entry, dict) else {"path": entry}
+        require(
+            "path" in entry,
+            f"The card {root / 'README.md'} must name a path for each of its data_files; one has "
+            f"none: {entry}.",
+        )
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
         matches = {folder / m for p in paths for m in glob.glob(p, root_dir=folder, recursive=True)}
         members = {file for file in files if not matches.isdisjoint((file, *file.parents))}
-        splits[entry["split"]] |= members
+        splits[entry.get("split", "train")] |= members
     return splits
 
 

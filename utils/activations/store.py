@@ -155,7 +155,9 @@ class ActivationStore:
         shards = [shard for shard in self.shards if shard.has_norms]
         if shards:
             step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
-            norms = [shard["norms"][shard["tokens"] != shard.bos][::step] for shard in shards]
+            norms = [
+                shard["norms"][shard["tokens"] != shard.bos][::step].copy() for shard in shards
+            ]
             (factor,) = {m.outlier_factor for m in manifests if m.outlier_norm is None}
             self.outlier_norm = factor * float(np.median(np.concatenate(norms)))
         for shard in shards:

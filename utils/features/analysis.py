@@ -85,7 +85,7 @@ class Analysis:
         self.words: list[str] = []
         self.contexts = store.sample(settings.n_tokens)
         done = folder / PASS_FILE
-        if done.exists() and "share_analysed" not in read_json(done):
+        if done.exists() and "share_analysed" not in read_json(done, REMEDY):
             self.contexts = range(len(self.contexts))  # those of an earlier version's pass
         self.held_out = store.split(trained["held_out"], trained["most_held_out_tokens"]).held_out
 

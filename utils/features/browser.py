@@ -177,9 +177,9 @@ def _runs(example: NamedTuple) -> list[str | list]:
     end = 0
     active = np.flatnonzero(example.activations > 0).tolist()
     for position in sorted({*active, example.peak}):
-        runs += ["".join(example.token_texts[end:position])] if position > end else []
         if not example.token_texts[position] and position != example.peak:
             continue  # its character is another token's
+        runs += ["".join(example.token_texts[end:position])] if position > end else []
         run = [example.token_texts[position], float(f"{example.activations[position]:.3g}")]
         runs.append([*run, 1] if position == example.peak else run)
         end = position + 1

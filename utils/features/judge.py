@@ -2,7 +2,8 @@
 
 A judge is loaded with transformers, or is behind an endpoint of OpenAI's chat completions. Each
 answer is kept in a file as it comes, so that a question is asked and paid for once; an answer that
-cannot be read is counted by reason and left out. Failures are not kept: the next run asks again.
+cannot be read is counted by reason and left out. Failures are not kept: a study made anew, once its
+``study-NAME.json`` and the page ``browser/index.html`` were deleted, asks for those alone again.
 """
 
 import dataclasses
