@@ -83,6 +83,11 @@ def read_log(folder: str) -> pd.DataFrame:
 FINISHED = (
     ("save_activations", [*ACTIVATIONS, "--activations-dir", "activations"], "3,072 tokens"),
     ("train_autoencoder", [*TOPK, "--autoencoder-dir", "autoencoder"], "is finished"),
+    (
+        "train_autoencoder",
+        [*TOPK, "--n-held-out-tokens", "None", "--autoencoder-dir", "autoencoder"],
+        "is finished",
+    ),
     ("train_autoencoder", [*SMALL, "--autoencoder-dir", "autoencoder-small"], "is finished"),
     ("train_autoencoder", [*L1, "--autoencoder-dir", "autoencoder-l1"], "is finished"),
     ("analyze_features", [*ANALYSIS, "--analysis-dir", "analysis"], "is finished"),
@@ -142,6 +147,9 @@ def test_a_finished_sweep_is_not_trained_again(run_here):
          "LAYER: 1 there, 2 now"),
         ("train_autoencoder", [*TOPK, "--seed", 1, "--autoencoder-dir", "autoencoder-half"],
          "SEED: 0 there, 1 now"),
+        ("train_autoencoder",
+         [*TOPK, "--n-held-out-tokens", 512, "--autoencoder-dir", "autoencoder-half"],
+         "N_HELD_OUT_TOKENS: None there, 512 now"),
         ("analyze_features", [*ANALYSIS, "--seed", 1, "--analysis-dir", "analysis-half"],
          "SEED: 0 there, 1 now"),
     ],

@@ -44,6 +44,9 @@ RETIRED: dict[str, dict[str, Json]] = {
     },
 }  # fmt: skip
 
+# Settings that earlier versions did not have, with what they did, where that is not the default.
+ADDED: dict[str, dict[str, Json]] = {"train_autoencoder.py": {"n_held_out_tokens": None}}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
@@ -64,12 +67,17 @@ class RunRecord:
     def differences(self, earlier: dict[str, Json]) -> list[str]:
         """A line for each difference from the content that an earlier run recorded.
 
-        A setting that one of the two versions does not have counts as its default.
+        A setting that one of the two versions does not have counts as its default, and one of
+        `ADDED` also as what earlier versions did.
         """
-        retired = RETIRED.get(self.content.get("script"), {})
-        there, here = retired | self.defaults | earlier, retired | self.content
+        script = self.content.get("script")
+        retired, added = RETIRED.get(script, {}), ADDED.get(script, {})
+        there, here = retired | self.defaults | added | earlier, retired | self.content
         lines = []
         for name in dict.fromkeys([*earlier, *self.content]):
+            is_added = name in added and name not in earlier
+            if is_added and here[name] == self.defaults.get(name):
+                continue
             if there.get(name) != here.get(name):
                 is_retired = name in retired and name not in self.content
                 now = "which this version lacks" if is_retired else f"{here.get(name)!r} now"
