@@ -45,6 +45,10 @@ from utils.settings import InputError
 KEY = "sk-secret-of-the-test"
 
 
+def as_label(answer, _prompt):
+    return read_label(answer)
+
+
 # ---------------------------------------------------------------------------------- what is asked
 
 
@@ -276,23 +280,22 @@ def test_a_thinking_judge_gets_room(server, tmp_path):
 
     server.answer = think
     answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
-    read = lambda answer, _: read_label(answer)  # noqa: E731
-    assert answers.ask("labels", ["a"], 7, read) == ["a"]
+    assert answers.ask("labels", ["a"], 7, as_label) == ["a"]
     assert [request["max_tokens"] for _, _, request in server.requests] == [7, LONGER]
-    assert answers.ask("labels", ["b", "c"], 7, read) == ["b", "c"]
+    assert answers.ask("labels", ["b", "c"], 7, as_label) == ["b", "c"]
     assert [request["max_tokens"] for _, _, request in server.requests[2:]] == [LONGER] * 2
     server.refuse = lambda request: (
         (400, {"error": {"message": "max_tokens is too large: 4096"}})
         if request["max_tokens"] == LONGER
         else None
     )
-    assert answers.ask("labels", ["d"], 7, read) == ["d"]  # with what its context has room for
+    assert answers.ask("labels", ["d"], 7, as_label) == ["d"]  # with what its context has room for
     server.answer = lambda _: {"reasoning_content": "So.", "content": "tides"}
-    assert answers.ask("labels", ["e"], 7, read) == ["tides"]
+    assert answers.ask("labels", ["e"], 7, as_label) == ["tides"]
     server.answer = lambda _: {"content": [
         {"type": "thinking", "thinking": []}, {"type": "text", "text": "ships"}
     ]}  # fmt: skip
-    assert answers.ask("labels", ["f"], 7, read) == ["ships"]
+    assert answers.ask("labels", ["f"], 7, as_label) == ["ships"]
 
 
 def test_failures_are_counted_by_reason_and_asked_again(server, tmp_path, capsys):
@@ -477,7 +480,6 @@ def test_a_local_judge_answers_each_prompt_as_if_alone(tiny_model, tmp_path):
 def test_a_local_judge_that_thinks_gets_room(tiny_model, tmp_path):
     """Its template may open the thinking; a question longer than its context is left out alone."""
     template = "{% for m in messages %}{{ '<bos>' + m['content'] + '\n<think>END\n' }}{% endfor %}"
-    read = lambda answer, _: read_label(answer)  # noqa: E731
     prompts = ["rose tulip", "ship " * 300, "sail"]
     for end, reasons in {"</think>": 0, "": 2}.items():
         folder = tmp_path / f"{reasons}"
@@ -488,11 +490,11 @@ def test_a_local_judge_that_thinks_gets_room(tiny_model, tmp_path):
         thoughts = [answer for answer in given.values() if str(answer).startswith("<think>")]
         assert len(thoughts) == reasons and all(len(thought) > 100 for thought in thoughts)
         if not reasons:
-            labels = answers.ask("labels", prompts, 4, read)
+            labels = answers.ask("labels", prompts, 4, as_label)
             assert labels[0] and labels[1] is None and labels[2]
         else:
             with pytest.raises(InputError, match=r"thinking without an end \(2\)"):
-                answers.ask("labels", prompts, 4, read)
+                answers.ask("labels", prompts, 4, as_label)
         assert answers.reasons["labels"]["the question is longer than the judge's context"] == 1
 
 
