@@ -204,6 +204,9 @@ def run_here() -> Callable[..., SimpleNamespace]:
     return run
 
 
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 class Flags:
     """The flags of the four scripts for one tiny run, writing below ``folder``."""
 
@@ -221,7 +224,8 @@ class Flags:
             "--autoencoder-dir", autoencoder,
         ]  # fmt: skip
         self.analyze_features = [
-            "--n-loss-tokens", 512, "--n-reported", 5, "--batch-size", 1_024, "--no-map-features",
+            "--n-loss-tokens", 512, "--n-reported", 5, "--batch-size", 1_024,
+            "--n-neuron-tokens", 8_192, "--no-map-features",
             "--activations-dir", activations, "--autoencoder-dir", autoencoder,
             "--analysis-dir", folder / "analysis",
         ]  # fmt: skip

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import QUICK_TO_COMPILE, ROOT, environment
 from on_backend import STEP_KINDS, TRAINED, main, product_inputs, step_inputs
 
 BACKENDS = ("torch", "jax", "tensorflow")
@@ -23,18 +24,21 @@ def computed(tmp_path_factory) -> Path:
     directions = draw.normal(size=(40, 16))
     sparse = draw.random((N_STEPS, 256, 40)) * (draw.random((N_STEPS, 256, 40)) < 0.1)
     np.save(folder / "batches.npy", (sparse @ directions + 0.5).astype(np.float32))
-    main("torch", folder, "compute")
-    in_its_own_process("jax", folder, "compute")
-    in_its_own_process("tensorflow", folder, "compute", "load")
-    in_its_own_process("jax", folder, "load")
-    main("torch", folder, "load")
+    with ThreadPoolExecutor(1) as pool:
+        jax = pool.submit(in_its_own_process, "jax", folder, "compute")
+        main("torch", folder, "compute")
+        jax.result()
+        in_its_own_process("tensorflow", folder, "compute", "load")
+        jax = pool.submit(in_its_own_process, "jax", folder, "load")
+        main("torch", folder, "load")
+        jax.result()
     return folder
 
 
 def in_its_own_process(*words: object) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.on_backend", *map(str, words)], cwd=ROOT,
-        env=environment(), capture_output=True, text=True,
+        env=environment(XLA_FLAGS=QUICK_TO_COMPILE), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

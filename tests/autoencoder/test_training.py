@@ -20,8 +20,6 @@ from utils.settings import InputError, read_settings
 
 BATCH, D_MODEL = 32, 4
 ROUNDS = Rounds(10, 2)
-# Half of the training of `train("topk", ...)`, made by the version of commit d597169, which logged
-# the loss as a whole.
 
 
 def batches() -> np.ndarray:

@@ -395,8 +395,7 @@ def test_the_map_leaves_out_dead_features():
 
 def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
     """All latents dead: nothing to show, but no fault either."""
-    for name in ("activations", "autoencoder"):
-        shutil.copytree(tiny_run.folder / name, tmp_path / name)
+    shutil.copytree(tiny_run.folder / "autoencoder", tmp_path / "autoencoder")
     path = tmp_path / "autoencoder" / "autoencoder.keras"
     silent = load_autoencoder(path)
     silent.b_enc.assign(keras.ops.full((128,), -1e6))

@@ -21,8 +21,8 @@ from utils import plots
 
 def study(analysis: Analysis) -> Findings:
     lengths = analysis.features["label"].map(len)
-    return Findings({"mean": float(lengths.mean())}, "Labels are short.", {"lengths": lengths.to_frame()},
-                    {"label_length": lengths.to_numpy(float)})
+    tables, columns = {"lengths": lengths.to_frame()}, {"label_length": lengths.to_numpy(float)}
+    return Findings({"mean": float(lengths.mean())}, "Labels are short.", tables, columns)
 
 
 def draw(catalogue: Catalogue) -> dict:
@@ -30,7 +30,7 @@ def draw(catalogue: Catalogue) -> dict:
     with plots.picture(path, "Lengths", (6, 4)) as (_, axes):
         axes.hist(catalogue.table("lengths")["label"])
     return {"How long are labels?": path}
-'''  # noqa: E501
+'''
 
 
 @pytest.mark.parametrize("name", [*studies.ALWAYS, *studies.NAMES])

@@ -231,10 +231,9 @@ def test_strength_that_overflows_is_refused(autoencoder, tokens, features):
 def test_hook_comes_off(model, language_model, tokens, features):
     untouched = logits(language_model, tokens)
     clamps = [Clamp(features[0], 5.0, 3.0)]
-    with pytest.raises(RuntimeError, match="midway"):  # noqa: SIM117
-        with steered(model, clamps):
-            assert not torch.equal(logits(language_model, tokens), untouched)
-            raise RuntimeError("midway")
+    with pytest.raises(RuntimeError, match="midway"), steered(model, clamps):
+        assert not torch.equal(logits(language_model, tokens), untouched)
+        raise RuntimeError("midway")
     assert torch.equal(logits(language_model, tokens), untouched)
     assert not language_model.blocks[LAYER]._forward_hooks
 
