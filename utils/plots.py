@@ -1,4 +1,4 @@
-"""Every picture: arrays or tables in, a PNG at ``path`` out.
+"""What every picture shares: fonts, colours, axes, and how it is written.
 
 Drawn without pyplot: no display is needed, and no state stays behind.
 """

@@ -10,7 +10,8 @@ import torch
 from keras import ops
 
 from utils.artifacts import append_record
-from utils.features.catalogue import Catalogue
+from utils.characters import words_in
+from utils.features.catalogue import Catalogue, share_of
 from utils.influence import evidence, generations, texts
 from utils.influence.texts import SCORES, Texts, Writer
 from utils.settings import InputError
@@ -26,8 +27,8 @@ def test_repetition_known_answers():
 
 
 def test_share_of_words_known_answer():
-    assert texts.share_of_words("The ship, a SHIP of shipping.", {"ship"}) == pytest.approx(2 / 6)
-    assert texts.share_of_words("", {"ship"}) == 0
+    assert share_of({"ship"}, words_in("The ship, a SHIP of shipping.")) == pytest.approx(2 / 6)
+    assert share_of({"ship"}, words_in("")) == 0
 
 
 def made_table() -> pd.DataFrame:

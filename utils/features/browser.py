@@ -74,7 +74,6 @@ def write_browser(
     features = catalogue.features
     index = {
         "about": {name: summary[name] for name in ("model_name", "layer", "kind", "dataset")},
-        "n_tokens": summary["n_tokens"],
         "per_file": PER_FILE,
         "facts": facts(summary),
         "pictures": [_picture(caption, path) for caption, path in pictures.items()],

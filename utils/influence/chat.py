@@ -93,10 +93,11 @@ class Chat:
         alive = self.catalogue.features[~self.catalogue.features["dead"]]
         rule = "/clamp takes a living feature and a finite strength, as in /clamp 12 1.5"
         try:
-            feature, strength = int(words[0]), float(words[1])
-        except (ValueError, IndexError):
+            number, times = words
+            feature, strength = int(number), float(times)
+        except ValueError:
             raise InputError(rule + ".") from None
-        require(len(words) == 2 and feature in alive.index, f"{rule}; {feature} is none.")
+        require(feature in alive.index, f"{rule}; {feature} is none.")
         require(math.isfinite(strength), f"{rule}; {strength} is not.")
         maximum = float(alive.loc[feature, "max_activation"])
         self.clamps[feature] = Clamp(feature, strength, maximum)

@@ -15,11 +15,10 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from tqdm import tqdm
 
 from utils import plots
-from utils.features.sampling import mean_and_interval
+from utils.features.sampling import mean_and_interval, p_positive
 from utils.influence.generations import GenerationSettings
 from utils.influence.texts import METHODS, SCORES, STRENGTHS, Texts, Writer
 from utils.settings import Json, require
@@ -225,9 +224,8 @@ def summarise(
     for method, scores in methods.items():
         summary["concept"][method] = mean_and_interval(scores["concept"].to_numpy(), seed)
         if method != "feature":
-            differences = (clamped["concept"] - scores["concept"].loc[clamped.index]).to_numpy()
-            test = stats.wilcoxon(differences, alternative="greater") if differences.any() else None
-            summary["p_feature_greater"][method] = float(test.pvalue) if test else 1.0
+            differences = clamped["concept"] - scores["concept"].loc[clamped.index]
+            summary["p_feature_greater"][method] = p_positive(differences.to_numpy())
     return summary
 
 

@@ -30,7 +30,7 @@ import torch
 
 from utils.artifacts import append_record
 from utils.characters import words_in
-from utils.features.catalogue import Catalogue, words_of
+from utils.features.catalogue import Catalogue, share_of, words_of
 from utils.influence.generations import WritingSettings, key, read_records
 from utils.settings import Json
 from utils.steering import generation
@@ -48,12 +48,6 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
     """Share of the n-token sequences that occurred earlier; 0 for a text shorter than n."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def share_of_words(text: str, wanted: set[str]) -> float:
-    """Share of the words of a text that are in ``wanted``, in lower case."""
-    words = words_in(text)
-    return sum(word in wanted for word in words) / max(1, len(words))
 
 
 @torch.inference_mode()
@@ -126,7 +120,7 @@ class Writer:
         for text, perplexity, activation in zip(texts, perplexities, activations, strict=True):
             record = {"text": generation.decode(language_model, text)}
             record["concept"] = activation / self.maximum(feature)
-            record["words"] = share_of_words(record["text"], wanted)
+            record["words"] = share_of(wanted, words_in(record["text"]))
             record["perplexity"] = perplexity
             record["repetition"] = repetition(text.tolist())
             records.append(record)

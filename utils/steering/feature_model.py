@@ -21,7 +21,6 @@ import keras
 import numpy as np
 import torch
 from keras import ops
-from torch import nn
 
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.saved import load_autoencoder
@@ -115,10 +114,6 @@ class FeatureModel(FeatureEncoder):
         autoencoder = load_autoencoder(autoencoder_path)
         return cls(language_model, layer, autoencoder, summary["outlier_norm"])
 
-    @property
-    def block(self) -> nn.Module:
-        return self.language_model.blocks[self.layer]
-
     def residual(self, tokens: torch.Tensor) -> torch.Tensor:
         """The raw residual stream at the layer, (batch, context, d_model); see `residual_at`."""
         return residual_at(self.language_model, tokens, self.layer)
@@ -127,7 +122,8 @@ class FeatureModel(FeatureEncoder):
         self, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """While open, pass the residual stream through ``replace``; see `replaced_output`."""
-        return replaced_output(self.block, replace, with_positions)
+        block = self.language_model.blocks[self.layer]
+        return replaced_output(block, replace, with_positions)
 
     def trained_positions(self, tokens: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Whether autoencoders are trained on a position: it is neither BOS nor a norm outlier.

@@ -57,9 +57,8 @@ def measure_specificity(
         ``listed``, the concept's list.
     """
     places = zip(map(list, examples["token_texts"]), examples["peak"].astype(int), strict=True)
-    words = [(word_at(*place), _words_near(*place)) for place in places]
-    words = pd.DataFrame(words, columns=["word", "nearby"], index=examples.index)
-    examples = examples.assign(**words, subset=examples["subset"].astype(str))
+    words = [word_at(*place) for place in places]
+    examples = examples.assign(word=words, subset=examples["subset"].astype(str))
     concepts = {
         feature: find_concept(group, subset_shares)
         for feature, group in examples[used_for_label(examples)].groupby("feature")
@@ -68,11 +67,12 @@ def measure_specificity(
     scored = unused_examples(examples)
     rows = [
         (
-            score(row.word, row.nearby, row.subset, concepts[row.feature]),
-            score(row.word, row.nearby, row.subset, concepts[other[row.feature]]),
+            score(row.word, nearby, row.subset, concepts[row.feature]),
+            score(row.word, nearby, row.subset, concepts[other[row.feature]]),
             concepts[row.feature].listed,
         )
         for row in scored.itertuples()
+        for nearby in [_words_near(list(row.token_texts), int(row.peak))]
     ]
     scores = pd.DataFrame(rows, columns=["score", "chance", "listed"])
     return _with_levels(scored, examples).join(scores)
