@@ -170,7 +170,7 @@ def evidence(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -
 def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> None:
     """Find the features that lead to the next token."""
     from utils.activations.store import ActivationStore, spread
-    from utils.autoencoder.saved import open_autoencoder
+    from utils.autoencoder.saved import read_trained
     from utils.influence import attribution
     from utils.steering.feature_model import FeatureModel
     from utils.steering.generation import prompt_tokens
@@ -180,7 +180,7 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
     store = trained = None
     if settings.n_prompts:
         store = ActivationStore(settings.activations_dir)
-        _, trained = open_autoencoder(settings.autoencoder_dir, store)
+        trained = read_trained(settings.autoencoder_dir, store)
     model = FeatureModel.load(catalogue.summary, autoencoder_path, "float32")
     language_model = model.language_model
 

@@ -86,7 +86,6 @@ NOT_RECORDED = (
     "sweep_learning_rates",
 )
 N_VALIDATION_TOKENS = 8_192
-LONGEST_IDLE = 2**30
 OUTPUTS = (
     "*.keras",
     "*.tfevents.*",
@@ -137,12 +136,12 @@ def main() -> None:
         data = training.TrainingData(batches.from_step, rows, settings.batch_size)
         print(plan(settings, store, rounds, backend))
 
-        # 3. Build the autoencoder, starting from the data's scale and mean.
+        # 3. Build the autoencoder on the data's scale and mean, or take the backup's.
         # Two backups must fit, for the last one goes when the next is whole.
         require_disk_space(folder, 2 * training.BACKUP_BYTES * store.d_model * settings.n_latents)
-        autoencoder = training.build(settings, store, rounds.total_steps)
+        autoencoder = training.begin(settings, store, rounds.total_steps, folder)
 
-        # 4. Train, going on from a backup if there is one.
+        # 4. Train.
         autoencoder = training.train(
             autoencoder, data, rounds, folder, settings.backup_every, settings.tensorboard
         )
@@ -160,10 +159,10 @@ def main() -> None:
 
 
 def as_begun(settings: Settings, folder: Path) -> Settings:
-    """The settings, holding out what a run of an earlier version did: the whole of HELD_OUT."""
-    if "n_held_out_tokens" in read_json(folder / artifacts.SETTINGS_FILE):
-        return settings
-    return dataclasses.replace(settings, n_held_out_tokens=None)
+    """The settings, with what an earlier version did where the folder was begun by one."""
+    recorded, added = read_json(folder / artifacts.SETTINGS_FILE), artifacts.ADDED[settings.script]
+    earlier = {name: value for name, value in added.items() if name not in recorded}
+    return dataclasses.replace(settings, **earlier)
 
 
 def check(settings: Settings) -> None:
@@ -176,11 +175,6 @@ def check(settings: Settings) -> None:
     for name in ("sparsity_coefficient", "preactivation_coefficient", "auxk_coefficient", "seed"):
         value = getattr(settings, name)
         require(value is None or value >= 0, f"{name.upper()} must not be negative; it is {value}.")
-    require(
-        settings.dead_after <= LONGEST_IDLE,
-        f"DEAD_AFTER must be at most {LONGEST_IDLE:,} tokens, which are counted no further; it is "
-        f"{settings.dead_after:,}.",
-    )
     for name in ("sparsity_warmup", "learning_rate_warmup", "learning_rate_decay"):
         share = getattr(settings, name)
         require(

@@ -80,7 +80,7 @@ def train(kind: str, batches: np.ndarray, output: Path):
     store = SimpleNamespace(d_model=rows.shape[1], scale=scale, mean=rows.mean(axis=0))
     held_out = rows[:50]  # two batches of 25, which four devices cannot share
     return training.train(
-        training.build(settings, store, len(batches)),
+        training.begin(settings, store, len(batches), output),
         training.TrainingData(lambda step: iter(batches[step:]), held_out, batches.shape[1]),
         Rounds(len(batches), 1),
         output,

@@ -219,7 +219,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device.type == "cpu":
         # Without these instructions bfloat16 is emulated, several times slower than float32.
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -40,7 +40,7 @@ def train(name: str, folder: Path, *flags: object, tensorboard: bool = False) ->
     rows = batches()
     store = stand_in_for_store(rows.reshape(-1, D_MODEL))
     return training.train(
-        training.build(settings, store, len(rows)),
+        training.begin(settings, store, len(rows), folder),
         training.TrainingData(lambda step: iter(rows[step:]), rows[0], BATCH),
         ROUNDS,
         folder,

@@ -134,7 +134,8 @@ class ShardWriter:
                 "If they overflow, use --storage-dtype float32, with --overwrite if there are "
                 "shards already; else the model computes NaN."
             )
-        typical = np.sqrt(np.einsum("rd,rd->", rows, rows, dtype=np.float64) / max(1, rows.size))
+        squares = float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
+        typical = np.sqrt(squares / max(1, rows.size))
         if len(rows) and stored.dtype == np.float16 and typical < SMALLEST:
             self.discard()
             raise InputError(
@@ -143,7 +144,7 @@ class ShardWriter:
                 "--overwrite if there are shards already."
             )
         self.sum += rows.sum(axis=0, dtype=np.float64)
-        self.sum_squared_norm += float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
+        self.sum_squared_norm += squares
         self.excluded.update(excluded)
         self._filled, self._n_summed = stop, self._n_summed + len(rows)
 

@@ -19,6 +19,8 @@ from utils.autoencoder.sparse import pre_activations, take_rows, values_at
 from utils.backend import Tensor
 from utils.settings import require
 
+LONGEST_IDLE = 2**30  # tokens without firing that are counted; int32 ends at 2**31
+
 
 class SparseAutoencoder(keras.Model):
     """Weights, scaling, decoding, the count of dead latents, training.
@@ -203,7 +205,7 @@ class SparseAutoencoder(keras.Model):
         values = {**terms, "loss": loss, "fvu": error / variance}
         if training:
             self.step.assign_add(1)
-            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], 2**30)  # int32 ends at 2**31
+            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], LONGEST_IDLE)
             self.idle_tokens.assign(ops.where(y_pred["active"], 0, idle))
             values["l0"] = y_pred["l0"]
             values["dead_fraction"] = ops.mean(ops.cast(self.dead(), "float32"))

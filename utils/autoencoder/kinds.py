@@ -97,7 +97,7 @@ class L1Autoencoder(DenseAutoencoder):
         return ops.relu(pre_activations)
 
     def loss_terms(self, x, passed):
-        penalty = ops.mean(ops.matmul(passed["latents"], ops.norm(self.W_dec, axis=1)))
+        penalty = ops.mean(ops.matmul(passed["latents"], self.decoder_norms()))
         return {**super().loss_terms(x, passed), "sparsity": self.coefficient() * penalty}
 
 
@@ -193,7 +193,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
 
     def loss_terms(self, x, passed):
-        norms = ops.norm(self.W_dec, axis=1)
+        norms = self.decoder_norms()
         cost = ops.sum(ops.tanh(self.tanh_scale * passed["latents"] * norms), axis=-1)
         below = ops.matmul(ops.relu(self.threshold() - passed["pre_activations"]), norms)
         return {
@@ -254,7 +254,7 @@ class TopKAutoencoder(SparseAutoencoder):
         """The k latents of each row of raw activations, and their values, not negative."""
         values, indices = self.top_latents(self.normalise(activations), self.k)
         chosen = ChosenLatents(indices, self.n_latents)
-        return chosen, ops.relu(ops.reshape(values, ops.shape(chosen.latent)))
+        return chosen, ops.relu(chosen.of(values))
 
     def encode(self, activations, features=None):
         if features is None:

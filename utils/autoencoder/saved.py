@@ -25,9 +25,13 @@ def save_autoencoder(autoencoder: SparseAutoencoder, path: Path) -> None:
         copy.save(partial)
 
 
+def _remedy(folder: Path) -> str:
+    return f"Delete {folder} and train it again."
+
+
 def load_autoencoder(path: Path) -> SparseAutoencoder:
     """Load a saved autoencoder, ready to encode and decode, on whatever backend is in use."""
-    with artifacts.reading(path, f"Delete {path.parent} and train it again."):
+    with artifacts.reading(path, _remedy(path.parent)):
         return keras.saving.load_model(path, compile=False)
 
 
@@ -64,7 +68,13 @@ def metrics_of(
 def open_autoencoder(
     folder: str | Path, store: ActivationStore
 ) -> tuple[SparseAutoencoder, dict[str, Json]]:
-    """The autoencoder of a finished training, and its metrics with its settings and fingerprint.
+    """The autoencoder of a finished training, and what `read_trained` says of it."""
+    trained = read_trained(folder, store)
+    return load_autoencoder(Path(folder) / artifacts.AUTOENCODER_FILE), trained
+
+
+def read_trained(folder: str | Path, store: ActivationStore) -> dict[str, Json]:
+    """The metrics of a finished training, with its settings and the autoencoder's fingerprint.
 
     Raises:
         InputError: There is none, it is unfinished, or it was trained on other activations.
@@ -86,9 +96,8 @@ def open_autoencoder(
         f"The autoencoder in {folder} was trained on other activations than those now in "
         f"{store.folder}. Train it again with --overwrite, or name the folder it was trained on.",
     )
-    path = folder / artifacts.AUTOENCODER_FILE
-    autoencoder = load_autoencoder(path)
-    trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
+    with artifacts.reading(folder / artifacts.AUTOENCODER_FILE, _remedy(folder)) as path:
+        trained = {**settings, **metrics, "fingerprint": artifacts.fingerprint(path)}
     # The setting, where the metric of that name is the number held out; earlier versions had none.
     trained["most_held_out_tokens"] = settings.get("n_held_out_tokens")
-    return autoencoder, trained
+    return trained

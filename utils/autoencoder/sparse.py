@@ -118,7 +118,7 @@ if keras.backend.backend() == "torch":
 
         def take(self, biases):
             """The bias of each choice."""
-            return _Take.apply(ops.convert_to_tensor(biases), self)
+            return ops.convert_to_tensor(biases).index_select(0, self.latent)
 
         def of(self, values):
             """Of values (batch, m), those that are chosen."""
@@ -184,16 +184,6 @@ if keras.backend.backend() == "torch":
             row, queries, starts, mode="sum",
             per_sample_weights=values[order], include_last_offset=True,
         )  # fmt: skip
-
-    class _Take(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, biases, chosen):
-            ctx.chosen, ctx.n = chosen, len(biases)
-            return biases[chosen.latent]
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad.new_zeros(ctx.n).index_add_(0, ctx.chosen.latent, grad), None
 
     class _Dot(torch.autograd.Function):
         @staticmethod

@@ -95,7 +95,7 @@ def check(settings: SweepSettings, defaults: types.ModuleType) -> None:
     require(
         not (takes_k and settings.sweep_latents) or settings.k <= settings.sweep_latents[0],
         f"SWEEP_LATENTS must be at least K, {settings.k}; the smallest is "
-        f"{settings.sweep_latents[:1]}. Leave it out, or lower K.",
+        f"{min(settings.sweep_latents, default=0)}. Leave it out, or lower K.",
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import BACKUP_FILE, LOG_FILE, reading
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.autoencoder import LONGEST_IDLE, SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
     Progress,
@@ -123,6 +123,11 @@ def check_options(settings: TrainingSettings, defaults: types.ModuleType) -> Non
         "k" not in options or settings.k <= settings.n_latents,
         f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
     )
+    require(
+        settings.dead_after <= LONGEST_IDLE,
+        f"DEAD_AFTER must be at most {LONGEST_IDLE:,} tokens, which are counted no further; it is "
+        f"{settings.dead_after:,}.",
+    )
 
 
 def require_constants(settings: TrainingSettings) -> None:
@@ -192,6 +197,13 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
     return variance**-0.5, store.mean
 
 
+def begin(
+    settings: TrainingSettings, store: ActivationStore, total_steps: int, folder: Path
+) -> SparseAutoencoder:
+    """The autoencoder to train: the folder's backup, or a new one, which `build` makes."""
+    return restore_backup(folder) or build(settings, store, total_steps)
+
+
 def optimizer(settings: TrainingSettings, cls: type[SparseAutoencoder], total_steps: int) -> Adam:
     """Adam(0.9, 0.999) with the schedule and clipping that settings ask for."""
     peak = settings.learning_rate or cls.default_learning_rate(settings.n_latents, total_steps)
@@ -215,10 +227,10 @@ def train(
     backup_every: int,
     tensorboard: bool = False,
 ) -> SparseAutoencoder:
-    """Fit a compiled autoencoder, going on from the folder's backup if there is one.
+    """Fit a compiled autoencoder, going on from the step it is at.
 
     Args:
-        autoencoder: Compiled and initialised; replaced by the backup's where there is one.
+        autoencoder: Compiled and initialised, or a backup's.
         data: What to train and to measure on.
         rounds: How long to train.
         folder: Where ``backup.keras`` and ``training_log.csv`` go.
@@ -228,7 +240,6 @@ def train(
     Raises:
         InputError: Too little is held out; or the loss is no longer a number.
     """
-    autoencoder = restore_backup(folder) or autoencoder
     first_round = int(autoencoder.step) // rounds.steps
     held_out, size = data.validation()
     callbacks = [
