@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
 	    --study attribute --prompt "The capital of France is the city of"
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
-	    --prompt "My favourite food is" --feature king --strength 1 1.5
+	    --prompt "My favourite food is" --feature war --strength 1 1.5
 	@printf "\n%s\n" "Look at the features in $(DEMO)/analysis/browser/index.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py $(FEATURES)" \
 	    "--prompt 'Once upon a time' --feature eat --strength 1.5"

@@ -12,6 +12,7 @@ pass for each.
 Reference: "Scaling Monosemanticity", Features as Computational Intermediates.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -249,9 +250,9 @@ def plot_attribution(
                 colour = plots.ORANGE if value > 0 else plots.BLUE
                 axes.barh(row, value, 0.7, ends[value > 0], color=colour, edgecolor="white")
                 ends[value > 0] += value
-            names = [
-                f"{feature} “{str(labels[feature])[:18]}”" for feature in largest.feature.head(2)
-            ]
+            named = largest.feature.head(2)
+            short = [textwrap.shorten(labels[name], 20, placeholder=" …") for name in named]
+            names = [f"{name} “{label}”" for name, label in zip(named, short, strict=True)]
             style = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
             axes.text(1.02, row, "; ".join(names).replace("$", r"\$"), color=plots.GREY, **style)
         axes.axvline(0, color=plots.GREY, linewidth=0.8)
