@@ -1,4 +1,5 @@
-# make demo     the whole pipeline on the embedded model and text, on a CPU; about twelve minutes
+# make demo     the whole pipeline on the embedded model and text, on a CPU, in a quarter of an hour:
+#               demo-full, or demo-small where the model is too slow for that (it is timed first)
 # make studies  on the demo's activations, what else the README shows: all studies over three sizes
 #               of dictionary, attribution over 50 prompts, evidence of steering; about half an hour
 # make test     the tests
@@ -11,21 +12,38 @@ DEMO := data/demo
 STUDIES := data/studies
 SIZES := 1024 16384
 # How all sizes are trained, and where the demo's features are.
-TRAINING := --kind topk --k 32 --n-passes 2 --batch-size 2048 --dead-after 500000 \
+TRAINING = --kind topk --k 32 --n-passes $(N_PASSES) --batch-size 2048 --dead-after 500000 \
     --log-every 50 --backup-every 2 --activations-dir $(DEMO)/activations
-FEATURES := --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis
+FEATURES = --autoencoder-dir $(DEMO)/autoencoder --analysis-dir $(DEMO)/analysis
 
-.PHONY: demo studies test lint bench clean
+.PHONY: demo demo-full demo-small studies test lint bench clean
 .DELETE_ON_ERROR:
 
+demo: data/preset
+	@$(MAKE) --no-print-directory demo-$$(cat $<)
+
+# Kept, so that a demo that was stopped goes on with the same preset.
+data/preset: .venv/installed
+	$(BIN)/python -m utils.activations.preset > $@
+
+N_PASSES := 2
+demo-full: N_TOKENS := 600000
+demo-full: N_LATENTS := 4608
+demo-full: STUDYING := --n-loss-tokens 8192
+demo-small: DEMO := data/demo-small
+demo-small: N_TOKENS := 120000
+demo-small: N_LATENTS := 2304
+demo-small: N_PASSES := 5
+demo-small: STUDYING := --n-loss-tokens 2048 --n-neuron-tokens 8192 --n-explained 60
+
 # The embedded settings: a small LLaMA and a small Pile from the package index, no token, no GPU.
-demo: .venv/installed
+demo-full demo-small: .venv/installed
 	$(BIN)/python save_activations.py --model-name embedded --dataset embedded --layer 15 \
-	    --n-tokens 600000 --context-length 128 --activations-dir $(DEMO)/activations
-	$(BIN)/python train_autoencoder.py $(TRAINING) --n-latents 4608 \
+	    --n-tokens $(N_TOKENS) --context-length 128 --activations-dir $(DEMO)/activations
+	$(BIN)/python train_autoencoder.py $(TRAINING) --n-latents $(N_LATENTS) \
 	    --autoencoder-dir $(DEMO)/autoencoder
 	$(BIN)/python analyze_features.py $(FEATURES) --activations-dir $(DEMO)/activations \
-	    --n-loss-tokens 8192 --studies specificity completeness neurons explanations outputs
+	    $(STUDYING) --studies specificity completeness neurons explanations outputs
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
 	    --study attribute --prompt "The capital of France is the city of"
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
@@ -34,7 +52,7 @@ demo: .venv/installed
 	@echo "  $(BIN)/python influence_llm.py $(FEATURES)" \
 	    "--prompt 'Once upon a time' --feature eat --strength 1.5"
 
-studies: demo
+studies: demo-full
 	for n in $(SIZES); do $(BIN)/python train_autoencoder.py $(TRAINING) --n-latents $$n \
 	    --autoencoder-dir $(STUDIES)/autoencoder-$$n || exit; done
 	$(BIN)/python analyze_features.py --activations-dir $(DEMO)/activations --n-loss-tokens 8192 \

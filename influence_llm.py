@@ -101,6 +101,7 @@ def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> N
     from utils.influence import generations
     from utils.influence.evidence import describe_strength, find_strength
     from utils.influence.export import require_exportable, save_vectors
+    from utils.influence.portrait import draw_portrait
     from utils.influence.texts import Writer
 
     # 1. Choose the features to change, by number, word or proposal.
@@ -130,8 +131,16 @@ def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> N
 
     # 4. Generate the texts that are not recorded yet, and print all side by side.
     print(f"Prompt: {settings.prompt}")
+    records = []
     for record in generations.generate_records(requests, recorded, model, log):
         print("\n" + generations.show_record(record, width))
+        records.append(record)
+
+    # 5. Draw a feature beside what it makes the model write.
+    picture = log.with_name(f"feature-{features[0]}.png")
+    if len(features) == 1 and (missing or not picture.exists()):
+        draw_portrait(catalogue, records, picture)
+        print(f"\nDrawn: {picture}")
     if not model:
         print(f"\nAll of this was recorded in {log}; the model was not loaded.")
 

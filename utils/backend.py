@@ -48,6 +48,18 @@ def use_backend(name: str, huge_pages: bool = False) -> str:
     return chosen
 
 
+def cpu_computes_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 by this CPU's own instructions.
+
+    Without them it is emulated, several times slower than float32. ``ATEN_CPU_CAPABILITY=avx2``
+    makes any machine one without.
+    """
+    import torch
+
+    supported = torch.cpu._is_avx512_bf16_supported()
+    return supported and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def peak_memory() -> dict[str, float]:
     """The most memory that this process has used, on the host and on the accelerator, in GB."""
     status = Path("/proc/self/status")

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from utils import characters, embedded
+from utils.backend import cpu_computes_bfloat16
 from utils.settings import InputError, hub_token, require
 
 N_NAMED = 10  # wrong weights that an error lists
@@ -221,8 +222,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device.type == "cpu":
-        # Without these instructions bfloat16 is emulated, several times slower than float32.
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+        return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
     return torch.bfloat16
 
 

@@ -7,7 +7,7 @@ drift falls on both; the medians are printed as one JSON object.
     writer_share            the shard writer, fed with ready arrays (statistics apart), as a share
                             of one thread that writes the same bytes and computes their checksum
     loader_share            the loader, as a share of one thread that reads the bytes by `readinto`
-    analysis_us_per_token   what the analysis keeps of a token, 65,536 latents of which 64 are active
+    analysis_us_per_token   what the analysis keeps of a token of 65,536 latents, 64 active
 
     python -m tests.benchmarks.data_path
 """

@@ -23,6 +23,7 @@ from utils.autoencoder.devices import (
     local_places,
     per_device,
 )
+from utils.backend import cpu_computes_bfloat16
 
 CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
 CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
@@ -43,8 +44,8 @@ if keras.backend.backend() == "torch":
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
         if torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # without these instructions bfloat16 is emulated, several times slower
-            fast = torch.cpu._is_avx512_bf16_supported()
+        else:
+            fast = cpu_computes_bfloat16()
         return "bfloat16" if fast else "float32"
 
     @torch.no_grad()

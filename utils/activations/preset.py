@@ -1,0 +1,48 @@
+"""Which preset of ``make demo`` suits this machine: the full one, unless its model is slow here.
+
+Nine tenths of a slow machine's demo are the language model's, so its rate decides: on two cores
+without bfloat16 the full preset takes an hour, the small one a quarter of it.
+
+    python -m utils.activations.preset
+"""
+
+import sys
+import time
+
+import torch
+
+from utils.language_model import LanguageModel, load_language_model, residual_at
+
+LAYER = 15  # as in the demo
+CONTEXTS, CONTEXT_LENGTH = 16, 128  # a batch of the demo
+LEAST_RATE = 1_500  # tokens/s with which the full preset takes a quarter of an hour
+
+
+def main() -> None:
+    rate = tokens_per_second(load_language_model("embedded", LAYER))
+    preset, other = ("full", "small") if rate >= LEAST_RATE else ("small", "full")
+    print(
+        f"The model runs {rate:,.0f} tokens/s here; from {LEAST_RATE:,} on the full demo takes at "
+        f"most a quarter of an hour, so this is the {preset} one. The other: make demo-{other}",
+        file=sys.stderr,
+    )
+    print(preset)
+
+
+def tokens_per_second(language_model: LanguageModel, n_batches: int = 4) -> float:
+    """The rate of the forward pass up to the demo's layer, by its fastest batch.
+
+    The fastest, for whatever else runs for a moment only makes a batch slower.
+    """
+    tokens = torch.full((CONTEXTS, CONTEXT_LENGTH), language_model.bos)
+    residual_at(language_model, tokens, LAYER)  # the first is slower: memory is taken, code loaded
+    seconds = []
+    for _ in range(n_batches):
+        start = time.perf_counter()
+        residual_at(language_model, tokens, LAYER)
+        seconds.append(time.perf_counter() - start)
+    return tokens.numel() / min(seconds)
+
+
+if __name__ == "__main__":
+    main()
