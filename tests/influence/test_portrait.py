@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from pictures import drawn
 
-from utils.characters import is_word
 from utils.features.catalogue import Catalogue
 from utils.influence.portrait import draw_portrait
 
