@@ -140,8 +140,14 @@ def environment(**changes: str) -> dict[str, str]:
     return own | changes
 
 
-def start(name: str, *flags: object, kill_after: float | None = None) -> tuple[float | None, str]:
-    """Run a user's command; with ``kill_after``, kill it so long after it first prints something.
+def start(
+    name: str, *flags: object, kill_after: float | None = None, kill_at: Path | None = None
+) -> tuple[float | None, str]:
+    """Run a user's command; it may be killed.
+
+    Args:
+        kill_after: Kill it so many seconds after it first prints something.
+        kill_at: Kill it as soon as this file is there and it has printed something.
 
     Returns:
         Seconds from there to its end, None if it was killed before; and all that it printed.
@@ -155,10 +161,13 @@ def start(name: str, *flags: object, kill_after: float | None = None) -> tuple[f
         begun = time.perf_counter()
         if kill_after is not None:
             time.sleep(kill_after)
+        while kill_at is not None and not kill_at.exists() and process.poll() is None:
+            time.sleep(0.01)
+        if (kill_after, kill_at) != (None, None):
             process.kill()
         printed += process.stdout.read()
     seconds = time.perf_counter() - begun
-    was_killed = kill_after is not None and process.returncode == -signal.SIGKILL
+    was_killed = (kill_after, kill_at) != (None, None) and process.returncode == -signal.SIGKILL
     assert was_killed or process.returncode == 0, printed.decode()
     return None if was_killed else seconds, printed.decode()
 
