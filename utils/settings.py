@@ -8,9 +8,12 @@ comments from its source.
 
 import ast
 import dataclasses
+import errno
 import io
 import math
 import os
+import re
+import shutil
 import sys
 import tokenize
 import types
@@ -21,8 +24,21 @@ from typing import Annotated, Any, ClassVar
 import tyro
 from dotenv import load_dotenv
 
+from utils.terminal import in_bytes
+
 Json = Any  # a value of JSON
 HEADING, END = "# --- ", "# --- not settings"
+# Why a file cannot be written: errors of the system, with their remedies.
+REFUSALS = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room within your quota",
+    errno.EFBIG: "Allow larger files (see ulimit -f), or choose another disk",
+    errno.EROFS: "Choose another folder, or make this one writable",
+    errno.EACCES: "Choose another folder, or make this one writable",
+    errno.EPERM: "Choose another folder, or make this one writable",
+}
+# What safetensors and NumPy say of a full disk, in errors without a number.
+FULL_DISK = r"No space left on device \(os error|\d+ requested and \d+ written"
 
 
 class InputError(ValueError):
@@ -150,11 +166,42 @@ def hub_token() -> str | None:
     return os.environ.get("HF_TOKEN") or None
 
 
+def disk_error(error: Exception) -> OSError | None:
+    """The refusal to write a file that an error tells of, whatever library it is from, or None.
+
+    ``errno`` is one of `REFUSALS`; ``filename`` is None where the error does not name the file.
+    """
+    if re.search(FULL_DISK, str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), getattr(error, "filename", None))
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    # Without a file's name these are of sockets and processes.
+    return error if error.filename or not isinstance(error, PermissionError) else None
+
+
+def refusal_in_words(error: OSError) -> str:
+    """A `disk_error`: the file, what is wrong, how much is free, and the remedy."""
+    names = [name for name in (error.filename2, error.filename) if isinstance(name, str | Path)]
+    path = Path(names[0]).absolute() if names else Path.cwd() / "a file"
+    free = in_bytes(shutil.disk_usage(path.parent).free)
+    return (
+        f"Cannot write {path.name.removeprefix('.partial-')} in {path.parent}: {error.strerror} "
+        f"({free} free). What was saved before stays. {REFUSALS[error.errno]}, and run the same "
+        "command again to go on."
+    )
+
+
 def run(main: typing.Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's error or Ctrl-C ends it with one message."""
+    """Run a script's ``main``; a user's error, a full disk or Ctrl-C ends it with one message."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
-        sys.exit(f"\n{Path(sys.argv[0]).name}: {error}")
+        sys.exit("\n".join([f"\n{script}: {error}", *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         sys.exit("\nStopped. Run the same command again to go on from here.")
+    except Exception as error:
+        refusal = disk_error(error)
+        if refusal is None:
+            raise
+        sys.exit(f"\n{script}: {refusal_in_words(refusal)}")
