@@ -186,6 +186,7 @@ def describe(summary: dict, folder: Path) -> str:
         f"on those held out of training), L0 {summary['l0']:.1f}, {summary['n_alive']:,} of "
         f"{summary['n_latents']:,} features alive.",
         *summary["words"],
+        "Features that stand out:",
         *(f"  {in_words(row)}" for row in notable),
         f"Open {folder / 'browser' / 'index.html'} to look at the features.",
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
+from full_disk import small_disk
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import CHECKSUMS_FILE, write_json
@@ -390,6 +391,28 @@ def test_activations_that_the_autoencoder_is_not_for(run_here, refused, copied, 
     write_json(path, {**json.loads(path.read_text()), "d_model": 48})
     assert "trained with d_model 48" in save("width")
     assert not (tmp_path / "out").exists()
+
+
+def test_training_on_a_disk_that_becomes_full_goes_on_when_there_is_room(
+    run_here, refused, tiny_run, tmp_path
+):
+    folder = tmp_path / "disk"
+    flags = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", folder]
+    with small_disk(folder, 249_856, 60_000) as make_room:
+        message = refused("train_autoencoder", *flags)
+        assert re.search(
+            f"Cannot write backup.keras in {folder}: .* What was saved before", message
+        )
+        assert not list(folder.glob(".partial-*"))
+        n_lines = len((folder / "training_log.csv").read_text().splitlines())
+        was_backed_up = (folder / "backup.keras").exists()
+        make_room()
+        printed = run_here("train_autoencoder", *flags).stdout
+        assert ("Going on from step" in printed) == was_backed_up
+        log = pd.read_csv(folder / "training_log.csv")
+    whole = pd.read_csv(tiny_run.folder / "autoencoder" / "training_log.csv")
+    assert 1 < n_lines < len(log) == len(whole)
+    assert log["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=1e-4)
 
 
 def test_a_truncated_shard_is_named_with_its_repair(refused, copied):

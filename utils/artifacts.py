@@ -17,11 +17,15 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from utils.settings import InputError, Json, Settings, as_dict, disk_error, require
 from utils.terminal import in_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SETTINGS_FILE = "settings.json"
 AUTOENCODER_FILE, METRICS_FILE = "autoencoder.keras", "metrics.json"  # of a finished training
@@ -176,6 +180,12 @@ def write_json(path: Path, content: Json) -> None:
     """Write ``content`` as readable JSON, atomically."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table, without its index, atomically."""
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def read_json(path: Path, remedy: str | None = None) -> Json:

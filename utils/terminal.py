@@ -1,4 +1,4 @@
-"""Text for the terminal: quantities with units; texts wrapped, side by side, with a token marked."""
+"""Text for the terminal: quantities with units; texts wrapped, side by side, a token marked."""
 
 import itertools
 import math

@@ -56,7 +56,9 @@ def test_a_study_is_added_by_a_file_and_a_line(tiny_run, tmp_path):
     registry = tmp_path / "utils" / "features" / "studies"
     (registry / "lengths.py").write_text(STUDY)
     lines = (registry / "__init__.py").read_text()
-    (registry / "__init__.py").write_text(lines.replace("CHOICES = {", 'CHOICES = {\n    "lengths": (),'))
+    (registry / "__init__.py").write_text(
+        lines.replace("CHOICES = {", 'CHOICES = {\n    "lengths": (),')
+    )
 
     def run(*flags: object) -> str:
         words = [sys.executable, "analyze_features.py", *map(str, flags)]

@@ -24,6 +24,7 @@ from utils.activations.shards import (
 )
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
+from utils.terminal import in_time, per_second
 
 MOST_SUBSETS = 2**15  # the range of int16
 
@@ -185,9 +186,9 @@ class Extraction:
         residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
         start = time.perf_counter()
         residual_at(self.language_model, tokens, self.settings.layer).cpu()
-        rate = tokens.numel() / (time.perf_counter() - start)
-        hours = self.n_contexts * self.settings.context_length / rate / 3600
-        print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
+        seconds = time.perf_counter() - start
+        wanted = in_time(self.n_contexts * self.settings.context_length * seconds / tokens.numel())
+        print(f"This machine runs {per_second(tokens.numel(), seconds)}: about {wanted} in all.")
 
     def _contexts(self, start: Position) -> Iterator[Context]:
         documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)

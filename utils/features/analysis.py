@@ -20,7 +20,15 @@ import pyarrow.parquet
 import torch
 
 from utils.activations.store import ActivationStore
-from utils.artifacts import SETTINGS_FILE, RunRecord, read_json, reading, replacing, write_json
+from utils.artifacts import (
+    SETTINGS_FILE,
+    RunRecord,
+    read_json,
+    reading,
+    replacing,
+    write_csv,
+    write_json,
+)
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import loss_recovered
 from utils.features import catalogue, studies
@@ -231,8 +239,7 @@ class Analysis:
             )
             raise
         for table, rows in findings.tables.items():
-            with replacing(self.folder / f"{table}.csv") as partial:
-                rows.to_csv(partial, index=False)
+            write_csv(self.folder / f"{table}.csv", rows)
         kept = self._kept(name)
         with replacing(kept.with_suffix(".parquet")) as partial:
             pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
