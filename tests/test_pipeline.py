@@ -425,6 +425,25 @@ def test_a_truncated_shard_is_named_with_its_repair(refused, copied):
     assert not (copied.folder / "out" / "metrics.json").exists()
 
 
+def test_what_save_activations_says(run_here, tiny_run, copied):
+    """Sizes, rates and times with units that suit them; a repair within its bar; the end, once."""
+    printed = tiny_run.printed["save_activations"]
+    assert re.search(r"\(d_model 32\): 3\.83 MB of [\d,.]+ [MGT]B free\.$", printed, re.MULTILINE)
+    assert re.search(
+        r"runs [\d,.]+ tokens/s: about [\d,.]+ seconds in all\.$", printed, re.MULTILINE
+    )
+    assert re.search(
+        r"left out [\d,]+ at BOS, [\d,]+ outliers \(norm above [\d.]+\)\.$", printed.strip()
+    )
+    for shard in (3, 7):
+        (copied.folder / "activations" / f"activations-{shard:05d}.npy").unlink()
+    printed = run_here("save_activations", *copied.save_activations).stdout
+    bars = re.findall(r"extracting: *(\d+)%.*?([\d.]+)k/([\d.]+)k", printed)
+    assert bars[0][:2] == ("96", "47.1") and bars[-1] == ("100", "49.2", "49.2")
+    printed = run_here("save_activations", *copied.save_activations).stdout
+    assert printed.count("is finished.") == printed.count("49,152 tokens") == 1
+
+
 def test_damaged_autoencoders_are_named_with_the_remedy(refused, copied):
     folder = copied.folder / "autoencoder"
     whole = (folder / "autoencoder.keras").read_bytes()

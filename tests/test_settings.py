@@ -145,6 +145,38 @@ def test_importing_a_script_loads_no_framework(name):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+WITHOUT_TENSORFLOW = """
+import importlib, pkgutil, runpy, sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        is_hidden = name.partition(".")[0] in ("tensorflow", "jax")
+        return None if is_hidden else super().find_spec(name, *rest)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path[0] = ""
+runpy.run_path(sys.argv[0], run_name="__main__")
+for module in pkgutil.walk_packages(["utils"], "utils."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_all_runs_without_tensorflow(tiny_run, tmp_path):
+    def train(backend: str) -> subprocess.CompletedProcess:
+        code = f"import sys; sys.argv = sys.argv[1:]\n{WITHOUT_TENSORFLOW}"
+        flags = ["--n-passes", 0.05, "--backend", backend, "--autoencoder-dir", tmp_path / backend]
+        words = ["train_autoencoder.py", *tiny_run.flags.train_autoencoder, *flags]
+        command = [sys.executable, "-c", code, *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    done = train("auto")
+    assert done.returncode == 0, done.stderr
+    assert " on torch: " in done.stdout and (tmp_path / "auto" / "autoencoder.keras").exists()
+    assert "BACKEND tensorflow is not installed: pip install t" in train("tensorflow").stderr
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "says"),
     [

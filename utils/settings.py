@@ -37,8 +37,6 @@ REFUSALS = {
     errno.EACCES: "Choose another folder, or make this one writable",
     errno.EPERM: "Choose another folder, or make this one writable",
 }
-# What safetensors and NumPy say of a full disk, in errors without a number.
-FULL_DISK = r"No space left on device \(os error|\d+ requested and \d+ written"
 
 
 class InputError(ValueError):
@@ -171,23 +169,23 @@ def disk_error(error: Exception) -> OSError | None:
 
     ``errno`` is one of `REFUSALS`; ``filename`` is None where the error does not name the file.
     """
-    if re.search(FULL_DISK, str(error)):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), getattr(error, "filename", None))
-    if not isinstance(error, OSError) or error.errno not in REFUSALS:
-        return None
-    # Without a file's name these are of sockets and processes.
-    return error if error.filename or not isinstance(error, PermissionError) else None
+    number = getattr(error, "errno", None)
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if numbered := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors says it
+        number = int(numbered[1])
+    elif re.search(r"\d+ requested and \d+ written", str(error)):  # as NumPy says it
+        number = errno.ENOSPC
+    is_of_file = name or number not in (errno.EACCES, errno.EPERM)  # or of a socket, or a process
+    return OSError(number, os.strerror(number), name) if number in REFUSALS and is_of_file else None
 
 
 def refusal_in_words(error: OSError) -> str:
     """A `disk_error`: the file, what is wrong, how much is free, and the remedy."""
-    names = [name for name in (error.filename2, error.filename) if isinstance(name, str | Path)]
-    path = Path(names[0]).absolute() if names else Path.cwd() / "a file"
-    free = in_bytes(shutil.disk_usage(path.parent).free)
+    path = Path(error.filename or "a file").absolute()
     return (
         f"Cannot write {path.name.removeprefix('.partial-')} in {path.parent}: {error.strerror} "
-        f"({free} free). What was saved before stays. {REFUSALS[error.errno]}, and run the same "
-        "command again to go on."
+        f"({in_bytes(shutil.disk_usage(path.parent).free)} free). What was saved before stays. "
+        f"{REFUSALS[error.errno]}, and run the same command again to go on."
     )
 
 

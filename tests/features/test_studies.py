@@ -1,11 +1,15 @@
-"""The registry of studies: one more is a file and a line."""
+"""The registry of studies, one more is a file and a line; studies added, left out, and crashed."""
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from conftest import ROOT, environment
 
@@ -77,3 +81,90 @@ def test_a_study_is_added_by_a_file_and_a_line(tiny_run, tmp_path):
     page = (folder / "browser" / "data" / "index.js").read_text()
     assert "How long are labels?" in page and '"label_length":[' in page
     assert (folder / "browser" / "pictures" / "lengths.png").exists()
+
+
+# ------------------------------------------------------------------- each with its own settings
+
+
+@pytest.mark.parametrize("name", studies.SETTINGS)
+def test_a_study_is_kept_with_the_settings_that_it_reads(name):
+    """Besides those of the pass, which another value makes another analysis."""
+    through = {"judge": "judge", "all_sizes": "other_autoencoders"}  # attributes of an `Analysis`
+    read = set()
+    for node in ast.walk(ast.parse(Path(studies.load(name).__file__).read_text())):
+        if isinstance(node, ast.Attribute):
+            of_settings = ast.unparse(node.value).endswith("settings")
+            read.add(node.attr if of_settings else through.get(node.attr))
+    assert read - {None, "seed", "batch_size", "n_tokens"} == set(studies.SETTINGS[name])
+
+
+@pytest.fixture
+def analysed(tiny_run, tmp_path) -> SimpleNamespace:
+    """A copy of the tiny run's analysis, ``folder``, and the flags for it."""
+    folder = tmp_path / "analysis"
+    shutil.copytree(tiny_run.folder / "analysis", folder)
+    flags = [*tiny_run.flags.analyze_features, "--analysis-dir", folder]
+    return SimpleNamespace(folder=folder, flags=flags)
+
+
+def kept_in(folder: Path) -> dict[str, bytes]:
+    """What is kept of the pass and of the studies."""
+    names = ("pass.*", "study-*", "examples.parquet", "vocabulary.json")
+    return {path.name: path.read_bytes() for name in names for path in folder.glob(name)}
+
+
+def test_studies_are_left_out_and_added_again(analysed, run_here):
+    folder, before = analysed.folder, kept_in(analysed.folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    printed = run_here("analyze_features", *analysed.flags, "--studies", "outputs").stdout
+    assert "STUDIES leaves it out: specificity, completeness, neurons, explanations" in printed
+    fewer = json.loads((folder / "summary.json").read_text())
+    assert {"specificity", "neurons"} <= set(summary) - set(fewer) and "outputs" in fewer
+    assert "explanation" not in pd.read_parquet(folder / "features.parquet")
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {path.name for path in folder.glob("browser/pictures/*")}
+    assert "outputs.png" in pictures and "specificity.png" not in pictures
+    assert "specificity.png" not in (folder / "browser" / "data" / "index.js").read_text()
+    assert (
+        "is finished"
+        in run_here("analyze_features", *analysed.flags, "--studies", "outputs").stdout
+    )
+    run_here("analyze_features", *analysed.flags)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert "specificity.png" in (folder / "browser" / "data" / "index.js").read_text()
+    assert kept_in(folder) == before
+
+
+def test_a_study_that_crashes_leaves_the_others_whole(analysed, run_here, monkeypatch):
+    folder, before = analysed.folder, kept_in(analysed.folder)
+    flags = [*analysed.flags, "--n-studied", 20, "--studies", "specificity"]
+    message = run_here("analyze_features", *flags, "neurons", check=False).message
+    assert (
+        "holds specificity, neurons with other settings:\n  N_STUDIED: 1000 there, 20 now\n"
+        in message
+    )
+    assert kept_in(folder) == before
+
+    def crash(_analysis):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studies.load("neurons"), "study", crash)
+        with pytest.raises(ZeroDivisionError) as error:
+            run_here("analyze_features", *flags, "neurons", "--overwrite")
+    assert "without neurons in STUDIES" in error.value.__notes__[0]
+    after = kept_in(folder)
+    assert set(before) - set(after) == {"study-neurons.json"}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"study-specificity.json", "study-specificity.parquet"}
+    settings = json.loads(after["study-specificity.json"])["settings"]
+    assert settings == {"n_studied": 20, "judge": None}
+
+    run_here("analyze_features", *flags)  # without it
+    assert kept_in(folder) == after
+    assert "neurons" not in json.loads((folder / "summary.json").read_text())
+    run_here("analyze_features", *flags, "neurons")
+    assert json.loads((folder / "summary.json").read_text())["neurons"]["n_features"] <= 20
+    assert {name: kept_in(folder)[name] for name in after if "neurons" not in name} == {
+        name: content for name, content in after.items() if "neurons" not in name
+    }

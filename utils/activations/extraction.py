@@ -131,10 +131,12 @@ class Extraction:
 
     def run(self) -> None:
         """Write all missing and damaged shards."""
-        done = sum(entry.contexts for entry in self.manifest.shards)
+        shards = self.manifest.shards
+        done = sum(entry.contexts for entry in shards)
+        damaged = sum(entry.contexts for entry in shards if entry.shard in self.damaged)
         with tqdm(
             total=self.n_contexts * self.settings.context_length,
-            initial=done * self.settings.context_length,
+            initial=(done - damaged) * self.settings.context_length,
             desc="extracting",
             unit="tok",
             unit_scale=True,
