@@ -71,7 +71,7 @@ def main() -> None:
     ) as folder:
         extraction = Extraction(folder, settings, ranks)
         if extraction.is_finished():
-            print(f"{folder} is finished.\n{describe(folder, ranks)}")
+            print(f"Nothing to do: every shard is whole.\n{describe(folder, ranks)}")
             return
 
         # 3. Print the plan, and check the disk space.

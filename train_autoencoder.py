@@ -18,7 +18,7 @@ from utils import artifacts
 from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
 from utils.settings import Settings, read_settings, require, require_positive, run
-from utils.terminal import in_bytes, per_second
+from utils.terminal import in_bytes, in_rate
 
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -234,7 +234,7 @@ def describe(metrics: dict) -> str:
         f"On {metrics['n_held_out_tokens']:,} held-out tokens: variance explained "
         f"{1 - metrics['fvu']:.3f} (FVU {metrics['fvu']:.3f}), L0 {metrics['l0']:.1f}. "
         f"Dead latents {metrics['dead_fraction']:.2%}. Trained on {metrics['n_tokens']:,} tokens "
-        f"at {per_second(metrics['tokens_per_second'], 1)}; peak memory {memory}."
+        f"at {in_rate(metrics['tokens_per_second'])}; peak memory {memory}."
     )
 
 

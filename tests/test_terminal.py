@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.terminal import in_bytes, in_time, per_second, significant
+from utils.terminal import in_bytes, in_rate, in_time, significant
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from utils.terminal import in_bytes, in_time, per_second, significant
         (in_time(50 * 60), "50 minutes"),
         (in_time(5.21 * 3_600), "5.2 hours"),
         (in_time(75 * 3_600), "3.1 days"),
-        (per_second(872, 2), "436 tokens/s"),
-        (per_second(1, 4, "features"), "0.250 features/s"),
+        (in_rate(436.2), "436 tokens/s"),
+        (in_rate(0.25, "features"), "0.250 features/s"),
     ],
 )
 def test_a_quantity_has_a_unit_that_suits_it(written, expected):

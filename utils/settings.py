@@ -28,15 +28,16 @@ from utils.terminal import in_bytes
 
 Json = Any  # a value of JSON
 HEADING, END = "# --- ", "# --- not settings"
-# Why a file cannot be written: errors of the system, with their remedies.
-REFUSALS = {
+# The system's errors of a file that cannot be written, with their remedies.
+FULL = {
     errno.ENOSPC: "Make room",
     errno.EDQUOT: "Make room within your quota",
     errno.EFBIG: "Allow larger files (see ulimit -f), or choose another disk",
-    errno.EROFS: "Choose another folder, or make this one writable",
-    errno.EACCES: "Choose another folder, or make this one writable",
-    errno.EPERM: "Choose another folder, or make this one writable",
 }
+FORBIDDEN = dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or make this one writable"
+)
+REFUSALS = FULL | FORBIDDEN
 
 
 class InputError(ValueError):
@@ -175,17 +176,19 @@ def disk_error(error: Exception) -> OSError | None:
         number = int(numbered[1])
     elif re.search(r"\d+ requested and \d+ written", str(error)):  # as NumPy says it
         number = errno.ENOSPC
-    is_of_file = name or number not in (errno.EACCES, errno.EPERM)  # or of a socket, or a process
+    is_of_file = name or number not in FORBIDDEN  # else of a socket or a process
     return OSError(number, os.strerror(number), name) if number in REFUSALS and is_of_file else None
 
 
 def refusal_in_words(error: OSError) -> str:
     """A `disk_error`: the file, what is wrong, how much is free, and the remedy."""
     path = Path(error.filename or "a file").absolute()
+    reason = error.strerror
+    if error.errno in FULL:
+        reason += f" ({in_bytes(shutil.disk_usage(path.parent).free)} free)"
     return (
-        f"Cannot write {path.name.removeprefix('.partial-')} in {path.parent}: {error.strerror} "
-        f"({in_bytes(shutil.disk_usage(path.parent).free)} free). What was saved before stays. "
-        f"{REFUSALS[error.errno]}, and run the same command again to go on."
+        f"Cannot write {path.name.removeprefix('.partial-')} in {path.parent}: {reason}. What was "
+        f"saved before stays. {REFUSALS[error.errno]}, and run the same command again to go on."
     )
 
 

@@ -34,9 +34,9 @@ def in_time(seconds: float) -> str:
     return "a second"
 
 
-def per_second(number: float, seconds: float, unit: str = "tokens") -> str:
+def in_rate(per_second: float, unit: str = "tokens") -> str:
     """A rate, as 436 tokens/s."""
-    return f"{significant(number / seconds)} {unit}/s"
+    return f"{significant(per_second)} {unit}/s"
 
 
 def mark_peak(token_texts: Sequence[str], peak: int, width: int) -> str:

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from conftest import ROOT, environment
+from full_disk import small_disk
 
+from utils.artifacts import read_json
 from utils.features import studies
 
 STUDY = '''
@@ -114,24 +116,26 @@ def kept_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_studies_are_left_out_and_added_again(analysed, run_here):
+    """And what is shown of them is made again where a full disk ended it."""
     folder, before = analysed.folder, kept_in(analysed.folder)
-    summary = json.loads((folder / "summary.json").read_text())
-    printed = run_here("analyze_features", *analysed.flags, "--studies", "outputs").stdout
-    assert "STUDIES leaves it out: specificity, completeness, neurons, explanations" in printed
-    fewer = json.loads((folder / "summary.json").read_text())
-    assert {"specificity", "neurons"} <= set(summary) - set(fewer) and "outputs" in fewer
-    assert "explanation" not in pd.read_parquet(folder / "features.parquet")
-    pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures == {path.name for path in folder.glob("browser/pictures/*")}
-    assert "outputs.png" in pictures and "specificity.png" not in pictures
-    assert "specificity.png" not in (folder / "browser" / "data" / "index.js").read_text()
-    assert (
-        "is finished"
-        in run_here("analyze_features", *analysed.flags, "--studies", "outputs").stdout
-    )
-    run_here("analyze_features", *analysed.flags)
-    assert json.loads((folder / "summary.json").read_text()) == summary
-    assert "specificity.png" in (folder / "browser" / "data" / "index.js").read_text()
+    fewer, summary = [*analysed.flags, "--studies", "outputs"], read_json(folder / "summary.json")
+    with small_disk(folder / "browser", 102_400, 20_000) as make_room:
+        message = run_here("analyze_features", *fewer, check=False).message
+        assert re.search(r"Cannot write \S+ in .* free\)\. What was saved before stays", message)
+        make_room()
+        printed = run_here("analyze_features", *fewer).stdout
+        assert "STUDIES leaves it out: specificity, completeness, neurons, explanations" in printed
+        left = read_json(folder / "summary.json")
+        assert {"specificity", "neurons"} <= set(summary) - set(left) and "outputs" in left
+        assert "explanation" not in pd.read_parquet(folder / "features.parquet")
+        pictures = {path.name for path in folder.glob("*.png")}
+        assert pictures == {path.name for path in folder.glob("browser/pictures/*")}
+        assert "outputs.png" in pictures and "specificity.png" not in pictures
+        assert "specificity.png" not in (folder / "browser" / "data" / "index.js").read_text()
+        assert "is finished" in run_here("analyze_features", *fewer).stdout
+        run_here("analyze_features", *analysed.flags)
+        assert read_json(folder / "summary.json") == summary
+        assert "specificity.png" in (folder / "browser" / "data" / "index.js").read_text()
     assert kept_in(folder) == before
 
 
@@ -152,7 +156,7 @@ def test_a_study_that_crashes_leaves_the_others_whole(analysed, run_here, monkey
         patch.setattr(studies.load("neurons"), "study", crash)
         with pytest.raises(ZeroDivisionError) as error:
             run_here("analyze_features", *flags, "neurons", "--overwrite")
-    assert "without neurons in STUDIES" in error.value.__notes__[0]
+    assert "or leave neurons out of STUDIES" in error.value.__notes__[0]
     after = kept_in(folder)
     assert set(before) - set(after) == {"study-neurons.json"}
     changed = {name for name in after if after[name] != before[name]}
@@ -162,9 +166,9 @@ def test_a_study_that_crashes_leaves_the_others_whole(analysed, run_here, monkey
 
     run_here("analyze_features", *flags)  # without it
     assert kept_in(folder) == after
-    assert "neurons" not in json.loads((folder / "summary.json").read_text())
+    assert "neurons" not in read_json(folder / "summary.json")
     run_here("analyze_features", *flags, "neurons")
-    assert json.loads((folder / "summary.json").read_text())["neurons"]["n_features"] <= 20
+    assert read_json(folder / "summary.json")["neurons"]["n_features"] <= 20
     assert {name: kept_in(folder)[name] for name in after if "neurons" not in name} == {
         name: content for name, content in after.items() if "neurons" not in name
     }

@@ -24,7 +24,7 @@ from utils.activations.shards import (
 )
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
-from utils.terminal import in_time, per_second
+from utils.terminal import in_rate, in_time
 
 MOST_SUBSETS = 2**15  # the range of int16
 
@@ -188,9 +188,9 @@ class Extraction:
         residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
         start = time.perf_counter()
         residual_at(self.language_model, tokens, self.settings.layer).cpu()
-        seconds = time.perf_counter() - start
-        wanted = in_time(self.n_contexts * self.settings.context_length * seconds / tokens.numel())
-        print(f"This machine runs {per_second(tokens.numel(), seconds)}: about {wanted} in all.")
+        rate = tokens.numel() / (time.perf_counter() - start)
+        wanted = in_time(self.n_contexts * self.settings.context_length / rate)
+        print(f"This machine runs {in_rate(rate)}: about {wanted} in all.")
 
     def _contexts(self, start: Position) -> Iterator[Context]:
         documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)

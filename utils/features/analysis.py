@@ -232,10 +232,10 @@ class Analysis:
         try:
             findings = studies.load(name).study(self)
         except Exception as error:
+            without = f", or leave {name} out of STUDIES" if name in studies.NAMES else ""
             error.add_note(
                 f"This was the study {name}. All that was finished before is kept in "
-                f"{self.folder}: the same command goes on there, and without {name} in STUDIES it "
-                "does without."
+                f"{self.folder}. Run the same command to try it again{without}."
             )
             raise
         for table, rows in findings.tables.items():
@@ -267,7 +267,7 @@ class Analysis:
     def save(self) -> dict[str, Json]:
         """Write the table of features and, last, the summary, which it returns.
 
-        The page goes first, because it shows others.
+        An earlier page, which shows other results, goes before.
         """
         (self.folder / PAGE).unlink(missing_ok=True)
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
