@@ -163,6 +163,7 @@ def test_a_study_that_crashes_leaves_the_others_whole(analysed, run_here, monkey
     assert changed == {"study-specificity.json", "study-specificity.parquet"}
     settings = json.loads(after["study-specificity.json"])["settings"]
     assert settings == {"n_studied": 20, "judge": None}
+    assert not (folder / "browser" / "index.html").exists()  # of other findings
 
     run_here("analyze_features", *flags)  # without it
     assert kept_in(folder) == after

@@ -11,6 +11,7 @@ features.parquet, summary.json           both together, of the studies that were
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Protocol
 
@@ -101,7 +102,7 @@ class Analysis:
         every = [autoencoder, *(other for other, _ in others)]
         self.all_sizes = sorted(every, key=lambda one: one.n_latents)
         self.studies = studies.in_order(settings.studies)
-        self.recorded = as_dict(settings)
+        self.recorded = as_dict(settings)  # what findings may depend on
         self.recorded["other_autoencoders"] = [metrics["fingerprint"] for _, metrics in others]
         self.words: list[str] = []
         self.contexts = store.sample(settings.n_tokens)
@@ -166,16 +167,11 @@ class Analysis:
     def check_studies(self, overwrite: bool) -> None:
         """Refuse the findings of studies with other settings, or delete them if ``overwrite``."""
         differing = {name: lines for name in self.studies if (lines := self._differences(name))}
-        lines = dict.fromkeys(line for lines in differing.values() for line in lines)
+        lines = "\n".join(dict.fromkeys(itertools.chain(*differing.values())))
         require(
             overwrite or not differing,
-            "\n".join(
-                [
-                    f"{self.folder} holds {', '.join(differing)} with other settings:",
-                    *lines,
-                    "Pass --overwrite to make these studies anew, or name another folder.",
-                ]
-            ),
+            f"{self.folder} holds {', '.join(differing)} with other settings:\n{lines}\n"
+            "Pass --overwrite to make these studies anew, or name another folder.",
         )
         for name in differing:
             self._kept(name).unlink()
@@ -190,11 +186,11 @@ class Analysis:
         # Earlier versions recorded the settings of all studies together.
         together = read_json(self.folder / SETTINGS_FILE)
         earlier = read_json(self._kept(name), self._remedy(name)).get("settings", together)
-        names, defaults = studies.SETTINGS[name], as_dict(type(self.settings)())
-        record = RunRecord(
-            *({name: values[name] for name in names} for values in (self.recorded, defaults))
+        now, defaults, earlier = (
+            {each: values[each] for each in studies.SETTINGS[name] if each in values}
+            for values in (self.recorded, as_dict(type(self.settings)()), earlier)
         )
-        return record.differences({name: earlier[name] for name in names if name in earlier})
+        return RunRecord(now, defaults).differences(earlier)
 
     def _remedy(self, name: str) -> str:
         kept = self._kept(name).name
@@ -211,6 +207,10 @@ class Analysis:
             and made_of["n_reported"] == self.settings.n_reported
             and all(self._kept(name).exists() for name in self.studies)
         )
+
+    def _remove_page(self) -> None:
+        """Remove an earlier page, before there are other results than it shows."""
+        (self.folder / PAGE).unlink(missing_ok=True)
 
     @torch.no_grad()
     def run_studies(self) -> None:
@@ -248,6 +248,7 @@ class Analysis:
             content["judge"] = self.judge.summary()
             content["words"] = "\n".join([*filter(None, [findings.words]), *self.judge.in_words()])
         content["settings"] = {each: self.recorded[each] for each in studies.SETTINGS[name]}
+        self._remove_page()
         write_json(kept, content)
 
     def _join(self, name: str) -> None:
@@ -265,11 +266,8 @@ class Analysis:
             self.features[column] = values
 
     def save(self) -> dict[str, Json]:
-        """Write the table of features and, last, the summary, which it returns.
-
-        An earlier page, which shows other results, goes before.
-        """
-        (self.folder / PAGE).unlink(missing_ok=True)
+        """Write the table of features and, last, the summary, which it returns."""
+        self._remove_page()
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
         self.summary["words"] = self.words
         self.summary["made_of"] = {name: self.recorded[name] for name in ("studies", "n_reported")}
