@@ -8,6 +8,7 @@ each study, summary.json, plots, and browser/index.html, a page to browse all of
     python analyze_features.py --search "San Francisco"   # in a finished analysis
 """
 
+import itertools
 import re
 import shutil
 import sys
@@ -58,13 +59,13 @@ OVERWRITE = False  # delete an earlier analysis with other settings in ANALYSIS_
 
 # --- not settings
 NOT_RECORDED = (
-    "activations_dir", "autoencoder_dir", "other_autoencoders", "judge_url", "judge_price",
-    "analysis_dir", "overwrite", "search", "search_like", "search_prompt", "search_not",
-    "search_token", "search_classifier", "n_found",
+    "activations_dir", "autoencoder_dir", "judge_url", "judge_price", "analysis_dir", "overwrite",
+    "search", "search_like", "search_prompt", "search_not", "search_token", "search_classifier",
+    "n_found", "studies", "n_reported",
+    *itertools.chain(*studies.SETTINGS.values()),  # recorded with the findings of each study
 )  # fmt: skip
 N_DESCRIBED = 5  # features in the closing words
 BYTES_PER_FEATURE = 20_000  # in the tables and the browser
-PAGE = "browser/index.html"  # written last: if it exists, the analysis is finished
 OUTPUTS = (
     "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
     "browser",
@@ -87,40 +88,33 @@ def main() -> None:
 
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
-    pairs = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
-    other_autoencoders = [other for other, _ in pairs]
-    sizes = [each.n_latents for each in (autoencoder, *other_autoencoders)]
+    others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
+    sizes = [each.n_latents for each in (autoencoder, *(other for other, _ in others))]
     require(
         len(set(sizes)) == len(sizes),
         "OTHER_AUTOENCODERS must be of other sizes than each other and than the one in "
         f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
         f"{sizes[0]:,}. Leave out one of each size.",
     )
-    record = RunRecord.of(
-        settings,
-        NOT_RECORDED,
-        activations=store.fingerprint,
-        autoencoder=trained["fingerprint"],
-        other_autoencoders=[metrics["fingerprint"] for _, metrics in pairs],
-    )
+    facts = {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
+    record = RunRecord.of(settings, NOT_RECORDED, **facts)
 
     with open_stage(settings.analysis_dir, record, OUTPUTS, settings.overwrite) as folder:
-        if (folder / PAGE).exists():
+        analysis = Analysis(folder, settings, store, autoencoder, trained, others)
+        analysis.check_studies(settings.overwrite)
+        if analysis.is_finished():
             catalogue = Catalogue(folder)
             catalogue.verify()
             print(f"{folder} is finished.\n{describe(catalogue.summary, folder)}")
             return
         require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
-        analysis = Analysis(folder, settings, store, autoencoder, trained, other_autoencoders)
         analysis.verify()
 
         # 2. One pass over the activations: statistics and examples of every feature.
         analysis.run_pass()
 
         # 3. The studies, in the paper's order; each is a module in utils/features/studies/.
-        for name in (*studies.ALWAYS, *studies.NAMES):
-            if name in studies.ALWAYS or name in settings.studies:
-                analysis.run_study(name)
+        analysis.run_studies()
 
         # 4. Save the tables, draw the pictures, and write the browser's page.
         summary = analysis.save()
@@ -192,8 +186,9 @@ def describe(summary: dict, folder: Path) -> str:
         f"on those held out of training), L0 {summary['l0']:.1f}, {summary['n_alive']:,} of "
         f"{summary['n_latents']:,} features alive.",
         *summary["words"],
+        "Features that stand out:",
         *(f"  {in_words(row)}" for row in notable),
-        f"Open {folder / PAGE} to look at the features.",
+        f"Open {folder / 'browser' / 'index.html'} to look at the features.",
     ]
     return "\n".join(lines)
 

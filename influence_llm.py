@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from utils.artifacts import make_folder, write_json
+from utils.artifacts import make_folder, write_csv, write_json
 from utils.backend import use_backend
 from utils.features.catalogue import Catalogue
 from utils.features.search import choose_features
@@ -169,8 +169,8 @@ def evidence(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -
     summary = study.summarise(best, n_tried, max_perplexity, settings.seed)
 
     # 4. Write tables and a picture, and print the result.
-    best.to_csv(log.with_name("evidence_features.csv"), index=False)
-    scores.to_csv(log.with_name("evidence_curves.csv"), index=False)
+    write_csv(log.with_name("evidence_features.csv"), best)
+    write_csv(log.with_name("evidence_curves.csv"), scores)
     write_json(log.with_name("evidence.json"), summary)
     study.plot_evidence(scores, max_perplexity, log.with_name("evidence.png"))
     print(study.show_evidence(summary, max_perplexity))
@@ -211,7 +211,7 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
     words = [language_model.tokenizer.decode([token]) for token in result.pair]
     words += catalogue.prompt_texts(language_model, tokens[0])
     print(attribution.show_attribution(words[:2], result.difference, top, settings.prompt))
-    top.to_csv(folder / "attribution.csv", index=False)
+    write_csv(folder / "attribution.csv", top)
     content = {"prompt": settings.prompt, "chat_template": settings.chat_template}
     content |= {"pair": words[:2], "difference": result.difference}
     write_json(folder / "attribution.json", content)
@@ -223,7 +223,7 @@ def attribute(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) 
         contexts = spread(split.held_out, settings.n_prompts)
         sample = settings.prompt_tokens, settings.features_per_prompt, settings.seed
         table = attribution.compare_with_ablation(model, store, contexts, *sample)
-        table.to_csv(folder / "attribution_correlation.csv", index=False)
+        write_csv(folder / "attribution_correlation.csv", table)
         print(attribution.show_correlations(attribution.correlations(table, settings.seed)))
 
 

@@ -21,6 +21,7 @@ from utils.activations.store import ActivationStore
 from utils.artifacts import RunRecord, open_stage, require_disk_space
 from utils.language_model import load_language_model, read_config
 from utils.settings import InputError, Settings, read_settings, require, require_positive, run
+from utils.terminal import in_bytes, significant
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -70,7 +71,7 @@ def main() -> None:
     ) as folder:
         extraction = Extraction(folder, settings, ranks)
         if extraction.is_finished():
-            print(describe(folder, ranks))
+            print(f"Nothing to do: every shard is whole.\n{describe(folder, ranks)}")
             return
 
         # 3. Print the plan, and check the disk space.
@@ -119,8 +120,8 @@ def plan(settings: Settings, folder: Path, d_model: int) -> str:
     free = shutil.disk_usage(folder).free
     return (
         f"Saving {settings.n_tokens:,} tokens of {settings.dataset} after block {settings.layer} "
-        f"of {settings.model_name} (d_model {d_model:,}): {size / 1e9:,.1f} GB of "
-        f"{free / 1e9:,.0f} GB free."
+        f"of {settings.model_name} (d_model {d_model:,}): {in_bytes(size)} of "
+        f"{in_bytes(free)} free."
     )
 
 
@@ -136,12 +137,13 @@ def describe(folder: Path, ranks: Ranks) -> str:
             raise
         return f"Process {ranks.rank} is done; another has a shard to make anew ({error})"
     total = store.n_contexts * store.context_length
-    reasons = {"bos": "at BOS", "outlier_norm": f"of norm above {store.outlier_norm:,.4g}"}
+    norm = significant(store.outlier_norm, 4)
+    reasons = {"bos": "at BOS", "outlier_norm": f"outliers (norm above {norm})"}
     excluded = ", ".join(f"{count:,} {reasons[why]}" for why, count in store.excluded.items())
     skipped = "".join(f" Skipped {n:,} records {why}." for why, n in store.skipped.items())
     return (
         f"{folder} holds {total:,} tokens in {len(store.shards)} shards; kept {store.n_tokens:,}, "
-        f"left out {excluded}. Normalising scalar {store.scale:.4g}.{skipped}"
+        f"left out {excluded}.{skipped}"
     )
 
 

@@ -18,6 +18,7 @@ from utils import artifacts
 from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
 from utils.backend import use_backend
 from utils.settings import Settings, read_settings, require, require_positive, run
+from utils.terminal import in_bytes, in_rate
 
 # --- data
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -213,27 +214,27 @@ def plan(settings, store, rounds, backend: str) -> str:
     """What is about to be done, in words."""
     tokens = rounds.total_steps * settings.batch_size
     idle = (
-        "\nDEAD_AFTER is more tokens than this: none can count as dead, and none is revived."
+        "\nDEAD_AFTER is more than that: no latent can count as dead, and none is revived."
         if settings.dead_after >= tokens
         else ""
     )
     return (
         f"Training {settings.kind} with {settings.n_latents:,} latents of width {store.d_model} "
         f"on {backend}: {rounds.total_steps:,} steps of {settings.batch_size:,} tokens, "
-        f"{tokens / 1e6:,.1f} M in all.{idle}"
+        f"{tokens:,} in all.{idle}"
     )
 
 
 def describe(metrics: dict) -> str:
     """The result in words."""
-    memory = f"{metrics['peak_memory_gb']:.1f} GB"
+    memory = in_bytes(1e9 * metrics["peak_memory_gb"])
     if metrics["peak_accelerator_memory_gb"]:
-        memory += f", of the accelerator {metrics['peak_accelerator_memory_gb']:.1f} GB"
+        memory += f", of the accelerator {in_bytes(1e9 * metrics['peak_accelerator_memory_gb'])}"
     return (
         f"On {metrics['n_held_out_tokens']:,} held-out tokens: variance explained "
         f"{1 - metrics['fvu']:.3f} (FVU {metrics['fvu']:.3f}), L0 {metrics['l0']:.1f}. "
         f"Dead latents {metrics['dead_fraction']:.2%}. Trained on {metrics['n_tokens']:,} tokens "
-        f"at {metrics['tokens_per_second']:,.0f} tokens/s; peak memory {memory}."
+        f"at {in_rate(metrics['tokens_per_second'])}; peak memory {memory}."
     )
 
 

@@ -1,15 +1,21 @@
 """A stage's folder: atomic files, one run in it, one process at a time."""
 
+import dataclasses
+import errno
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
+from full_disk import small_disk
+from safetensors.numpy import save_file
 
-from utils import artifacts
+from utils import artifacts, plots
 from utils.artifacts import (
     CHECKSUMS_FILE,
     RunRecord,
@@ -20,8 +26,12 @@ from utils.artifacts import (
     read_log,
     replacing,
     require_disk_space,
+    write_csv,
     write_json,
 )
+from utils.autoencoder.callbacks import Backup, Rounds, TrainingLog
+from utils.autoencoder.kinds import L1Autoencoder
+from utils.features.catalogue import save_features
 from utils.settings import InputError, read_settings
 
 OUTPUTS = ("*.npy", "summary.json")
@@ -112,6 +122,73 @@ def test_fingerprint_is_of_the_content_and_its_order(tmp_path):
     before = fingerprint(one)
     other.write_bytes(b"1")
     assert fingerprint(other) == before
+
+
+# ------------------------------------------------------------------------------------- full disks
+
+NOISE = np.random.default_rng(0).random((100, 100))
+
+
+def draw_picture(path: Path) -> None:
+    with plots.picture(path, "Noise", (6, 6)) as (_, axes):
+        axes.imshow(NOISE)
+
+
+def save_array(path: Path) -> None:
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.save(file, NOISE)
+
+
+def save_tensors(path: Path) -> None:
+    with replacing(path) as partial:
+        save_file({"noise": NOISE}, partial)
+
+
+def save_backup(path: Path) -> None:
+    backup = Backup(path.parent, 1, Rounds(2, 1))
+    backup.set_model(L1Autoencoder(d_model=50, n_latents=200))
+    backup.on_epoch_end(0)
+
+
+WRITERS = {
+    "a.json": lambda path: write_json(path, NOISE.tolist()),
+    "a.csv": lambda path: write_csv(path, pd.DataFrame(NOISE)),
+    "a.parquet": lambda path: save_features(path, pd.DataFrame(NOISE)),
+    "a.npy": save_array,
+    "a.safetensors": save_tensors,
+    "a.png": draw_picture,
+    artifacts.BACKUP_FILE: save_backup,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_a_full_disk_refuses_is_named_and_the_earlier_one_stays(tmp_path, name):
+    path = tmp_path / "disk" / name
+    with small_disk(path.parent, 40_960, 20_000) as make_room:
+        path.write_text("earlier")
+        with pytest.raises(OSError, match=r"\[Errno \d+\]") as error:
+            WRITERS[name](path)
+        assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert error.value.filename == str(path)
+        assert path.read_text() == "earlier" and names(path.parent) == {name}
+        make_room()
+        WRITERS[name](path)
+        assert path.stat().st_size > 40_960
+
+
+def test_a_log_that_a_full_disk_refuses_is_named(tmp_path):
+    log, lines = tmp_path / "a.jsonl", TrainingLog(tmp_path / "a.csv", Rounds(2, 1), 32)
+    model = L1Autoencoder(d_model=4, n_latents=8)
+    model.compile(optimizer="adam")
+    lines.set_model(model)
+    lines.columns, lines.seconds = ["step", "seconds"], 0.0
+    for path, write in (
+        (log, lambda: append_record(log, {"a": 1})),
+        (lines.path, lambda: lines.on_epoch_end(0, {})),
+    ):
+        path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            write()
 
 
 # ------------------------------------------------------------------------------------ one run
@@ -236,13 +313,13 @@ EARLIER = [
 def test_a_run_of_an_earlier_version_goes_on(tmp_path, earlier, overwrite):
     make(tmp_path, earlier)
     script = importlib.import_module(earlier["script"].removesuffix(".py"))
-    names_of_facts = ("world_size", "activations", "autoencoder", "other_autoencoders")
+    names_of_facts = ("world_size", "activations", "autoencoder")
     facts = {name: earlier[name] for name in names_of_facts if name in earlier}
     record = RunRecord.of(read_settings(script, []), script.NOT_RECORDED, **facts)
     with open_stage(tmp_path, record, OUTPUTS, overwrite):
         assert names(tmp_path) == {"a.npy", "settings.json"}
     assert read_json(tmp_path / "settings.json") == earlier
-    other = RunRecord(record.content | {"world_size": 2}, record.defaults)
+    other = dataclasses.replace(record, content=record.content | {"world_size": 2})
     rule = "WORLD_SIZE: [1N].* there, 2 now"
     with pytest.raises(InputError, match=rule), open_stage(tmp_path, other, OUTPUTS):
         pass
@@ -299,7 +376,7 @@ def test_a_path_that_cannot_be_a_folder(tmp_path, parts):
 
 def test_disk_space(tmp_path):
     require_disk_space(tmp_path, 1_000)
-    with pytest.raises(InputError, match=r"needs 1,000,000\.0 GB and its disk has [\d,.]+ GB free"):
+    with pytest.raises(InputError, match=r"needs 1,000 TB and its disk has [\d,.]+ [A-Z]B free"):
         require_disk_space(tmp_path, 10**15)
 
 

@@ -152,6 +152,8 @@ def test_a_finished_sweep_is_not_trained_again(run_here):
          "N_HELD_OUT_TOKENS: None there, 512 now"),
         ("analyze_features", [*ANALYSIS, "--seed", 1, "--analysis-dir", "analysis-half"],
          "SEED: 0 there, 1 now"),
+        ("analyze_features", [*ANALYSIS, "--n-studied", 5, "--analysis-dir", "analysis"],
+         "N_STUDIED: 1000 there, 5 now"),
     ],
 )  # fmt: skip
 def test_other_settings_are_refused_by_name(earlier, run_here, name, flags, differing):
@@ -251,13 +253,29 @@ def test_an_analysis_goes_on(run_here):
     assert missing <= RETIRED_COLUMNS
     pd.testing.assert_frame_equal(tables[0], tables[1].drop(columns=missing), rtol=1e-3)
     summaries = [read_json(folder / "summary.json") for folder in (half, whole)]
-    assert set(summaries[0]) == set(summaries[1]) >= {"explanations", "outputs", "splitting"}
+    assert (
+        set(summaries[0]) - {"made_of"}
+        == set(summaries[1])
+        >= {"explanations", "outputs", "splitting"}
+    )
     for name in ("n_alive", "fvu", "loss_recovered", "n_tokens"):
         assert summaries[0][name] == pytest.approx(summaries[1][name], rel=1e-3), name
     assert (half / "browser" / "index.html").exists() and not list(half.glob(".partial-*"))
 
 
 # ---------------------------------------------------------------------------------- what is added
+
+
+def test_studies_of_an_analysis_are_left_out(run_here):
+    before = files_of(Path("analysis"))
+    flags = [*ANALYSIS, "--analysis-dir", "analysis", "--studies", "outputs", "splitting"]
+    assert "Kept, and not shown" in run_here("analyze_features", *flags).stdout
+    kept = [name for name in before if re.match(r"study-|pass\.|settings|examples", name)]
+    after = files_of(Path("analysis"))
+    assert len(kept) > 10 and all(after[name] == before[name] for name in kept)
+    summary = read_json(Path("analysis") / "summary.json")
+    assert "splitting" in summary and "explanations" not in summary
+    assert "is finished" in run_here("analyze_features", *flags).stdout
 
 
 def test_a_text_is_added(run_here):

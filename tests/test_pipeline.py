@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import SCRIPTS, SUBSETS, Flags, save_tiny_model
+from full_disk import small_disk
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import CHECKSUMS_FILE, write_json
@@ -392,6 +393,28 @@ def test_activations_that_the_autoencoder_is_not_for(run_here, refused, copied, 
     assert not (tmp_path / "out").exists()
 
 
+def test_training_on_a_disk_that_becomes_full_goes_on_when_there_is_room(
+    run_here, refused, tiny_run, tmp_path
+):
+    folder = tmp_path / "disk"
+    flags = [*tiny_run.flags.train_autoencoder, "--autoencoder-dir", folder]
+    with small_disk(folder, 249_856, 60_000) as make_room:
+        message = refused("train_autoencoder", *flags)
+        assert re.search(
+            f"Cannot write backup.keras in {folder}: .* What was saved before", message
+        )
+        assert not list(folder.glob(".partial-*"))
+        n_lines = len((folder / "training_log.csv").read_text().splitlines())
+        was_backed_up = (folder / "backup.keras").exists()
+        make_room()
+        printed = run_here("train_autoencoder", *flags).stdout
+        assert ("Going on from step" in printed) == was_backed_up
+        log = pd.read_csv(folder / "training_log.csv")
+    whole = pd.read_csv(tiny_run.folder / "autoencoder" / "training_log.csv")
+    assert 1 < n_lines < len(log) == len(whole)
+    assert log["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=1e-4)
+
+
 def test_a_truncated_shard_is_named_with_its_repair(refused, copied):
     path = copied.folder / "activations" / "activations-00003.npy"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -400,6 +423,25 @@ def test_a_truncated_shard_is_named_with_its_repair(refused, copied):
         message = refused(name, *flags)
         assert str(path) in message and "run save_activations.py again" in message
     assert not (copied.folder / "out" / "metrics.json").exists()
+
+
+def test_what_save_activations_says(run_here, tiny_run, copied):
+    """Sizes, rates and times with units that suit them; a repair within its bar; the end, once."""
+    printed = tiny_run.printed["save_activations"]
+    assert re.search(r"\(d_model 32\): 3\.83 MB of [\d,.]+ [MGT]B free\.$", printed, re.MULTILINE)
+    assert re.search(
+        r"runs [\d,.]+ tokens/s: about (a|[\d.]+) seconds? in all\.$", printed, re.MULTILINE
+    )
+    assert re.search(
+        r"left out [\d,]+ at BOS, [\d,]+ outliers \(norm above [\d.]+\)\.$", printed.strip()
+    )
+    for shard in (3, 7):
+        (copied.folder / "activations" / f"activations-{shard:05d}.npy").unlink()
+    printed = run_here("save_activations", *copied.save_activations).stdout
+    bars = re.findall(r"extracting: *(\d+)%.*?([\d.]+)k/([\d.]+)k", printed)
+    assert bars[0][:2] == ("96", "47.1") and bars[-1] == ("100", "49.2", "49.2")
+    printed = run_here("save_activations", *copied.save_activations).stdout
+    assert printed.count("Nothing to do") == printed.count("49,152 tokens") == 1
 
 
 def test_damaged_autoencoders_are_named_with_the_remedy(refused, copied):

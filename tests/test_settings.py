@@ -1,7 +1,9 @@
 """Constants that are flags: help, types, typing errors, and imports without side effects."""
 
 import ast
+import errno
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, environment
 
 from tests.structure import files_of
+from utils.artifacts import writing
 from utils.settings import InputError, as_dict, read_settings, require_positive, run, settings_block
 
 FLAGS = {
@@ -46,6 +49,7 @@ FLAGS = {
         --features-per-prompt --activations-dir --analysis-dir --autoencoder-dir --influence-dir
     """,
 }
+READ_ONLY = "/proc/sys/kernel/ostype"  # that even root cannot write
 BLOCK = '''"""Docstring # no comment"""
 import os  # not a constant
 BEFORE = 1  # stands under no heading
@@ -141,6 +145,38 @@ def test_importing_a_script_loads_no_framework(name):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+WITHOUT_TENSORFLOW = """
+import importlib, pkgutil, runpy, sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *rest):
+        is_hidden = name.partition(".")[0] in ("tensorflow", "jax")
+        return None if is_hidden else super().find_spec(name, *rest)
+
+sys.argv = sys.argv[1:]
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+runpy.run_path(sys.argv[0], run_name="__main__")
+for module in pkgutil.walk_packages(["utils"], "utils."):
+    if module.name != "utils.influence.playground":  # Gradio takes seconds
+        importlib.import_module(module.name)
+from utils.backend import use_backend
+use_backend("tensorflow")
+"""
+
+
+def test_all_runs_without_tensorflow(tiny_run, tmp_path):
+    flags = ["--n-passes", 0.05, "--backend", "auto", "--autoencoder-dir", tmp_path]
+    words = ["train_autoencoder.py", *tiny_run.flags.train_autoencoder, *flags]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW, *map(str, words)], cwd=ROOT, env=environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert " on torch: " in done.stdout and (tmp_path / "autoencoder.keras").exists()
+    assert done.stderr.endswith("BACKEND tensorflow is not installed: pip install tensorflow.\n")
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "says"),
     [
@@ -232,3 +268,32 @@ def test_run_turns_mistakes_and_ctrl_c_into_a_message(monkeypatch):
         run(fails_with(KeyboardInterrupt()))
     with pytest.raises(ZeroDivisionError):  # a fault of ours is shown whole
         run(fails_with(ZeroDivisionError()))
+    error = InputError("K is wrong.")
+    error.add_note("It was 5.")
+    with pytest.raises(SystemExit, match=r"K is wrong\.\nIt was 5\.$"):
+        run(fails_with(error))
+
+
+def test_run_says_what_cannot_be_written_and_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py"])
+    full = tmp_path / "full.txt"
+    full.symlink_to("/dev/full")
+
+    def write_named() -> None:
+        with writing(full):
+            full.write_text("x")
+
+    go_on = "run the same command again to go on."
+    for main, words in (
+        (write_named, f"Cannot write full.txt in {tmp_path}: No space left on device ("),
+        (lambda: full.write_text("x"), f"Cannot write a file in {ROOT}: No space left on device"),
+        (lambda: os.close(os.open(READ_ONLY, os.O_WRONLY)), "Cannot write ostype in /proc/sys/"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(main)
+        assert str(end.value).startswith(f"\ntrain_autoencoder.py: {words}")
+        assert "What was saved before stays. " in str(end.value)
+        assert str(end.value).endswith(f", and {go_on}") and "\n" not in str(end.value).strip()
+    for error in (FileNotFoundError(errno.ENOENT, "x", "a"), PermissionError(errno.EACCES, "port")):
+        with pytest.raises(type(error)):  # no file was refused
+            run(lambda error=error: (_ for _ in ()).throw(error))

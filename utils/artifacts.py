@@ -17,10 +17,15 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from utils.settings import InputError, Json, Settings, as_dict, require
+from utils.settings import InputError, Json, Settings, as_dict, disk_error, require
+from utils.terminal import in_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SETTINGS_FILE = "settings.json"
 AUTOENCODER_FILE, METRICS_FILE = "autoencoder.keras", "metrics.json"  # of a finished training
@@ -52,17 +57,19 @@ ADDED: dict[str, dict[str, Json]] = {"train_autoencoder.py": {"n_held_out_tokens
 class RunRecord:
     """Everything that a run's outputs depend on: script, settings, and fingerprints of its inputs.
 
-    ``defaults`` holds the settings' default values.
+    ``defaults`` holds the settings' default values. The outputs do not depend on the settings in
+    ``left_out``, which an earlier version may have recorded.
     """
 
     content: dict[str, Json]
     defaults: dict[str, Json] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, leave_out: tuple[str, ...], **facts: Json) -> "RunRecord":
-        """The record of a script's run; outputs do not depend on the settings in ``leave_out``."""
+        """The record of a script's run, without the settings in ``leave_out``."""
         recorded = {"script": settings.script, **as_dict(settings, leave_out), **facts}
-        return cls(recorded, as_dict(type(settings)(), leave_out))
+        return cls(recorded, as_dict(type(settings)(), leave_out), leave_out)
 
     def differences(self, earlier: dict[str, Json]) -> list[str]:
         """A line for each difference from the content that an earlier run recorded.
@@ -75,6 +82,8 @@ class RunRecord:
         there, here = retired | self.defaults | added | earlier, retired | self.content
         lines = []
         for name in dict.fromkeys([*earlier, *self.content]):
+            if name in self.left_out:
+                continue
             is_added = name in added and name not in earlier
             if is_added and here[name] == self.defaults.get(name):
                 continue
@@ -104,15 +113,28 @@ def replacing(path: Path, is_whole: bool = True) -> Iterator[Path]:
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
-        yield partial
-        _sync(partial)
-        if is_whole and path.suffix in CHECKED:
-            log = path.with_name(CHECKSUMS_FILE)
-            append_record(log, {"file": path.name, "crc32": checksum(partial)})
-            _sync(log)
-        os.replace(partial, path)
+        with writing(path):
+            yield partial
+            _sync(partial)
+            if is_whole and path.suffix in CHECKED:
+                log = path.with_name(CHECKSUMS_FILE)
+                append_record(log, {"file": path.name, "crc32": checksum(partial)})
+                _sync(log)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While open, an error of the disk that names no file is raised as one that names ``path``."""
+    try:
+        yield
+    except Exception as error:
+        cause = disk_error(error)
+        if cause is None or cause.filename:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def _sync(path: Path) -> None:
@@ -160,6 +182,12 @@ def write_json(path: Path, content: Json) -> None:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table, without its index, atomically."""
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False)
+
+
 def read_json(path: Path, remedy: str | None = None) -> Json:
     """Read a JSON file; raises `InputError` as `reading` does."""
     with reading(path, remedy):
@@ -172,7 +200,7 @@ def append_record(log: Path, record: dict[str, Json]) -> None:
     The last field of a line, ``check``, is the CRC-32 of the others.
     """
     line = json.dumps({**record, "check": _check(record)}, ensure_ascii=False) + "\n"
-    with log.open("ab+") as file:
+    with writing(log), log.open("ab+") as file:
         if file.tell():
             file.seek(-1, 2)
             line = line if file.read(1) == b"\n" else "\n" + line
@@ -335,6 +363,6 @@ def require_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     require(
         needed < free,
-        f"{folder} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free. "
+        f"{folder} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free. "
         "Choose a folder on a larger disk, or settings that need less.",
     )

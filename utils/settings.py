@@ -8,9 +8,12 @@ comments from its source.
 
 import ast
 import dataclasses
+import errno
 import io
 import math
 import os
+import re
+import shutil
 import sys
 import tokenize
 import types
@@ -21,8 +24,20 @@ from typing import Annotated, Any, ClassVar
 import tyro
 from dotenv import load_dotenv
 
+from utils.terminal import in_bytes
+
 Json = Any  # a value of JSON
 HEADING, END = "# --- ", "# --- not settings"
+# The system's errors of a file that cannot be written, with their remedies.
+FULL = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room within your quota",
+    errno.EFBIG: "Allow larger files (see ulimit -f), or choose another disk",
+}
+FORBIDDEN = dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "Choose another folder, or make this one writable"
+)
+REFUSALS = FULL | FORBIDDEN
 
 
 class InputError(ValueError):
@@ -150,11 +165,44 @@ def hub_token() -> str | None:
     return os.environ.get("HF_TOKEN") or None
 
 
+def disk_error(error: Exception) -> OSError | None:
+    """The refusal to write a file that an error tells of, whatever library it is from, or None.
+
+    ``errno`` is one of `REFUSALS`; ``filename`` is None where the error does not name the file.
+    """
+    number = getattr(error, "errno", None)
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if numbered := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors says it
+        number = int(numbered[1])
+    elif re.search(r"\d+ requested and \d+ written", str(error)):  # as NumPy says it
+        number = errno.ENOSPC
+    is_of_file = name or number not in FORBIDDEN  # else of a socket or a process
+    return OSError(number, os.strerror(number), name) if number in REFUSALS and is_of_file else None
+
+
+def refusal_in_words(error: OSError) -> str:
+    """A `disk_error`: the file, what is wrong, how much is free, and the remedy."""
+    path = Path(error.filename or "a file").absolute()
+    reason = error.strerror
+    if error.errno in FULL:
+        reason += f" ({in_bytes(shutil.disk_usage(path.parent).free)} free)"
+    return (
+        f"Cannot write {path.name.removeprefix('.partial-')} in {path.parent}: {reason}. What was "
+        f"saved before stays. {REFUSALS[error.errno]}, and run the same command again to go on."
+    )
+
+
 def run(main: typing.Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's error or Ctrl-C ends it with one message."""
+    """Run a script's ``main``; a user's error, a full disk or Ctrl-C ends it with one message."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
-        sys.exit(f"\n{Path(sys.argv[0]).name}: {error}")
+        sys.exit("\n".join([f"\n{script}: {error}", *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         sys.exit("\nStopped. Run the same command again to go on from here.")
+    except Exception as error:
+        refusal = disk_error(error)
+        if refusal is None:
+            raise
+        sys.exit(f"\n{script}: {refusal_in_words(refusal)}")

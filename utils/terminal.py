@@ -1,11 +1,42 @@
-"""Text for the terminal: wrapped lines, two texts side by side, a marked token in its context."""
+"""Text for the terminal: quantities with units; texts wrapped, side by side, a token marked."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from rich.cells import set_cell_size
 from rich.console import Console
 from rich.text import Text
+
+BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+
+
+def significant(number: float, digits: int = 3) -> str:
+    """A number to some significant digits, with all those before the point: 61,204 or 0.0312."""
+    exponent = math.floor(math.log10(abs(number))) if number else 0
+    return f"{number:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def in_bytes(number: float) -> str:
+    """A size, as 512 bytes, 9.33 MB or 616 GB."""
+    for unit, size in BYTES.items():
+        if number >= size:
+            return f"{significant(number / size)} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def in_time(seconds: float) -> str:
+    """A duration, as 37 seconds, 50 minutes or 5.2 hours."""
+    for unit, size in SECONDS.items():
+        if seconds >= 2 * size:
+            return f"{significant(seconds / size, 2)} {unit}"
+    return "a second"
+
+
+def in_rate(per_second: float, unit: str = "tokens") -> str:
+    """A rate, as 436 tokens/s."""
+    return f"{significant(per_second)} {unit}/s"
 
 
 def mark_peak(token_texts: Sequence[str], peak: int, width: int) -> str:

@@ -24,6 +24,7 @@ from utils.activations.shards import (
 )
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
+from utils.terminal import in_rate, in_time
 
 MOST_SUBSETS = 2**15  # the range of int16
 
@@ -130,10 +131,12 @@ class Extraction:
 
     def run(self) -> None:
         """Write all missing and damaged shards."""
-        done = sum(entry.contexts for entry in self.manifest.shards)
+        shards = self.manifest.shards
+        done = sum(entry.contexts for entry in shards)
+        damaged = sum(entry.contexts for entry in shards if entry.shard in self.damaged)
         with tqdm(
             total=self.n_contexts * self.settings.context_length,
-            initial=done * self.settings.context_length,
+            initial=(done - damaged) * self.settings.context_length,
             desc="extracting",
             unit="tok",
             unit_scale=True,
@@ -186,8 +189,8 @@ class Extraction:
         start = time.perf_counter()
         residual_at(self.language_model, tokens, self.settings.layer).cpu()
         rate = tokens.numel() / (time.perf_counter() - start)
-        hours = self.n_contexts * self.settings.context_length / rate / 3600
-        print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
+        wanted = in_time(self.n_contexts * self.settings.context_length / rate)
+        print(f"This machine runs {in_rate(rate)}: about {wanted} in all.")
 
     def _contexts(self, start: Position) -> Iterator[Context]:
         documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)

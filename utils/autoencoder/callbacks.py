@@ -133,7 +133,7 @@ class TrainingLog(keras.callbacks.Callback):
             "learning_rate": float(self.model.optimizer.learning_rate),
             "seconds": round(self.seconds, 2),
         }
-        with open(self.path, "a", newline="") as file:
+        with artifacts.writing(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(line)
 
 

@@ -1,10 +1,17 @@
 """An analysis under way: the data that its studies share, and their findings.
 
-Every finished step is kept in the folder, so that an analysis that was killed goes on after it.
+Every finished step is kept in the folder, so that an analysis that was killed goes on after it. The
+folder is of one pass over the activations. The studies of it are kept by themselves, each with the
+settings that it depends on, and may be added and left out later:
+
+pass.json, pass.parquet                  the results of the pass; examples.parquet too
+study-NAME.json, study-NAME.parquet      the findings of a study, its settings; columns of features
+features.parquet, summary.json           both together, of the studies that were asked for last
 """
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +21,15 @@ import pyarrow.parquet
 import torch
 
 from utils.activations.store import ActivationStore
-from utils.artifacts import read_json, reading, replacing, write_json
+from utils.artifacts import (
+    SETTINGS_FILE,
+    RunRecord,
+    read_json,
+    reading,
+    replacing,
+    write_csv,
+    write_json,
+)
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import loss_recovered
 from utils.features import catalogue, studies
@@ -22,10 +37,11 @@ from utils.features.catalogue import REMEDY
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, JudgeSettings, open_judge
 from utils.language_model import LanguageModel, load_language_model, token_texts
-from utils.settings import Json
+from utils.settings import Json, as_dict, require
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 PASS_FILE = "pass.json"  # the results of the pass
+PAGE = "browser/index.html"  # written last
 
 
 class AnalysisSettings(JudgeSettings, Protocol):
@@ -33,10 +49,12 @@ class AnalysisSettings(JudgeSettings, Protocol):
 
     n_tokens: int | None
     n_loss_tokens: int
+    studies: tuple[studies.Name, ...]
     n_studied: int
     n_neuron_tokens: int
     n_explained: int
     map_features: bool
+    n_reported: int
     batch_size: int
     seed: int
 
@@ -58,7 +76,7 @@ class Analysis:
         folder: For the tables.
         store: The activations that the autoencoder was trained on.
         trained: The metrics of its training, with its settings and fingerprint.
-        other_sizes: Further dictionaries of the same activations.
+        others: Further dictionaries of the same activations, of other sizes, with theirs.
 
     Attributes:
         all_sizes: All dictionaries, the smallest first.
@@ -77,11 +95,15 @@ class Analysis:
         store: ActivationStore,
         autoencoder: SparseAutoencoder,
         trained: dict[str, Json],
-        other_sizes: list[SparseAutoencoder],
+        others: list[tuple[SparseAutoencoder, dict[str, Json]]],
     ):
         self.folder, self.settings, self.store = folder, settings, store
         self.autoencoder, self.trained = autoencoder, trained
-        self.all_sizes = sorted([autoencoder, *other_sizes], key=lambda one: one.n_latents)
+        every = [autoencoder, *(other for other, _ in others)]
+        self.all_sizes = sorted(every, key=lambda one: one.n_latents)
+        self.studies = studies.in_order(settings.studies)
+        self.recorded = as_dict(settings)  # what findings may depend on
+        self.recorded["other_autoencoders"] = [metrics["fingerprint"] for _, metrics in others]
         self.words: list[str] = []
         self.contexts = store.sample(settings.n_tokens)
         done = folder / PASS_FILE
@@ -140,42 +162,115 @@ class Analysis:
             self.examples = pyarrow.parquet.read_table(path)
         self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE, REMEDY)
 
+    # ---- studies
+
+    def check_studies(self, overwrite: bool) -> None:
+        """Refuse the findings of studies with other settings, or delete them if ``overwrite``."""
+        differing = {name: lines for name in self.studies if (lines := self._differences(name))}
+        lines = "\n".join(dict.fromkeys(itertools.chain(*differing.values())))
+        require(
+            overwrite or not differing,
+            f"{self.folder} holds {', '.join(differing)} with other settings:\n{lines}\n"
+            "Pass --overwrite to make these studies anew, or name another folder.",
+        )
+        for name in differing:
+            self._kept(name).unlink()
+
+    def _kept(self, name: str) -> Path:
+        return self.folder / f"study-{name}.json"
+
+    def _differences(self, name: str) -> list[str]:
+        """A line for each setting that the kept findings of a study were made with otherwise."""
+        if not self._kept(name).exists():
+            return []
+        # Earlier versions recorded the settings of all studies together.
+        together = read_json(self.folder / SETTINGS_FILE)
+        earlier = read_json(self._kept(name), self._remedy(name)).get("settings", together)
+        now, defaults, earlier = (
+            {each: values[each] for each in studies.SETTINGS[name] if each in values}
+            for values in (self.recorded, as_dict(type(self.settings)()), earlier)
+        )
+        return RunRecord(now, defaults).differences(earlier)
+
+    def _remedy(self, name: str) -> str:
+        kept = self._kept(name).name
+        return f"Delete {kept} beside it, and run the same command again to make the study anew."
+
+    def is_finished(self) -> bool:
+        """Whether the page shows what the settings ask for."""
+        if not (self.folder / PAGE).exists():
+            return False
+        together = read_json(self.folder / SETTINGS_FILE)
+        made_of = read_json(self.folder / catalogue.SUMMARY_FILE, REMEDY).get("made_of", together)
+        return (
+            set(made_of["studies"]) == set(self.settings.studies)
+            and made_of["n_reported"] == self.settings.n_reported
+            and all(self._kept(name).exists() for name in self.studies)
+        )
+
+    def _remove_page(self) -> None:
+        """Remove an earlier page, before there are other results than it shows."""
+        (self.folder / PAGE).unlink(missing_ok=True)
+
     @torch.no_grad()
-    def run_study(self, name: str) -> None:
-        """Run a study and keep its findings, unless an earlier run did."""
-        kept = self.folder / f"study-{name}.json"
-        columns = kept.with_suffix(".parquet")
-        if not kept.exists():
-            if self.judge is not None:
-                self.judge.reset_counts()
+    def run_studies(self) -> None:
+        """Run the studies that are asked for, each unless its findings are kept, and join them."""
+        for name in self.studies:
+            if not self._kept(name).exists():
+                self._run_study(name)
+            self._join(name)
+        idle = [
+            name for name in studies.NAMES if name not in self.studies and self._kept(name).exists()
+        ]
+        if idle:
+            print(f"Kept, and not shown, for STUDIES leaves it out: {', '.join(idle)}.")
+
+    def _run_study(self, name: str) -> None:
+        """Run a study, and keep its findings and the settings that it depends on."""
+        if self.judge is not None:
+            self.judge.reset_counts()
+        try:
             findings = studies.load(name).study(self)
-            for table, rows in findings.tables.items():
-                with replacing(self.folder / f"{table}.csv") as partial:
-                    rows.to_csv(partial, index=False)
-            with replacing(columns) as partial:
-                pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
-            content = {"summary": findings.summary, "words": findings.words}
-            if self.judge is not None and self.judge.asked:
-                content["judge"] = self.judge.summary()
-                content["words"] = "\n".join(
-                    [*filter(None, [findings.words]), *self.judge.in_words()]
-                )
-            write_json(kept, content)
-        findings = read_json(kept, REMEDY)
+        except Exception as error:
+            without = f", or leave {name} out of STUDIES" if name in studies.NAMES else ""
+            error.add_note(
+                f"This was the study {name}. All that was finished before is kept in "
+                f"{self.folder}. Run the same command to try it again{without}."
+            )
+            raise
+        for table, rows in findings.tables.items():
+            write_csv(self.folder / f"{table}.csv", rows)
+        kept = self._kept(name)
+        with replacing(kept.with_suffix(".parquet")) as partial:
+            pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
+        content = {"summary": findings.summary, "words": findings.words}
+        if self.judge is not None and self.judge.asked:
+            content["judge"] = self.judge.summary()
+            content["words"] = "\n".join([*filter(None, [findings.words]), *self.judge.in_words()])
+        content["settings"] = {each: self.recorded[each] for each in studies.SETTINGS[name]}
+        self._remove_page()
+        write_json(kept, content)
+
+    def _join(self, name: str) -> None:
+        """Join the kept findings of a study to the summary and to the table of features."""
+        kept = self._kept(name)
+        findings = read_json(kept, self._remedy(name))
         if findings["summary"] is not None:
             self.summary[name] = findings["summary"]
         if "judge" in findings:
             self.summary.setdefault("judge", {})[name] = findings["judge"]
         self.words += [findings["words"]] if findings["words"] else []
-        with reading(columns, REMEDY) as path:
+        with reading(kept.with_suffix(".parquet"), self._remedy(name)) as path:
             table = pd.read_parquet(path)
         for column, values in table.items():
             self.features[column] = values
 
     def save(self) -> dict[str, Json]:
         """Write the table of features and, last, the summary, which it returns."""
+        self._remove_page()
         self.summary["loss_recovered"] = loss_recovered(self.summary["cross_entropy"])
         self.summary["words"] = self.words
+        self.summary["made_of"] = {name: self.recorded[name] for name in ("studies", "n_reported")}
         catalogue.save_features(self.folder / catalogue.FEATURES_FILE, self.features)
         write_json(self.folder / catalogue.SUMMARY_FILE, self.summary)
         return self.summary

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 SUMMARY_FILE, FEATURES_FILE = "summary.json", "features.parquet"
 EXAMPLES_FILE, TOKEN_TEXTS_FILE = "examples.parquet", "vocabulary.json"
 REMEDY = (  # for a damaged file; the answers of a judge stay
-    "Delete pass.json, study-*.json and browser/index.html beside it, and run analyze_features.py "
-    "again with the settings in settings.json."
+    "Delete pass.json, study-*.json and browser/index.html beside it, and run the same command of "
+    "analyze_features.py again."
 )
 N_PROMOTED = 10  # tokens listed as promoted, as suppressed, as peaks
 N_NEIGHBOURS = 10  # of each feature, that are kept

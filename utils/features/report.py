@@ -7,6 +7,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 
 from utils import plots
+from utils.artifacts import writing
 from utils.embedded import TITLES
 from utils.features import studies
 from utils.features.browser import write_browser
@@ -25,7 +26,11 @@ def make_report(folder: Path, n_selected: int, seed: int) -> None:
     }
     named = {key: title for key, title in TITLES.items() if catalogue.summary[key] == "embedded"}
     summary = {**catalogue.summary, **named}
-    write_browser(folder / "browser", catalogue, summary, draw_pictures(catalogue), shown)
+    pictures = draw_pictures(catalogue)
+    for path in {*folder.glob("*.png"), *folder.glob("browser/pictures/*")} - {*pictures.values()}:
+        path.unlink()  # of a study that is left out now
+    with writing(folder / "browser"):
+        write_browser(folder / "browser", catalogue, summary, pictures, shown)
 
 
 def draw_pictures(catalogue: Catalogue) -> dict[str, Path]:

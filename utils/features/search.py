@@ -218,4 +218,8 @@ def show_matches(catalogue: Catalogue, matches: pd.DataFrame, width: int) -> str
             example = top.loc[row.feature]
             text = mark_peak(list(example.token_texts), int(example.peak), width - 8)
             lines.append(" " * 8 + text)
-    return "\n".join(lines) or "No feature was found."
+    if not lines:
+        return "No feature was found."
+    return "\n".join(
+        [" match  feature, its label, where it is active, and its top example", *lines]
+    )

@@ -93,7 +93,9 @@ def read_records(
 def load_model(catalogue: Catalogue, autoencoder_path: Path) -> FeatureModel:
     """The language model that was analysed, with the autoencoder in it; prints its name."""
     summary = catalogue.summary
-    print(f"Loading {summary['model_name']}, to be changed after block {summary['layer']}.")
+    print(
+        f"Loading {summary['model_name']}; features act on the output of block {summary['layer']}."
+    )
     return FeatureModel.load(summary, autoencoder_path)
 
 

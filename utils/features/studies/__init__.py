@@ -12,24 +12,33 @@ directions       does changing a feature change the predictions more than other 
 
 A study is a module with its equation in the docstring, ``study(analysis)``, which returns its
 `Findings`, and ``draw(catalogue)``, which draws the finished study and returns the files of its
-pictures by caption. To add one, write its file and add its name to `NAMES`.
+pictures by caption. To add one, write its file and add its name to `CHOICES`.
 """
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Literal
 
-ALWAYS = ("places", "cross_entropy")
-NAMES = (
-    "specificity",
-    "completeness",
-    "neurons",
-    "explanations",
-    "outputs",
-    "splitting",
-    "directions",
-)
+# By study, the settings that it depends on besides those of the pass over the activations.
+ALWAYS = {"places": ("map_features",), "cross_entropy": ("n_loss_tokens",)}
+CHOICES = {
+    "specificity": ("n_studied", "judge"),
+    "completeness": ("other_autoencoders",),
+    "neurons": ("n_studied", "n_neuron_tokens"),
+    "explanations": ("n_explained", "n_neuron_tokens", "judge"),
+    "outputs": (),
+    "splitting": ("other_autoencoders", "map_features"),
+    "directions": (),
+}
+SETTINGS = ALWAYS | CHOICES
+NAMES = tuple(CHOICES)
 Name = Literal[*NAMES]
+
+
+def in_order(chosen: Iterable[str]) -> list[str]:
+    """The studies that are made always and the chosen ones, in the paper's order."""
+    return [*ALWAYS, *(name for name in NAMES if name in set(chosen))]
 
 
 def load(name: str) -> ModuleType:

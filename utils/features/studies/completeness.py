@@ -29,6 +29,7 @@ from utils.features.feature_pass import Encoder
 from utils.features.sampling import draw_again, interval
 from utils.settings import Json
 from utils.steering.feature_model import FeatureEncoder
+from utils.terminal import significant
 
 COVERED = 0.5
 LEAST = 5  # occurrences of a word; a feature that fits fewer may fit by chance
@@ -198,8 +199,8 @@ def in_words(fit: dict[str, Json]) -> str:
     words = f"Completeness: {fit['n_covered']:,} of {fit['n_words']:,} words have a feature among "
     words += f"{fit['n_alive']:,}"
     if "half" in fit:
-        words += f"; half of those that make up {fit['half']:.1e} of all tokens, "
-        words += f"{fit['half'] * fit['n_alive']:.1f} times a feature's share"
+        words += f"; half of those as frequent as {significant(1e6 * fit['half'])} in a million "
+        words += f"tokens ({fit['half'] * fit['n_alive']:.1f} times the share if all were alike)"
     return words + "."
 
 

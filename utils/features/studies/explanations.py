@@ -256,9 +256,10 @@ def in_words(summary: dict[str, Json]) -> str:
     """The summary of `study`, a sentence a line."""
     lines = []
     if "score" in summary:
+        score, random = summary["score"][0], summary["random"][0]
         lines.append(
-            f"Explanations, 0.5 by chance: {summary['score'][0]:.2f} for "
-            f"{summary['n_features']:,} features, {summary['random'][0]:.2f} by another's."
+            f"Explanations, 1 at best, 0.5 by chance: {score:.2f} for {summary['n_features']:,} "
+            f"features; with another feature's {random:.2f}."
         )
     if "p_neurons" in summary:
         features, neurons = (summary["groups"][name][0] for name in COMPARED)

@@ -133,8 +133,8 @@ def in_words(summary: dict[str, float]) -> str:
     peaks, another = np.exp([summary["mean"], summary["others_mean"]])
     return (
         f"Outputs: a feature clamped to its maximum makes the tokens it peaks at {peaks:.2f} times "
-        f"as likely as the next, another's {another:.2f} times (n = {summary['n_features']:,}, "
-        f"p = {summary['p']:.1g})."
+        f"as likely as the next, another feature's {another:.2f} times "
+        f"(n = {summary['n_features']:,}, p = {summary['p']:.1g})."
     )
 
 
