@@ -18,7 +18,7 @@ from utils import plots
 from utils.activations.store import ActivationStore, Contexts
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.features.neurons import N_TOGETHER, neurons_of
+from utils.features.neurons import N_TOGETHER, NoNeurons, neurons_of
 from utils.features.sampling import LEAST_ACTIVE, draw_features
 from utils.steering.feature_model import FeatureModel
 
@@ -100,16 +100,19 @@ def correlate_with_neurons(
             residual = model.residual(torch.from_numpy(batch.tokens))[kept]
             activations = model.encode(residual, numbers)
             values = torch.cat([block[kept].float() for block in neurons], dim=1)
+            widths = [block.shape[-1] for block in neurons]
             if correlations is None:
                 correlations = Correlations(len(numbers), values.shape[1], values.device)
             correlations.add(activations, values)
     largest, index = correlations.pearson().max(dim=1)
-    width = correlations.products.shape[1] // (store.layer + 1)
+    ends = torch.tensor(widths).cumsum(0)  # blocks may differ in width
+    block = torch.searchsorted(ends, index, right=True)
+    neuron = index - (ends - torch.tensor(widths))[block]
     return pd.DataFrame(
         {
             "feature": features,
-            "block": (index // width).numpy(),
-            "neuron": (index % width).numpy(),
+            "block": block.numpy(),
+            "neuron": neuron.numpy(),
             "correlation": largest.numpy(),
         }
     )
@@ -122,7 +125,10 @@ def study(analysis: Analysis) -> Findings:
     frequency = analysis.features["frequency"].to_numpy()
     n_tokens = len(contexts) * store.context_length
     features = draw_features(frequency, n_tokens, settings.n_studied, settings.seed)
-    table = correlate_with_neurons(analysis.model, store, contexts, features)
+    try:
+        table = correlate_with_neurons(analysis.model, store, contexts, features)
+    except NoNeurons as missing:
+        return Findings(None, str(missing))
     if table.empty:
         return Findings({}, tables={"neurons": table})
     summary = summarise(table)
