@@ -2,19 +2,19 @@
 model; what is left out, and which are refused."""
 
 import contextlib
-import random
 import re
 
 import numpy as np
 import pytest
 import torch
-from tiny_llama import D_MODEL, WORDS, tiny_autoencoder, tiny_language_model
+from tiny_llama import D_MODEL, tiny_autoencoder
 from torch.nn.functional import cross_entropy
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -23,27 +23,27 @@ from utils.activations.store import ActivationStore
 from utils.features.neurons import NoNeurons, neurons_of
 from utils.features.studies.cross_entropy import measure_losses
 from utils.features.studies.places import promoted_tokens
-from utils.language_model import load_language_model, residual_at
+from utils.language_model import load_language_model, residual_at, watched_passes
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import generate_tokens, prompt_tokens, stream
 
 LAYER, N_LAYERS, CONTEXT = 1, 3, 16
-TEXTS = ["<s>", "</s>", *(f"w{i}" for i in range(2, WORDS))]
-PROMPTS = ("w10 w20 w30 w40", "w7")
+PROMPTS = ("rose tulip ship tide", "sail")
 CLAMP = Clamp(5, 1.0, 6.0, "add")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 SIZES = {
-    "vocab_size": WORDS, "hidden_size": D_MODEL, "intermediate_size": 64, "head_dim": 8,
+    "vocab_size": 320, "hidden_size": D_MODEL, "intermediate_size": 64, "head_dim": 8,
     "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 ROTARY = {"rotary_dim": 4}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 16}
 LATENT_ATTENTION = EXPERTS | {
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-    "v_head_dim": 8, "head_dim": 4,
+    "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4,
 }  # fmt: skip
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": N_LAYERS,
@@ -90,7 +90,7 @@ ARCHITECTURES = {
 }
 # Of each: what the first script says, and, where it needs the weights to see it, options.
 REFUSED = {
-    "vit": ("Unrecognized configuration class", None),
+    "vit": (r"must be a causal language model; .* is a vit\.", None),
     "bart": (r"one list of blocks, .* has 0 lists of 3 modules", None),
     "xlm": (r"one list of blocks, .* has 4 lists of 3 modules", None),
     "bert": ("a token changes what the model makes of those before it", {}),
@@ -129,29 +129,17 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 class Subject:
     """An architecture: saved, through the first script, loaded by the project and plainly."""
 
-    def __init__(self, kind, folder, run_here):
-        self.kind = kind
+    def __init__(self, kind, folder, save):
         blocks, self.matrix, options = ARCHITECTURES[kind]
-        model, tokenizer = random_model(tiny_config(kind, **options)), tiny_language_model()
-        model.save_pretrained(folder / "model")
-        tokenizer.tokenizer.save_pretrained(folder / "model")
-        draw = random.Random(0)
-        texts = [" ".join(f"w{draw.randrange(2, WORDS)}" for _ in range(40)) for _ in range(6)]
-        (folder / "text.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
-        run_here(
-            "save_activations", "--model-name", folder / "model", "--layer", LAYER,
-            "--dataset", folder / "text.jsonl", "--dtype", "float32", "--n-tokens", 128,
-            "--context-length", CONTEXT, "--storage-dtype", "float32",
-            "--activations-dir", folder / "activations",
-        )  # fmt: skip
+        save(folder, random_model(tiny_config(kind, **options)))
         self.store = ActivationStore(folder / "activations")
         self.model = load_language_model(str(folder / "model"), LAYER, "float32")
-        self.plain = plain_class(model.config).from_pretrained(folder / "model").eval()
+        self.plain = plain_class(self.model.model.config).from_pretrained(folder / "model").eval()
         self.plain.requires_grad_(False)
         self.blocks = self.plain.get_submodule(blocks)
         self.tokens = torch.from_numpy(self.store.read("tokens", range(8))).long()
         hidden = self.plain(self.tokens, output_hidden_states=True, use_cache=False).hidden_states
-        self.residual = hidden[LAYER + 1]
+        self.residual = hidden[LAYER if kind == "mamba" else LAYER + 1]  # others: embeddings first
         autoencoder = tiny_autoencoder("topk", self.residual)
         self.steered = FeatureModel(self.model, LAYER, autoencoder, self.store.outlier_norm)
 
@@ -187,9 +175,27 @@ class Subject:
         return tokens[0, prompt.shape[1] :].tolist()
 
 
+@pytest.fixture(scope="module")
+def save(tiny_model, tiny_text, run_here):
+    """Save a model, or its configuration alone, and run the first script on it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def run(folder, model, **options):
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return run_here(
+            "save_activations", "--model-name", folder / "model", "--layer", LAYER,
+            "--dataset", tiny_text, "--dtype", "float32", "--n-tokens", 128, "--context-length",
+            CONTEXT, "--storage-dtype", "float32", "--activations-dir", folder / "activations",
+            **options,
+        )  # fmt: skip
+
+    return run
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def subject(request, tmp_path_factory, run_here):
-    return Subject(request.param, tmp_path_factory.mktemp(request.param), run_here)
+def subject(request, tmp_path_factory, save):
+    return Subject(request.param, tmp_path_factory.mktemp(request.param), save)
 
 
 def test_the_first_script_saves_the_plain_models_residual_stream(subject):
@@ -220,8 +226,10 @@ def test_texts_written_with_a_cache_are_those_without_one(subject, where):
 def test_texts_streamed_are_those_without_a_cache(subject):
     prompt = prompt_tokens(subject.model, PROMPTS[0])
     expected = subject.continuation(prompt, 5)
-    (text,) = list(stream(subject.model, prompt, lambda: steered(subject.steered, [CLAMP]), 5))[-1]
-    assert text == subject.model.tokenizer.decode(expected, skip_special_tokens=True)
+    texts = stream(subject.model, prompt, lambda: steered(subject.steered, [CLAMP]), 5)
+    with watched_passes(subject.model) as passes:
+        fed = [passes[0].tokens[0].tolist() for _ in texts]
+    assert fed == [prompt[0].tolist(), *([token] for token in expected[:-1])]
 
 
 def test_promoted_tokens_are_those_that_moving_the_residual_stream_raises(subject):
@@ -247,9 +255,10 @@ def test_promoted_tokens_are_those_that_moving_the_residual_stream_raises(subjec
     directions -= directions @ apart @ apart.T
     changes = logits(0.02 * directions) - logits(-0.02 * directions)
     scores = (changes - changes.mean(dim=0)) / changes.std(dim=0)
-    table = promoted_tokens(subject.model, directions.numpy(), TEXTS)
+    texts = [f"t{i}" for i in range(320)]
+    table = promoted_tokens(subject.model, directions.numpy(), texts)
     for column, sign in (("promoted_tokens", 1), ("suppressed_tokens", -1)):
-        expected = [[TEXTS[i] for i in row] for row in (sign * scores).topk(10).indices]
+        expected = [[texts[i] for i in row] for row in (sign * scores).topk(10).indices]
         assert np.mean(np.array(table[column].tolist()) == np.array(expected)) > 0.98
 
 
@@ -286,16 +295,9 @@ def test_cross_entropy_is_that_of_the_plain_model_with_the_stream_replaced(subje
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_architectures_are_refused_by_the_first_script(kind, tmp_path, run_here):
+def test_other_architectures_are_refused_by_the_first_script(kind, tmp_path, save):
     says, options = REFUSED[kind]
     config = tiny_config(kind, **(options or {}))
-    (config if options is None else random_model(config)).save_pretrained(tmp_path)
-    tiny_language_model().tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "text.jsonl").write_text('{"text": "w5 w6 w7"}\n' * 99)
-    ended = run_here(
-        "save_activations", "--model-name", tmp_path, "--layer", LAYER,
-        "--dataset", tmp_path / "text.jsonl", "--activations-dir", tmp_path / "activations",
-        check=False,
-    )  # fmt: skip
+    ended = save(tmp_path, config if options is None else random_model(config), check=False)
     assert re.search(says, ended.message)
     assert not list((tmp_path / "activations").glob("activations*"))

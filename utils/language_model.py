@@ -14,27 +14,33 @@ from typing import NamedTuple
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoTokenizer,
     Cache,
+    FineGrainedFP8Config,
     GenerationConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import ModelOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from utils import characters, embedded
 from utils.settings import InputError, hub_token, require
 
+WRONG_FILES = (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError)
 N_NAMED = 10  # wrong weights that an error lists
-UNPACKED = ("mxfp4", "fp8")  # kinds of quantised weights that transformers unpacks on any device
+UNPACKED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}  # quantised, and plain once loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +149,12 @@ def read_config(name: str, layer: int) -> PreTrainedConfig:
             its weights are quantised; or ``layer`` is out of range.
     """
     if not Path(_source(name)).exists():
-        _look_for_network()
+        look_for_hub()
     with _loading(name):
-        config = AutoConfig.from_pretrained(_source(name), token=hub_token())
-        _require_plain_weights(name, config)
+        config = AutoConfig.from_pretrained(_source(name), **_hub_options())
+        _unpacking(name, config)
         with torch.device("meta"):
-            blocks = decoder_blocks(_model_class(config).from_config(config))
+            blocks = decoder_blocks(_model_class(name, config).from_config(config))
     require(
         0 <= layer < len(blocks),
         f"LAYER must be between 0 and {len(blocks) - 1} for {name}; it is {layer}.",
@@ -156,10 +162,15 @@ def read_config(name: str, layer: int) -> PreTrainedConfig:
     return config
 
 
-def _model_class(config: PreTrainedConfig) -> type:
-    """Multimodal models are used for their language part."""
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+def _model_class(name: str, config: PreTrainedConfig) -> type:
+    """What makes the model; a multimodal one is used for its language part."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    require(
+        type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        f"MODEL_NAME must be a causal language model; {name} is a {config.model_type}.",
+    )
+    return AutoModelForMultimodalLM
 
 
 def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageModel:
@@ -172,14 +183,14 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     config = read_config(name, layer)
     device = pick_device()
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
-        model, loading = _model_class(config).from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(_source(name), **_hub_options())
+        model, loading = _model_class(name, config).from_pretrained(
             _source(name),
-            config=config,
             dtype=resolve_dtype(dtype, device),
-            token=hub_token(),
+            **_hub_options(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the missing ones
+            **_unpacking(name, config),
         )
     _require_all_weights(name, model, loading)
     _require_own_tokenizer(name, model, tokenizer)
@@ -229,26 +240,26 @@ def _require_residual_stream(language_model: LanguageModel, layer: int) -> None:
     require(bool(cache_of(outputs)), f"{fault}it has no cache to go on from with the next token.")
 
 
-def _look_for_network() -> None:
-    """Without a network, have the hub's client say so at once: it would try for half a minute."""
+def look_for_hub() -> None:
+    """Where the hub cannot be reached, have its client say so at once: it would try for minutes."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:  # of whichever HTTP library the hub's client is made with
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def _require_plain_weights(name: str, config: PreTrainedConfig) -> None:
-    """Have weights unpacked that transformers can unpack while it loads; refuse other quantised."""
+def _unpacking(name: str, config: PreTrainedConfig) -> dict[str, QuantizationConfigMixin]:
+    """The option that has quantised weights unpacked while they are loaded; refuses some kinds."""
     packed = getattr(config, "quantization_config", None)
     if packed is None:
-        return
+        return {}
     kind = packed.get("quant_method", "bitsandbytes")  # which early ones did not name
     require(
         kind in UNPACKED,
         f"MODEL_NAME must have weights that are not quantised, or {' or '.join(UNPACKED)}; those "
         f"of {name} are quantised by {kind}. Take the checkpoint that it was made from.",
     )
-    packed["dequantize"] = True
+    return {"quantization_config": UNPACKED[kind](dequantize=True)}
 
 
 def _require_all_weights(name: str, model: PreTrainedModel, loading: dict[str, Iterable]) -> None:
@@ -289,6 +300,10 @@ def _require_own_tokenizer(
     )
 
 
+def _hub_options() -> dict[str, str | bool | None]:
+    return {"token": hub_token(), "trust_remote_code": False}  # None would ask on the terminal
+
+
 def _source(name: str) -> str:
     return str(embedded.model_folder()) if name == "embedded" else name
 
@@ -300,7 +315,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (ImportError, RuntimeError, SafetensorError, *WRONG_FILES) as error:
         raise InputError(_access_error(name, error)) from error
 
 
@@ -308,6 +323,11 @@ def _access_error(name: str, error: Exception) -> str:
     reason = str(error).strip()
     if isinstance(error, ImportError):
         return f"The model {name} needs a package that is not installed: {reason}"
+    if "trust_remote_code" in reason:
+        return (
+            f"MODEL_NAME must be a model whose code is in transformers; that of {name} is in its "
+            "own repository, and is not run. Take another model."
+        )
     if Path(name).exists():
         if (Path(name) / "config.json").exists():
             return f"Cannot load the model in the folder {name}: {reason}"
@@ -402,7 +422,7 @@ class _Stopped(Exception):
 def replaced_output(
     block: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it unchanged."""
+    """While open, pass the output of ``block`` through ``replace``; ``None`` keeps it as it is."""
 
     def hook(_module, _inputs, output):
         residual = output[0] if isinstance(output, tuple) else output
