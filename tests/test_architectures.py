@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llama import D_MODEL, tiny_autoencoder
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -20,10 +21,12 @@ from transformers import (
 )
 
 from utils.activations.store import ActivationStore
+from utils.features.catalogue import Catalogue
 from utils.features.neurons import NoNeurons, neurons_of
 from utils.features.studies.cross_entropy import measure_losses
 from utils.features.studies.places import promoted_tokens
 from utils.language_model import load_language_model, residual_at, watched_passes
+from utils.settings import InputError
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
 from utils.steering.generation import generate_tokens, prompt_tokens, stream
@@ -180,14 +183,14 @@ def save(tiny_model, tiny_text, run_here):
     """Save a model, or its configuration alone, and run the first script on it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
-    def run(folder, model, **options):
+    def run(folder, model, n_tokens=128, **options):
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         return run_here(
             "save_activations", "--model-name", folder / "model", "--layer", LAYER,
-            "--dataset", tiny_text, "--dtype", "float32", "--n-tokens", 128, "--context-length",
-            CONTEXT, "--storage-dtype", "float32", "--activations-dir", folder / "activations",
-            **options,
+            "--dataset", tiny_text, "--dtype", "float32", "--storage-dtype", "float32",
+            "--n-tokens", n_tokens, "--context-length", CONTEXT,
+            "--activations-dir", folder / "activations", **options,
         )  # fmt: skip
 
     return run
@@ -301,3 +304,38 @@ def test_other_architectures_are_refused_by_the_first_script(kind, tmp_path, sav
     ended = save(tmp_path, config if options is None else random_model(config), check=False)
     assert re.search(says, ended.message)
     assert not list((tmp_path / "activations").glob("activations*"))
+
+
+def test_experts_of_another_shape_are_refused(tmp_path, save):
+    save(tmp_path, random_model(tiny_config("mixtral", **EXPERTS)))
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    first = next(name for name in weights if "experts" in name)
+    save_file(weights | {first: torch.ones(3, 3)}, path, {"format": "pt"})
+    with pytest.raises(InputError, match="Cannot load the model in the folder"):
+        load_language_model(str(tmp_path / "model"), LAYER)
+
+
+def test_a_mixture_of_experts_goes_through_all_four_scripts(tmp_path, save, run_here):
+    """Both studies that compare with neurons say why they do not, and the others are there."""
+    save(tmp_path, random_model(tiny_config("mixtral", **EXPERTS)), n_tokens=8_192)
+    folders = {name: tmp_path / name for name in ("activations", "autoencoder", "analysis")}
+    places = [[f"--{name}-dir", folder] for name, folder in folders.items()]
+    run_here(
+        "train_autoencoder", "--n-latents", 64, "--k", 4, "--batch-size", 64, "--n-passes", 0.5,
+        "--backend", "torch", *places[0], *places[1],
+    )  # fmt: skip
+    ended = run_here(
+        "analyze_features", "--n-loss-tokens", 256, "--n-neuron-tokens", 2_048, "--no-map-features",
+        "--studies", "neurons", "explanations", "outputs", *places[0], *places[1], *places[2],
+    )  # fmt: skip
+    says = "Neurons are left out: block 0 of .* is a mixture of experts"
+    assert len(re.findall(says, ended.stdout)) == 2
+    summary = Catalogue(folders["analysis"]).summary
+    assert "neurons" not in summary and "outputs" in summary
+    assert summary["explanations"]["n_features"] > 5 and not summary["explanations"]["groups"]
+    ended = run_here(
+        "influence_llm", "--feature", 3, "--strength", 2, "--max-new-tokens", 5,
+        "--influence-dir", tmp_path / "influence", *places[1], *places[2],
+    )  # fmt: skip
+    assert "feature 3 at 2 × its maximum" in ended.stdout
