@@ -2,11 +2,13 @@
 model; what is left out, and which are refused."""
 
 import contextlib
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_llama import D_MODEL, tiny_autoencoder
 from torch.nn.functional import cross_entropy
@@ -306,6 +308,30 @@ def test_other_architectures_are_refused_by_the_first_script(kind, tmp_path, sav
     assert not list((tmp_path / "activations").glob("activations*"))
 
 
+def test_experts_of_four_bits_are_unpacked(tmp_path, save):
+    """As MXFP4 has them: two to a byte, and an exponent for each 32."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([numbers, -numbers])
+    save(tmp_path, random_model(tiny_config("gpt_oss", **EXPERTS)))
+    weights, expected = load_file(tmp_path / "model" / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith(("experts.down_proj", "gate_up_proj"))]:
+        experts, width, height = weights.pop(name).shape
+        packed = torch.randint(256, (experts, height, width // 32, 16), dtype=torch.uint8)
+        exponents = torch.randint(120, 125, packed.shape[:3], dtype=torch.uint8)
+        pairs = torch.stack([numbers[(packed & 15).int()], numbers[(packed >> 4).int()]], dim=-1)
+        values = pairs.flatten(-2) * 2.0 ** (exponents.float() - 127)[..., None]
+        expected[name] = values.flatten(-2).transpose(1, 2)
+        weights |= {f"{name}_blocks": packed, f"{name}_scales": exponents}
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "model" / "config.json"
+    packed = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    model = load_language_model(str(tmp_path / "model"), LAYER, "float32").model
+    assert len(expected) == 2 * N_LAYERS
+    for name, values in expected.items():
+        torch.testing.assert_close(model.state_dict()[name], values)
+
+
 def test_experts_of_another_shape_are_refused(tmp_path, save):
     save(tmp_path, random_model(tiny_config("mixtral", **EXPERTS)))
     path = tmp_path / "model" / "model.safetensors"
@@ -339,3 +365,9 @@ def test_a_mixture_of_experts_goes_through_all_four_scripts(tmp_path, save, run_
         "--influence-dir", tmp_path / "influence", *places[1], *places[2],
     )  # fmt: skip
     assert "feature 3 at 2 × its maximum" in ended.stdout
+
+
+def test_the_readme_names_all_of_them():
+    readme = (ROOT / "README.md").read_text()
+    assert f"{len(ARCHITECTURES)} architectures" in readme
+    assert all(f"`{kind}`" in readme for kind in (*ARCHITECTURES, *REFUSED))
