@@ -19,12 +19,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.shards import OUTPUTS, bytes_per_token
 from utils.activations.store import ActivationStore
 from utils.artifacts import RunRecord, open_stage, require_disk_space
-from utils.language_model import (
-    beginning_in_words,
-    load_language_model,
-    longest_text,
-    read_config,
-)
+from utils.language_model import beginning_in_words, load_language_model, longest_text, read_config
 from utils.settings import InputError, Settings, read_settings, require, require_positive, run
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]

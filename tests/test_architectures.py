@@ -27,6 +27,7 @@ from utils.features.catalogue import Catalogue
 from utils.features.neurons import NoNeurons, neurons_of
 from utils.features.studies.cross_entropy import measure_losses
 from utils.features.studies.places import promoted_tokens
+from utils.influence.attribution import attribute
 from utils.language_model import load_language_model, residual_at, watched_passes
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, steered
@@ -297,6 +298,21 @@ def test_cross_entropy_is_that_of_the_plain_model_with_the_stream_replaced(subje
         targets = tokens[:, 1:].where(tokens[:, 1:] != 0, -100)
         expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
         assert table.loc["all", name] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_attribution_takes_the_gradient_of_the_plain_model(subject):
+    tokens, streams = subject.tokens[:1], []
+
+    def record(residual):
+        streams.append(residual.detach().requires_grad_())
+        return streams[0]
+
+    with subject.hooked(record):
+        logits = subject.plain(tokens, use_cache=False).logits[0, -1]
+    (expected,) = torch.autograd.grad(logits[3] - logits[4], streams[0])
+    gradient = attribute(subject.steered, tokens, (3, 4)).gradient
+    torch.testing.assert_close(gradient, expected[0], **CLOSE)
+    assert gradient.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -166,6 +166,15 @@ def test_without_a_network_it_is_said_at_once(monkeypatch):
     assert time.perf_counter() - begun < 5
 
 
+def test_a_bos_that_the_model_does_not_embed_is_refused(changed_model):
+    folder = changed_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"has 321 tokens, and the model embeds 320\. Save"):
+        load_language_model(str(folder), LAYER, "float32")
+
+
 def test_what_contexts_begin_with_is_said(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert beginning_in_words(tokenizer) == "Contexts and documents begin with '<bos>', BOS."

@@ -38,6 +38,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from utils import characters, embedded
 from utils.settings import InputError, hub_token, require
 
+# What transformers raises, besides others, over a model's files.
 WRONG_FILES = (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError)
 N_NAMED = 10  # wrong weights that an error lists
 UNPACKED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}  # quantised, and plain once loaded
@@ -242,7 +243,7 @@ def _require_residual_stream(language_model: LanguageModel, layer: int) -> None:
 
 
 def look_for_hub() -> None:
-    """Where the hub cannot be reached, have its client say so at once: it would try for minutes."""
+    """Where the hub cannot be reached, have its client say so at once, not try for a minute."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:  # of whichever HTTP library the hub's client is made with
@@ -293,11 +294,12 @@ def _require_own_tokenizer(
         bool(tokenizer("a", add_special_tokens=False)["input_ids"]),
         f"{name} must have a tokenizer; its folder holds none. Save the model's beside it.",
     )
-    n_tokens = model.get_input_embeddings().num_embeddings
+    n_tokens, n_used = model.get_input_embeddings().num_embeddings, separator_token(tokenizer) + 1
+    n_used = max(n_used, tokenizer.vocab_size)
     require(
-        tokenizer.vocab_size <= n_tokens,
-        f"The tokenizer of {name} must be its own: it has {tokenizer.vocab_size:,} tokens, and the "
-        f"model embeds {n_tokens:,}. Save the model's tokenizer beside it.",
+        n_used <= n_tokens,
+        f"The tokenizer of {name} must be its own: it has {n_used:,} tokens, and the model embeds "
+        f"{n_tokens:,}. Save the model's tokenizer beside it.",
     )
 
 

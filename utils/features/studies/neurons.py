@@ -100,19 +100,16 @@ def correlate_with_neurons(
             residual = model.residual(torch.from_numpy(batch.tokens))[kept]
             activations = model.encode(residual, numbers)
             values = torch.cat([block[kept].float() for block in neurons], dim=1)
-            widths = [block.shape[-1] for block in neurons]
             if correlations is None:
                 correlations = Correlations(len(numbers), values.shape[1], values.device)
             correlations.add(activations, values)
     largest, index = correlations.pearson().max(dim=1)
-    ends = torch.tensor(widths).cumsum(0)  # blocks may differ in width
-    block = torch.searchsorted(ends, index, right=True)
-    neuron = index - (ends - torch.tensor(widths))[block]
+    width = correlations.products.shape[1] // (store.layer + 1)
     return pd.DataFrame(
         {
             "feature": features,
-            "block": block.numpy(),
-            "neuron": neuron.numpy(),
+            "block": (index // width).numpy(),
+            "neuron": (index % width).numpy(),
             "correlation": largest.numpy(),
         }
     )
