@@ -1,5 +1,6 @@
 """Loading a language model: whole or not at all."""
 
+import importlib
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ from conftest import LAYER
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from utils.activations.corpus import Corpus
 from utils.language_model import beginning_in_words, load_language_model, read_config
 from utils.settings import InputError
 
@@ -158,12 +160,16 @@ def test_what_is_wrong_with_a_folder_is_said(changed_model, fault):
 
 
 def test_without_a_network_it_is_said_at_once(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    importlib.import_module("datasets")  # before the changes below, which it would keep
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    begun = time.perf_counter()
+    name, begun = "nobody/nothing-of-this-name", time.perf_counter()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(InputError, match=r"the hub, http://127\.0\.0\.1:9, cannot be reached"):
-        read_config("nobody/nothing-of-this-name", LAYER)
-    assert time.perf_counter() - begun < 5
+        read_config(name, LAYER)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="could not be read from the hub"):
+        Corpus(name, None, "train", "text").check()
+    assert time.perf_counter() - begun < 10
 
 
 def test_a_bos_that_the_model_does_not_embed_is_refused(changed_model):

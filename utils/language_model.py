@@ -252,7 +252,8 @@ def look_for_hub() -> None:
 
 def _unpacking(name: str, config: PreTrainedConfig) -> dict[str, QuantizationConfigMixin]:
     """The option that has quantised weights unpacked while they are loaded; refuses some kinds."""
-    packed = getattr(config, "quantization_config", None)
+    parts = (config, config.get_text_config())  # of a multimodal model the second, too
+    packed = next(filter(None, (getattr(p, "quantization_config", None) for p in parts)), None)
     if packed is None:
         return {}
     kind = packed.get("quant_method", "bitsandbytes")  # which early ones did not name
