@@ -19,7 +19,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.shards import OUTPUTS, bytes_per_token
 from utils.activations.store import ActivationStore
 from utils.artifacts import RunRecord, open_stage, require_disk_space
-from utils.language_model import load_language_model, read_config
+from utils.language_model import beginning_in_words, load_language_model, longest_text, read_config
 from utils.settings import InputError, Settings, read_settings, require, require_positive, run
 from utils.terminal import in_bytes, significant
 
@@ -57,7 +57,7 @@ def main() -> None:
     # 1. Check the settings, the model's configuration and the first document.
     check(settings, ranks)
     config = read_config(settings.model_name, settings.layer)
-    check_context(settings, getattr(config.get_text_config(), "max_position_embeddings", None))
+    check_context(settings, longest_text(config))
     d_model = config.get_text_config().hidden_size
     corpus = Corpus(settings.dataset, settings.config, settings.split, settings.text_column)
     if corpus.files and ranks.rank == 0:
@@ -80,6 +80,7 @@ def main() -> None:
 
         # 4. Run the model over the contexts, stopped at the layer, into shards.
         language_model = load_language_model(settings.model_name, settings.layer, settings.dtype)
+        print(beginning_in_words(language_model.tokenizer))
         extraction.begin(language_model, corpus)
         extraction.run()
 

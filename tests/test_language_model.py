@@ -1,15 +1,20 @@
 """Loading a language model: whole or not at all."""
 
+import importlib
 import json
 import shutil
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import LAYER
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from utils.language_model import load_language_model
+from utils.activations.corpus import Corpus
+from utils.language_model import beginning_in_words, load_language_model, read_config
 from utils.settings import InputError
 
 
@@ -89,3 +94,96 @@ def test_a_tokenizer_that_is_missing_or_another_models_is_refused(changed_model)
         path.unlink()
     with pytest.raises(InputError, match="tokenizer"):
         load_language_model(str(folder), LAYER, "float32")
+
+
+# ---------------------------------------------------------------------------------- quantised
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "awq", "compressed-tensors", None])
+def test_quantised_weights_are_refused_without_looking_at_them(changed_model, kind):
+    named = {"quant_method": kind} if kind else {"load_in_8bit": True}
+    folder = changed_model(quantization_config=named)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"quantised by {kind or 'bitsandbytes'}. Take the check"):
+        load_language_model(str(folder), LAYER, "float32")
+
+
+def test_fp8_weights_are_unpacked(changed_model):
+    """Each matrix of a block is stored in 8 bits, with one scale for up to 128 × 128 numbers."""
+    expected = {}
+
+    def pack(weights):
+        for name in [name for name in weights if "_proj" in name]:
+            scale = weights[name].abs().max() / 400
+            packed = (weights[name] / scale).to(torch.float8_e4m3fn)
+            expected[name] = packed.float() * scale
+            weights |= {name: packed, f"{name}_scale_inv": scale.reshape(1, 1)}
+        return weights
+
+    kind = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    folder = changed_model(pack, quantization_config=kind)
+    loaded = load_language_model(str(folder), LAYER, "float32").model.state_dict()
+    assert len(expected) == 28
+    for name, weight in expected.items():
+        torch.testing.assert_close(loaded[name], weight)
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+FOLDERS = {
+    "no config.json": (None, r"not a model folder in the hub's layout: it has no config\.json"),
+    "no JSON": ("{", r"Cannot load the model in the folder .* valid JSON"),
+    "no model known": ({"model_type": "new"}, "Cannot load the model in the folder .*`new`"),
+    "a width of no number": (
+        {"hidden_size": "x"},
+        "Cannot load the model in the folder .*hidden_s",
+    ),
+    "code of its own": (
+        {"model_type": "new", "auto_map": {"AutoConfig": "new.NewConfig"}},
+        "whose code is in transformers",
+    ),
+    "a missing package": ({"model_type": "gemma3n"}, "package that is not installed: .*timm"),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDERS)
+def test_what_is_wrong_with_a_folder_is_said(changed_model, fault):
+    content, says = FOLDERS[fault]
+    folder = changed_model(**(content if isinstance(content, dict) else {}))
+    if content is None:
+        (folder / "config.json").unlink()
+    elif isinstance(content, str):
+        (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=f"(?s){says}"):
+        read_config(str(folder), LAYER)
+
+
+def test_without_a_network_it_is_said_at_once(monkeypatch):
+    importlib.import_module("datasets")  # before the changes below, which it would keep
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    name, begun = "nobody/nothing-of-this-name", time.perf_counter()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match=r"the hub, http://127\.0\.0\.1:9, cannot be reached"):
+        read_config(name, LAYER)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match="could not be read from the hub"):
+        Corpus(name, None, "train", "text").check()
+    assert time.perf_counter() - begun < 10
+
+
+def test_a_bos_that_the_model_does_not_embed_is_refused(changed_model):
+    folder = changed_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"has 321 tokens, and the model embeds 320\. Save"):
+        load_language_model(str(folder), LAYER, "float32")
+
+
+def test_what_contexts_begin_with_is_said(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert beginning_in_words(tokenizer) == "Contexts and documents begin with '<bos>', BOS."
+    tokenizer.bos_token = None
+    says = "Contexts and documents begin with '<eos>', EOS, for the tokenizer has no BOS."
+    assert beginning_in_words(tokenizer) == says

@@ -5,30 +5,44 @@ Shapes: tokens (batch, context), residual (batch, context, d_model).
 """
 
 import contextlib
-import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
+    Cache,
+    FineGrainedFP8Config,
     GenerationConfig,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ModelOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from utils import characters, embedded
 from utils.backend import cpu_computes_bfloat16
 from utils.settings import InputError, hub_token, require
 
+# What transformers raises, besides others, over a model's files.
+WRONG_FILES = (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError)
 N_NAMED = 10  # wrong weights that an error lists
+UNPACKED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}  # quantised, and plain once loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +54,19 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    @property
+    @functools.cached_property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
-        return self.model.get_decoder().layers
+        return decoder_blocks(self.model)
 
     @property
     def d_model(self) -> int:
         return self.model.config.get_text_config().hidden_size
+
+    @property
+    def longest_text(self) -> int | None:
+        """The most tokens of a text; None if the model names no limit."""
+        return longest_text(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +89,13 @@ def separator_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return token
 
 
+def beginning_in_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What every context and document begins with, as a sentence."""
+    token = tokenizer.convert_ids_to_tokens(separator_token(tokenizer))
+    kind = "BOS" if tokenizer.bos_token_id is not None else "EOS, for the tokenizer has no BOS"
+    return f"Contexts and documents begin with {token!r}, {kind}."
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each token of the vocabulary, as it is in the middle of a text.
 
@@ -88,6 +114,32 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return texts
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a text, if the model's configuration gives a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks, in order: the one list of as many modules as the model has layers.
+
+    Raises:
+        InputError: The model has no such list, or several.
+    """
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    # The decoder first: another part of a multimodal model may have as many layers.
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+        inner = {id(m) for one in lists for m in one.modules() if m is not one}
+        outermost = [one for one in lists if id(one) not in inner]
+        if len(outermost) == 1:
+            return outermost[0]
+    raise InputError(
+        "MODEL_NAME must be a decoder with one list of blocks, one for each of its layers; "
+        f"{type(model).__name__} has {len(outermost)} lists of {n_layers} modules. Take a model of "
+        "another architecture; the README lists some that work."
+    )
+
+
 def read_config(name: str, layer: int) -> PreTrainedConfig:
     """The configuration of a model, without its weights.
 
@@ -95,18 +147,32 @@ def read_config(name: str, layer: int) -> PreTrainedConfig:
         name: A hub name, a folder in the hub's layout, or ``"embedded"``.
 
     Raises:
-        InputError: No access to the model, or ``layer`` is out of range.
+        InputError: No access to the model; it is no causal language model with a list of blocks, or
+            its weights are quantised; or ``layer`` is out of range.
     """
-    try:
-        config = AutoConfig.from_pretrained(_source(name), token=hub_token())
-    except (OSError, ValueError) as error:
-        raise _access_error(name, error) from None
-    n_layers = config.get_text_config().num_hidden_layers
+    if not Path(_source(name)).exists():
+        look_for_hub()
+    with _loading(name):
+        config = AutoConfig.from_pretrained(_source(name), **_hub_options())
+        _unpacking(name, config)
+        with torch.device("meta"):
+            blocks = decoder_blocks(_model_class(name, config).from_config(config))
     require(
-        0 <= layer < n_layers,
-        f"LAYER must be between 0 and {n_layers - 1} for {name}; it is {layer}.",
+        0 <= layer < len(blocks),
+        f"LAYER must be between 0 and {len(blocks) - 1} for {name}; it is {layer}.",
     )
     return config
+
+
+def _model_class(name: str, config: PreTrainedConfig) -> type:
+    """What makes the model; a multimodal one is used for its language part."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    require(
+        type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        f"MODEL_NAME must be a causal language model; {name} is a {config.model_type}.",
+    )
+    return AutoModelForMultimodalLM
 
 
 def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageModel:
@@ -114,26 +180,20 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
 
     Raises:
         InputError: As for `read_config`; or the checkpoint does not hold the model's weights, or
-            the tokenizer is not the model's.
+            the tokenizer is not the model's, or what block ``layer`` gives is no residual stream.
     """
     config = read_config(name, layer)
     device = pick_device()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(name), token=hub_token())
-        model, loading = AutoModelForCausalLM.from_pretrained(
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(_source(name), **_hub_options())
+        model, loading = _model_class(name, config).from_pretrained(
             _source(name),
             dtype=resolve_dtype(dtype, device),
-            token=hub_token(),
+            **_hub_options(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the missing ones
+            **_unpacking(name, config),
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _access_error(name, error) from None
-    require(
-        hasattr(model.get_decoder(), "layers"),
-        f"MODEL_NAME must be a decoder whose blocks are its layers, as LLaMA's are; {name} is a "
-        f"{type(model).__name__}.",
-    )
     _require_all_weights(name, model, loading)
     _require_own_tokenizer(name, model, tokenizer)
     model.requires_grad_(False)
@@ -142,13 +202,68 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     model.generation_config = GenerationConfig(
         **{name: getattr(model.generation_config, name) for name in ends}
     )
+    revision = getattr(config, "_commit_hash", None)
+    language_model = LanguageModel(name, revision, model.eval().to(device), tokenizer)
+    _require_residual_stream(language_model, layer)
     # Given a slice, such as the last position of a batch, PyTorch would copy the unembedding for
     # each text.
-    model.get_output_embeddings().register_forward_pre_hook(
+    read_out(language_model)[-1].register_forward_pre_hook(
         lambda _module, inputs: (inputs[0].contiguous(),)
     )
-    revision = getattr(config, "_commit_hash", None)
-    return LanguageModel(name, revision, model.eval().to(device), tokenizer)
+    return language_model
+
+
+@torch.inference_mode()
+def _require_residual_stream(language_model: LanguageModel, layer: int) -> None:
+    """Refuse a model that is not causal, or whose block ``layer`` does not give a residual stream.
+
+    Both are tried on two texts that differ in their last token alone.
+    """
+    bos = language_model.bos
+    tokens = torch.tensor([[bos, bos, 1], [bos, bos, 2]], device=language_model.device)
+    fault = f"MODEL_NAME must be a decoder of text; {language_model.name} is not: "
+    try:
+        residual = residual_at(language_model, tokens, layer)
+        outputs = language_model.model(tokens, use_cache=True, logits_to_keep=1)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{fault}it does not run on tokens alone ({error}).") from error
+    shape = (*tokens.shape, language_model.d_model)
+    require(
+        isinstance(residual, torch.Tensor) and residual.shape == shape,
+        f"{fault}block {layer} gives no stream of {language_model.d_model} numbers a token.",
+    )
+    earlier = residual[:, :-1].float()
+    is_changed = (earlier[0] - earlier[1]).norm() > 0.05 * earlier[0].norm()  # beyond rounding
+    require(
+        not is_changed,
+        f"{fault}a token changes what the model makes of those before it.",
+    )
+    require(bool(cache_of(outputs)), f"{fault}it has no cache to go on from with the next token.")
+
+
+def look_for_hub() -> None:
+    """Where the hub cannot be reached, have its client say so at once, not try for a minute."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # of whichever HTTP library the hub's client is made with
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _unpacking(name: str, config: PreTrainedConfig) -> dict[str, QuantizationConfigMixin]:
+    """The option that has quantised weights unpacked while they are loaded; refuses some kinds."""
+    parts = (config, config.get_text_config())  # of a multimodal model the second, too
+    packed = next(filter(None, (getattr(p, "quantization_config", None) for p in parts)), None)
+    if packed is None:
+        return {}
+    kind = packed.get("quant_method", "bitsandbytes")  # which early ones did not name
+    require(
+        kind in UNPACKED,
+        f"MODEL_NAME must have weights that are not quantised, or {' or '.join(UNPACKED)}; those "
+        f"of {name} are quantised by {kind}. Take the checkpoint that it was made from.",
+    )
+    return {"quantization_config": UNPACKED[kind](dequantize=True)}
 
 
 def _require_all_weights(name: str, model: PreTrainedModel, loading: dict[str, Iterable]) -> None:
@@ -181,24 +296,58 @@ def _require_own_tokenizer(
         bool(tokenizer("a", add_special_tokens=False)["input_ids"]),
         f"{name} must have a tokenizer; its folder holds none. Save the model's beside it.",
     )
-    n_tokens = model.get_input_embeddings().num_embeddings
+    n_tokens, n_used = model.get_input_embeddings().num_embeddings, separator_token(tokenizer) + 1
+    n_used = max(n_used, tokenizer.vocab_size)
     require(
-        tokenizer.vocab_size <= n_tokens,
-        f"The tokenizer of {name} must be its own: it has {tokenizer.vocab_size:,} tokens, and the "
-        f"model embeds {n_tokens:,}. Save the model's tokenizer beside it.",
+        n_used <= n_tokens,
+        f"The tokenizer of {name} must be its own: it has {n_used:,} tokens, and the model embeds "
+        f"{n_tokens:,}. Save the model's tokenizer beside it.",
     )
+
+
+def _hub_options() -> dict[str, str | bool | None]:
+    return {"token": hub_token(), "trust_remote_code": False}  # None would ask on the terminal
 
 
 def _source(name: str) -> str:
     return str(embedded.model_folder()) if name == "embedded" else name
 
 
-def _access_error(name: str, error: Exception) -> InputError:
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises over a model into an `InputError` that says what to do."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (ImportError, RuntimeError, SafetensorError, *WRONG_FILES) as error:
+        raise InputError(_access_error(name, error)) from error
+
+
+def _access_error(name: str, error: Exception) -> str:
+    reason = str(error).strip()
+    if isinstance(error, ImportError):
+        return f"The model {name} needs a package that is not installed: {reason}"
+    if "trust_remote_code" in reason:
+        return (
+            f"MODEL_NAME must be a model whose code is in transformers; that of {name} is in its "
+            "own repository, and is not run. Take another model."
+        )
     if Path(name).exists():
-        return InputError(f"{name} is not a model folder in the hub's layout: {error}")
-    reason = str(error).strip().splitlines()[0]
-    return InputError(
-        f"Cannot load the model {name}: {reason}\n"
+        if (Path(name) / "config.json").exists():
+            return f"Cannot load the model in the folder {name}: {reason}"
+        return (
+            f"{name} is not a model folder in the hub's layout: it has no config.json. Name the "
+            "folder that save_pretrained wrote, or that the hub shows as a model's files."
+        )
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return (
+            f"{name} is no folder here, and not among the models downloaded before; the hub, "
+            f"{huggingface_hub.constants.ENDPOINT}, cannot be reached. Connect to it, name a "
+            "folder, or: --model-name embedded --dataset embedded."
+        )
+    return (
+        f"Cannot load the model {name}: {reason.splitlines()[0] if reason else type(error)}\n"
         f"If it is gated, accept its licence at https://huggingface.co/{name}, make a token at "
         "https://huggingface.co/settings/tokens and put HF_TOKEN=... into .env "
         f"(a token is {'set' if hub_token() else 'not set'} now).\n"
@@ -226,23 +375,47 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def final_norm(language_model: LanguageModel) -> nn.Module:
-    """What the residual stream passes between the last block and the unembedding, in float32.
+@torch.inference_mode()
+def read_out(language_model: LanguageModel) -> nn.Sequential:
+    """What the residual stream passes after the last block: the final norm, and the unembedding.
 
-    The modules that the decoder calls there, whatever their names: a norm, and in some models a
-    projection.
+    The modules that the model calls there, in order, whatever their names; in some models with a
+    projection between the two. The last is the unembedding, a matrix.
+
+    Raises:
+        InputError: The last module called is no matrix.
     """
     called, blocks = [], language_model.blocks
-    others = [part for part in language_model.model.get_decoder().children() if part is not blocks]
     handles = [blocks[-1].register_forward_hook(lambda *_: called.clear())]
-    handles += [part.register_forward_hook(lambda part, *_: called.append(part)) for part in others]
+    for part in _parts_around(language_model.model, blocks):
+        handles.append(part.register_forward_hook(lambda part, *_: called.append(part)))
     try:
         bos = torch.tensor([[language_model.bos]], device=language_model.device)
-        language_model.model(bos, use_cache=False)
+        language_model.model(bos, use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    return copy.deepcopy(nn.Sequential(*called)).float()
+    require(
+        bool(called) and getattr(called[-1], "weight", torch.empty(0)).ndim == 2,
+        f"MODEL_NAME must make its logits by a matrix, its unembedding; {language_model.name} does "
+        "not.",
+    )
+    return nn.Sequential(*called)
+
+
+def _parts_around(module: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The outermost modules within a module that are not the blocks and do not contain them."""
+    for part in module.children():
+        if any(inner is blocks for inner in part.modules()):
+            if part is not blocks:
+                yield from _parts_around(part, blocks)
+        else:
+            yield part
+
+
+def cache_of(outputs: ModelOutput) -> dict[str, Cache]:
+    """The KV cache that a pass gave, or a cache of states, as the option of the next pass."""
+    return {name: value for name, value in outputs.items() if isinstance(value, Cache)}
 
 
 class _Stopped(Exception):
@@ -251,40 +424,53 @@ class _Stopped(Exception):
 
 @contextlib.contextmanager
 def replaced_output(
-    block: nn.Module, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
+    block: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """While open, pass the output of ``block`` through ``replace``; ``None`` leaves it unchanged.
+    """While open, pass the output of ``block`` through ``replace``; ``None`` keeps it as it is."""
 
-    ``with_positions`` passes the positions too, (batch or 1, context), counted from 0 in each text
-    without its padding.
-    """
-
-    def hook(_module, _inputs, options, output):
+    def hook(_module, _inputs, output):
         residual = output[0] if isinstance(output, tuple) else output
-        positions = (options["position_ids"],) if with_positions else ()
-        changed = replace(residual, *positions)
+        changed = replace(residual)
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = block.register_forward_hook(hook, with_kwargs=True)
+    handle = block.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
 
 
+class Pass(NamedTuple):
+    """What a forward pass runs on.
+
+    Attributes:
+        tokens: Shape (batch, context), without what a KV cache holds.
+        positions: Theirs in each text without its padding, counted from 0, (batch or 1, context).
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+
 @contextlib.contextmanager
-def watched_tokens(language_model: LanguageModel) -> Iterator[list[torch.Tensor]]:
-    """While open, the list's one entry is the tokens of the current pass, (batch, context)."""
-    tokens = []
+def watched_passes(language_model: LanguageModel) -> Iterator[list[Pass]]:
+    """While open, the list's one entry is the current pass."""
+    passes: list[Pass] = []
 
     def watch(_module, inputs, options):
-        tokens[:] = [options["input_ids"] if "input_ids" in options else inputs[0]]
+        tokens = options["input_ids"] if "input_ids" in options else inputs[0]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        if options.get("attention_mask") is not None:
+            positions = options["attention_mask"].cumsum(dim=1)[:, -tokens.shape[1] :] - 1
+        elif passes and any(isinstance(value, Cache) for value in options.values()):
+            positions = positions + passes[0].positions[:, -1:] + 1
+        passes[:] = [Pass(tokens, positions)]
 
-    handle = language_model.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+    handle = language_model.model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        yield tokens
+        yield passes
     finally:
         handle.remove()
 
@@ -304,5 +490,5 @@ def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int)
 
     block = language_model.blocks[layer]
     with replaced_output(block, capture_and_stop), contextlib.suppress(_Stopped):
-        language_model.model(tokens.to(language_model.device), use_cache=False, logits_to_keep=1)
+        language_model.model(tokens.to(language_model.device), use_cache=False)
     return captured[0]

@@ -15,7 +15,7 @@ from tiny_llama import (
 )
 
 from utils.autoencoder.kinds import KINDS
-from utils.language_model import residual_at
+from utils.language_model import residual_at, watched_passes
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, change_by, steered
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
@@ -276,15 +276,17 @@ def test_places(model, language_model, features, use_cache):
     }.items():
         seen, before = [set(), set()], []
 
-        def after(residual, positions, seen=seen, before=before):
+        def after(residual, seen=seen, before=before):
             moved = (residual != before.pop()).any(-1)
-            for places, at, row in zip(seen, positions.expand(2, -1), moved, strict=True):
+            positions = passes[0].positions.expand(2, -1)
+            for places, at, row in zip(seen, positions, moved, strict=True):
                 places |= set(at[row].tolist())
 
         with (
+            watched_passes(language_model) as passes,
             model.replaced(before.append),
             steered(model, clamps, where),
-            model.replaced(after, with_positions=True),
+            model.replaced(after),
         ):
             generate_tokens(language_model, prompts, 3, use_cache)
         assert tuple(map(sorted, seen)) == expected

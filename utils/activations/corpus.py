@@ -28,7 +28,7 @@ from utils.activations.files import (
     stem_of,
     type_of,
 )
-from utils.language_model import separator_token
+from utils.language_model import look_for_hub, separator_token
 from utils.settings import InputError, hub_token, require
 
 TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
@@ -215,6 +215,7 @@ def read_hub(
     import datasets
     import datasets.distributed
 
+    look_for_hub()
     token = hub_token()
     name, config, split = source
     try:

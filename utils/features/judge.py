@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -103,7 +104,7 @@ class LocalJudge:
         """Answer the ``chosen`` of the prompts."""
         judge = self._load()
         tokens = {i: generation.prompt_tokens(judge, prompts[i], chat=True) for i in chosen}
-        context = judge.model.config.get_text_config().max_position_embeddings
+        context = judge.longest_text or sys.maxsize
         waiting = sorted(chosen, key=lambda i: -tokens[i].shape[1])
         while waiting:
             length = tokens[waiting[0]].shape[1]

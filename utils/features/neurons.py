@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from utils.activations.store import ActivationStore, Contexts
-from utils.language_model import LanguageModel, residual_at
-from utils.settings import require
+from utils.language_model import LanguageModel, replaced_output, residual_at, watched_passes
+from utils.settings import InputError
 from utils.steering.feature_model import ActiveFeatures
 
 N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
+
+
+class NoNeurons(InputError):
+    """A block of the model has no MLP whose neurons every token runs through."""
 
 
 @contextlib.contextmanager
@@ -23,51 +27,97 @@ def neurons_of(language_model: LanguageModel, n_blocks: int) -> Iterator[list[to
     """While open, a list of the first blocks' neurons in the last forward pass, in order of block.
 
     The neurons of each are of shape (batch, context, d_mlp).
-    """
-    neurons: list[torch.Tensor] = []
-
-    def start(_module, _inputs):
-        neurons.clear()
-
-    def keep(_module, inputs):
-        neurons.append(inputs[0])
-
-    blocks = language_model.blocks[:n_blocks]
-    handles = [blocks[0].register_forward_pre_hook(start)]
-    handles += [_last_matrix(block).register_forward_pre_hook(keep) for block in blocks]
-    try:
-        yield neurons
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _last_matrix(block: nn.Module) -> nn.Linear:
-    """The last matrix of a block's MLP, whatever its name.
 
     Raises:
-        InputError: The MLP is a mixture of experts.
+        NoNeurons: A block has none.
     """
-    matrices = [
+    neurons = [torch.empty(0)] * n_blocks
+
+    def keep(number, values):
+        neurons[number] = values.reshape(*passes[0].tokens.shape, -1)
+
+    with watched_passes(language_model) as passes, contextlib.ExitStack() as stack:
+        for number, matrix in enumerate(_last_matrices(language_model, n_blocks)):
+            handle = matrix.register_forward_pre_hook(
+                lambda _module, inputs, number=number: keep(number, inputs[0])
+            )
+            stack.callback(handle.remove)
+        yield neurons
+
+
+@torch.inference_mode()
+def _last_matrices(language_model: LanguageModel, n_blocks: int) -> list[nn.Module]:
+    """The last matrix of the MLP of each of the first blocks, whatever its name.
+
+    It is the last that writes a row of d_model numbers, if what it takes at a token is of that
+    token alone. This is tried on two texts that have only their last token in common: what blocks
+    and matrices give for it in the second text is replaced by what they give in the first, so that
+    only a module that looks at other tokens, as attention does, can tell the texts apart.
+    """
+    blocks, last = language_model.blocks[:n_blocks], {}
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 4]])
+
+    def same_last(values):
+        rows = values.reshape(2, -1, values.shape[-1]).clone()
+        rows[1, -1] = rows[0, -1]
+        return rows.reshape(values.shape)
+
+    def hold(number, module, values, output):
+        if output[..., 0].numel() != tokens.numel():  # not a row for each token
+            return None
+        if output.shape[-1] == language_model.d_model:
+            taken = values.reshape(2, -1, values.shape[-1])[:, -1].float()
+            last[number] = module, bool((taken[0] - taken[1]).norm() <= 0.01 * taken[0].norm())
+        return same_last(output)
+
+    with contextlib.ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            _require_no_experts(language_model.name, number, block)
+            stack.enter_context(replaced_output(block, same_last))
+            for matrix in _matrices(block):
+                handle = matrix.register_forward_hook(
+                    lambda module, inputs, output, number=number: hold(
+                        number, module, inputs[0], output
+                    )
+                )
+                stack.callback(handle.remove)
+        residual_at(language_model, tokens, n_blocks - 1)
+    for number in range(n_blocks):
+        matrix, is_local = last.get(number, (None, False))
+        if not is_local:
+            raise NoNeurons(
+                f"Neurons are left out: block {number} of {language_model.name} ends in no MLP."
+            )
+    return [last[number][0] for number in range(n_blocks)]
+
+
+def _matrices(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that are a product with a matrix."""
+    return [
         module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and "attn" not in name and "attention" not in name
+        for module in block.modules()
+        if getattr(module, "weight", None) is not None and module.weight.ndim == 2
     ]
-    widths = [matrix.out_features for matrix in matrices]
-    require(
-        len(matrices) in (2, 3) and widths[-1] == matrices[0].in_features,
-        "The studies neurons and explanations need blocks with one MLP of two or three matrices; "
-        f"those of {type(block).__name__} write {widths}. Leave these studies out of --studies.",
-    )
-    return matrices[-1]
+
+
+def _require_no_experts(name: str, number: int, block: nn.Module) -> None:
+    """Refuse a mixture of experts, whose matrices are a list, or lie in weights of three axes."""
+    for module in block.modules():
+        own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
+        if isinstance(module, nn.ModuleList) or any(p.ndim == 3 and len(p) > 1 for p in own):
+            raise NoNeurons(
+                f"Neurons are left out: block {number} of {name} is a mixture of experts, of which "
+                "a token runs through a few."
+            )
 
 
 def draw_neurons(
     language_model: LanguageModel, layer: int, n_neurons: int, seed: int
 ) -> np.ndarray:
     """Numbers of neurons of a block, drawn at random."""
-    width = _last_matrix(language_model.blocks[layer]).in_features
-    return np.random.default_rng(seed).permutation(width)[:n_neurons]
+    with neurons_of(language_model, layer + 1) as neurons:
+        residual_at(language_model, torch.tensor([[language_model.bos]]), layer)
+    return np.random.default_rng(seed).permutation(neurons[-1].shape[-1])[:n_neurons]
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from utils.language_model import watched_tokens
+from utils.language_model import watched_passes
 from utils.settings import require
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
@@ -148,9 +148,10 @@ def changed(
     check_change(INTERVENTIONS[0], where)
     ends = []  # the last position of each prompt
 
-    def replace(residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    def replace(residual: torch.Tensor) -> torch.Tensor | None:
         activations = residual.float()
-        at = model.trained_positions(fed[0], activations)
+        tokens, positions = passes[0]
+        at = model.trained_positions(tokens, activations)
         if where == "generated":
             ends[:] = ends or [positions[:, -1:]]
             at &= positions > ends[0]
@@ -167,7 +168,7 @@ def changed(
         )
         return torch.where(at, moved, residual)
 
-    with watched_tokens(model.language_model) as fed, model.replaced(replace, True):
+    with watched_passes(model.language_model) as passes, model.replaced(replace):
         yield
 
 

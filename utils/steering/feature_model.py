@@ -119,11 +119,10 @@ class FeatureModel(FeatureEncoder):
         return residual_at(self.language_model, tokens, self.layer)
 
     def replaced(
-        self, replace: Callable[..., torch.Tensor | None], with_positions: bool = False
+        self, replace: Callable[[torch.Tensor], torch.Tensor | None]
     ) -> contextlib.AbstractContextManager[None]:
         """While open, pass the residual stream through ``replace``; see `replaced_output`."""
-        block = self.language_model.blocks[self.layer]
-        return replaced_output(block, replace, with_positions)
+        return replaced_output(self.language_model.blocks[self.layer], replace)
 
     def trained_positions(self, tokens: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Whether autoencoders are trained on a position: it is neither BOS nor a norm outlier.

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from utils.language_model import LanguageModel
+from utils.language_model import LanguageModel, cache_of
 from utils.settings import require
 
 
@@ -77,9 +77,9 @@ def _chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
 
 def require_room(language_model: LanguageModel, length: int, max_new_tokens: int) -> None:
     """Refuse a prompt of ``length`` tokens that does not leave room for the new ones."""
-    context = language_model.model.config.get_text_config().max_position_embeddings
+    context = language_model.longest_text
     require(
-        length + max_new_tokens <= context,
+        context is None or length + max_new_tokens <= context,
         f"PROMPT must leave room for MAX_NEW_TOKENS in the model's context of {context} tokens; "
         f"it has {length} and {max_new_tokens} are asked for. Shorten either.",
     )
@@ -175,12 +175,13 @@ def stream(
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     draws = torch.Generator(language_model.device).manual_seed(seed)
-    cache = DynamicCache(config=model.config)
+    cache = {}
     written = [[] for _ in tokens]
     for _ in range(max_new_tokens):
         with change(), torch.inference_mode():
-            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-        tokens = choose(logits, temperature, draws)[:, None]
+            outputs = model(tokens, use_cache=True, logits_to_keep=1, **cache)
+        cache = cache_of(outputs)
+        tokens = choose(outputs.logits[:, -1].float(), temperature, draws)[:, None]
         for text, (token,) in zip(written, tokens.tolist(), strict=True):
             if not ends.intersection(text):
                 text.append(token)

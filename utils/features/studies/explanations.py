@@ -39,7 +39,13 @@ from utils.features.examples import (
 from utils.features.feature_pass import Encoder, FeaturePass
 from utils.features.judge import Answers, ask_grades, ask_labels
 from utils.features.labels import Explanation, explain, word_at
-from utils.features.neurons import NeuronStore, TopNeurons, draw_neurons, neuron_values
+from utils.features.neurons import (
+    NeuronStore,
+    NoNeurons,
+    TopNeurons,
+    draw_neurons,
+    neuron_values,
+)
 from utils.features.sampling import mean_and_interval, p_positive
 from utils.settings import Json
 
@@ -239,7 +245,11 @@ def study(analysis: Analysis) -> Findings:
     random_texts = draw_texts(analysis.encoder, store, analysis.contexts, texts, settings.seed)
     drawn = draw_examples(analysis.examples, texts, 2 * settings.n_explained, settings.seed)
     scored = score_group(analysis, drawn, random_texts, settings.n_explained)
-    compared = compare_with_neurons(analysis)
+    compared, left_out = scored.iloc[:0].assign(group=""), []
+    try:
+        compared = compare_with_neurons(analysis)
+    except NoNeurons as missing:
+        left_out.append(str(missing))
     phrases |= dict(zip(scored["feature"], scored["explanation"], strict=True))
     features = range(len(analysis.features))
     scores = scored.set_index("feature")["score"].reindex(features)
@@ -249,7 +259,8 @@ def study(analysis: Analysis) -> Findings:
     }
     summary = summarise(scored, compared, settings.seed)
     table = pd.concat([scored.assign(group="features"), compared])
-    return Findings(summary, in_words(summary), {"explanations": table}, columns)
+    words = "\n".join(filter(None, [in_words(summary), *left_out]))
+    return Findings(summary, words, {"explanations": table}, columns)
 
 
 def in_words(summary: dict[str, Json]) -> str:
@@ -333,11 +344,12 @@ def draw(catalogue: Catalogue) -> dict[str, Path]:
     title = f"A feature's explanation tells its examples at {features.score.mean():.2f}, another's "
     title += f"at {features.random.mean():.2f}; 0.5 is chance (n = {len(features):,} features)"
     by_label = {"own": features.score, "another's": features.random}
-    panels = (
-        ("Against random labels", "p_random", by_label),
-        ("Against neurons", "p_neurons", {"features": same, "neurons": neurons}),
-    )
-    with plots.picture(path, title, (9, 3.9), ncols=2) as (_, axes):
+    panels = [("Against random labels", "p_random", by_label)]
+    if len(neurons):
+        groups = {"features": same, "neurons": neurons}
+        panels.append(("Against neurons", "p_neurons", groups))
+    grid = {"ncols": len(panels), "squeeze": False}
+    with plots.picture(path, title, (9, 3.9), **grid) as (_, (axes,)):
         for panel, (name, p, groups) in zip(axes, panels, strict=True):
             labelled = {
                 f"{label}: {scores.mean():.2f}, n = {len(scores)}": scores

@@ -18,7 +18,7 @@ from utils import plots
 from utils.activations.store import ActivationStore, Contexts
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.features.neurons import N_TOGETHER, neurons_of
+from utils.features.neurons import N_TOGETHER, NoNeurons, neurons_of
 from utils.features.sampling import LEAST_ACTIVE, draw_features
 from utils.steering.feature_model import FeatureModel
 
@@ -122,7 +122,10 @@ def study(analysis: Analysis) -> Findings:
     frequency = analysis.features["frequency"].to_numpy()
     n_tokens = len(contexts) * store.context_length
     features = draw_features(frequency, n_tokens, settings.n_studied, settings.seed)
-    table = correlate_with_neurons(analysis.model, store, contexts, features)
+    try:
+        table = correlate_with_neurons(analysis.model, store, contexts, features)
+    except NoNeurons as missing:
+        return Findings(None, str(missing))
     if table.empty:
         return Findings({}, tables={"neurons": table})
     summary = summarise(table)

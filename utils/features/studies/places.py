@@ -22,7 +22,7 @@ from utils.characters import readable
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
 from utils.features.geometry import map_directions, nearest
-from utils.language_model import LanguageModel, final_norm
+from utils.language_model import LanguageModel, read_out
 
 MIXED, OTHER = "mixed (no subset has half)", "other subsets"
 
@@ -41,8 +41,8 @@ def promoted_tokens(
     Returns:
         Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
     """
-    norm = final_norm(language_model)
-    head = copy.deepcopy(language_model.model.get_output_embeddings()).float()
+    *norm, head = copy.deepcopy(read_out(language_model)).float()
+    norm = torch.nn.Sequential(*norm)
     rows = torch.from_numpy(directions.copy()).to(language_model.device)
     rows = rows - rows.mean(dim=0)
     basis = torch.eye(rows.shape[1], device=rows.device)
