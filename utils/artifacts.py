@@ -52,17 +52,19 @@ ADDED: dict[str, dict[str, Json]] = {"train_autoencoder.py": {"n_held_out_tokens
 class RunRecord:
     """Everything that a run's outputs depend on: script, settings, and fingerprints of its inputs.
 
-    ``defaults`` holds the settings' default values.
+    ``defaults`` holds the settings' default values, ``ignored`` the names of settings that outputs
+    do not depend on, which earlier versions may have recorded.
     """
 
     content: dict[str, Json]
     defaults: dict[str, Json] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, leave_out: tuple[str, ...], **facts: Json) -> "RunRecord":
         """The record of a script's run; outputs do not depend on the settings in ``leave_out``."""
         recorded = {"script": settings.script, **as_dict(settings, leave_out), **facts}
-        return cls(recorded, as_dict(type(settings)(), leave_out))
+        return cls(recorded, as_dict(type(settings)(), leave_out), leave_out)
 
     def differences(self, earlier: dict[str, Json]) -> list[str]:
         """A line for each difference from the content that an earlier run recorded.
@@ -76,7 +78,7 @@ class RunRecord:
         lines = []
         for name in dict.fromkeys([*earlier, *self.content]):
             is_added = name in added and name not in earlier
-            if is_added and here[name] == self.defaults.get(name):
+            if name in self.ignored or (is_added and here[name] == self.defaults.get(name)):
                 continue
             if there.get(name) != here.get(name):
                 is_retired = name in retired and name not in self.content
