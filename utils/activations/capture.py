@@ -11,7 +11,7 @@ import torch
 
 from utils.language_model import LanguageModel, residual_at
 
-ROWS_SUMMED = 4_096  # positions that are in float64 at a time, 100 MB at d_model 3,072
+N_SUMMED = 2**20  # numbers that are in float64 at a time, 8 MB: what a processor can cache
 GPU_BATCH, CPU_BATCH = 16_384, 2_048  # tokens in a batch; more were not faster
 USED_MEMORY = 0.7  # share of a GPU's free memory that a batch may take
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -150,8 +150,9 @@ def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tens
     d_model = activations.shape[-1]
     squares = torch.zeros((), dtype=torch.float64, device=activations.device)
     total = torch.zeros(d_model, dtype=torch.float64, device=activations.device)
-    pieces = activations.reshape(-1, d_model).split(ROWS_SUMMED)
-    for piece, mask in zip(pieces, counted.reshape(-1, 1).split(ROWS_SUMMED), strict=True):
+    n_rows = max(1, N_SUMMED // d_model)
+    pieces = activations.reshape(-1, d_model).split(n_rows)
+    for piece, mask in zip(pieces, counted.reshape(-1, 1).split(n_rows), strict=True):
         rows = piece.double().mul_(mask)
         total += rows.sum(dim=0)
         squares += rows.square_().sum()
