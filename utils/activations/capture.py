@@ -11,10 +11,10 @@ import torch
 
 from utils.language_model import LanguageModel, residual_at
 
-N_SUMMED = 2**20  # numbers that are in float64 at a time, 8 MB: what a processor can cache
-GPU_BATCH, CPU_BATCH = 16_384, 2_048  # tokens in a batch; more were not faster
-USED_MEMORY = 0.7  # share of a GPU's free memory that a batch may take
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+CPU_SUMMED, GPU_SUMMED = 2**20, 2**24  # activations that are in float64 at a time, 8 and 134 MB
+CPU_BATCH, GPU_BATCH = 2_048, 16_384  # tokens in a batch; more were not faster
+USED_MEMORY = 0.5  # of a GPU's free memory, by a batch; others wait on it for being copied
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +119,14 @@ class Capture:
         )
 
     def contexts_that_fit(self, context_length: int) -> int:
-        """A good number of contexts for a batch: `CPU_BATCH` tokens, or on a GPU `GPU_BATCH`.
+        """Contexts in a batch of `CPU_BATCH` or `GPU_BATCH` tokens, or as many as memory holds.
 
-        On a GPU it is less where those need more memory than is free, by what one context takes.
+        The latter on CUDA, by what one context takes; elsewhere free memory is not known.
         """
         device = self.language_model.device
+        good = max(1, (CPU_BATCH if device.type == "cpu" else GPU_BATCH) // context_length)
         if device.type != "cuda":
-            return max(1, CPU_BATCH // context_length)
+            return good
         context = np.zeros((1, context_length), np.int32)
         self.run(context).arrays()  # libraries take memory once
         release_memory(device)
@@ -134,7 +135,7 @@ class Capture:
         self.run(context).arrays()
         taken = torch.cuda.max_memory_allocated(device) - before
         fitting = int(USED_MEMORY * torch.cuda.mem_get_info(device)[0] / taken)
-        return max(1, min(fitting, GPU_BATCH // context_length))
+        return max(1, min(fitting, good))
 
 
 def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -147,10 +148,12 @@ def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tens
         activations: Shape (batch, context, d_model).
         is_bos, counted: Bool, shape (batch, context).
     """
+    if activations.device.type == "mps":  # has no float64
+        activations, is_bos, counted = activations.cpu(), is_bos.cpu(), counted.cpu()
     d_model = activations.shape[-1]
     squares = torch.zeros((), dtype=torch.float64, device=activations.device)
     total = torch.zeros(d_model, dtype=torch.float64, device=activations.device)
-    n_rows = max(1, N_SUMMED // d_model)
+    n_rows = max(1, (GPU_SUMMED if activations.is_cuda else CPU_SUMMED) // d_model)
     pieces = activations.reshape(-1, d_model).split(n_rows)
     for piece, mask in zip(pieces, counted.reshape(-1, 1).split(n_rows), strict=True):
         rows = piece.double().mul_(mask)
@@ -160,9 +163,8 @@ def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tens
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    is_gpu = isinstance(error, torch.OutOfMemoryError)
-    return is_gpu or any(words in str(error) for words in OUT_OF_MEMORY)
+    """Whether memory ran out, a GPU's or the host's."""
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release_memory(device: torch.device) -> None:

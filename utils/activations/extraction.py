@@ -159,9 +159,9 @@ class Extraction:
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
         self._subset_numbers = {name: i for i, name in enumerate(self.manifest.subsets)}
+        layer, storage_dtype = self.settings.layer, self.settings.storage_dtype
         outlier_norm = self.manifest.outlier_norm
-        settings = self.settings
-        self.capture = Capture(language_model, settings.layer, settings.storage_dtype, outlier_norm)
+        self.capture = Capture(language_model, layer, storage_dtype, outlier_norm)
         self.per_batch = self._choose_batch()
         if not self.manifest.shards:
             self._print_speed()
@@ -281,7 +281,9 @@ class Extraction:
             documents, self.language_model.tokenizer, self.settings.context_length, start
         )
 
-    def _reading(self, start: Position, n_contexts: int) -> contextlib.closing:
+    def _reading(
+        self, start: Position, n_contexts: int
+    ) -> contextlib.AbstractContextManager[Iterator[Read]]:
         """``n_contexts`` from ``start`` on, each a `Read`, while a thread reads ahead."""
         contexts = itertools.islice(self._contexts(start), n_contexts)
         reads = (Read(context, dict(self.corpus.skipped)) for context in contexts)
