@@ -88,6 +88,7 @@ class ArrayFile:
         self._file.close()
 
     def discard(self) -> None:
+        """Delete the file."""
         with contextlib.suppress(OSError):  # what was not written yet may not find room
             self._file.close()
         self.path.unlink(missing_ok=True)
