@@ -43,11 +43,11 @@ OUTLIER_FACTOR = 3.0  # exclude positions whose norm is more than this many time
 ACTIVATIONS_DIR = "data/activations"  # output folder
 STORAGE_DTYPE: Literal["float16", "float32"] = "float16"  # on disk; float32 if float16 overflows
 TOKENS_PER_SHARD = 65_536  # tokens in a file of activations, 400 MB at d_model 3,072
-CONTEXTS_PER_BATCH = 16  # contexts in a forward pass; as many as the accelerator's memory holds
+CONTEXTS_PER_BATCH: int | None = None  # contexts in a forward pass; None: by the device's memory
 OVERWRITE = False  # delete an earlier run with other settings in ACTIVATIONS_DIR
 
 # --- not settings
-NOT_RECORDED = ("activations_dir", "overwrite")
+NOT_RECORDED = ("activations_dir", "contexts_per_batch", "overwrite")
 
 
 def main() -> None:

@@ -27,9 +27,11 @@ from utils.backend import use_backend  # noqa: E402
 use_backend("torch")
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from tiny_llama import save_tiny_llama  # noqa: E402
 
 from utils import embedded  # noqa: E402
+from utils.activations.capture import sums_of  # noqa: E402
 from utils.activations.manifest import Manifest  # noqa: E402
 from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, ShardWriter  # noqa: E402
 
@@ -118,9 +120,11 @@ def write_activations(
         writer = ShardWriter(folder, shard, shape, storage_dtype, names)
         for context in range(first, min(first + per_shard, n_contexts)):
             one = {name: arrays[name][context : context + 1] for name in names}
-            summed = one["tokens"] != BOS if has_norms else one["kept"]
-            excluded = {"bos": int((~summed).sum())} if has_norms else excluded_of(one)
-            writer.append(excluded, summed, **one)
+            is_bos = one["tokens"] == BOS
+            counted = ~is_bos if has_norms else one["kept"]
+            stored = one["activations"].astype(storage_dtype)
+            sums = sums_of(*map(torch.from_numpy, (stored, is_bos, counted)))
+            writer.append(sums.numpy(), **one)
         entry = writer.finish()
         manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
     manifest.write(folder / "manifest.json")

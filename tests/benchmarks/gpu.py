@@ -29,8 +29,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from utils.activations.batches import ShuffledBatches
+from utils.activations.capture import sums_of
 from utils.activations.manifest import Manifest
 from utils.activations.shards import ShardWriter
 from utils.activations.store import ActivationStore
@@ -268,7 +270,9 @@ def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
     arrays["tokens"] = np.random.default_rng(0).integers(0, 2**15, shape[:2])
     writer = ShardWriter(folder, 0, shape, "float16")
     arrays["norms"] = np.ones(shape[:2])
-    writer.append({}, np.ones(shape[:2], bool), activations=activations, **arrays)
+    counted = torch.ones(shape[:2], dtype=torch.bool)
+    sums = sums_of(torch.from_numpy(activations), ~counted, counted).numpy()
+    writer.append(sums, activations=activations, **arrays)
     entry = writer.finish()
     names = dict.fromkeys(("model_name", "dtype", "dataset"), "made up")
     manifest = Manifest(

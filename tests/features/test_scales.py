@@ -6,6 +6,7 @@ import torch
 from conftest import write_activations
 from tiny_llama import tiny_language_model
 
+from utils.activations.capture import sums_of
 from utils.activations.shards import ShardWriter
 from utils.activations.store import ActivationStore
 from utils.autoencoder.fidelity import Fidelity
@@ -103,17 +104,20 @@ def test_activations_that_do_not_vary_are_refused(stores):
 
 def test_activations_that_float16_cannot_hold_are_refused(tmp_path):
     shape = (1, 4, 8)
-    summed = np.ones((1, 4), bool)
+    counted = torch.ones((1, 4), dtype=torch.bool)
     batch = dict.fromkeys(("tokens", "norms", "documents", "subsets"), np.zeros((1, 4)))
     for dtype in ("float16", "float32"):
         for size, words in {3e-6: "too small for float16", 1e5: "overflow, use"}.items():
             writer = ShardWriter(tmp_path, 0, shape, dtype)
-            activations = torch.full(shape, size).to(getattr(torch, dtype)).numpy()
+            activations = torch.full(shape, size).to(getattr(torch, dtype))
+            sums = sums_of(activations, ~counted, counted).numpy()
+            batch["activations"] = activations.numpy()
             if dtype == "float32":
-                writer.append({}, summed, activations=activations, **batch)
+                writer.append(sums, **batch)
                 continue
             with pytest.raises(InputError, match=f"(?s){words}.*--storage-dtype float32"):
-                writer.append({}, summed, activations=activations, **batch)
+                writer.append(sums, **batch)
+            assert not list(tmp_path.iterdir())
 
 
 def test_large_neurons_are_not_cut(tmp_path):

@@ -5,6 +5,8 @@ splits             the configurations and splits of a dataset's folder
 corpus             datasets to documents to contexts of tokens
 manifest, shards   the format on disk: the source of the activations; arrays with checksums
 store              all activations of a folder, in batches of contexts
+capture            a batch through the model, its sums, and its way from a GPU to the host
+queues             threads that read ahead of the model and write behind it
 extraction         contexts through the model into shards, resuming, repairing
 preset             how fast the model runs here, and so which preset of the demo suits
 batches            shuffled batches for training, in memory that does not grow with the data

@@ -1,20 +1,22 @@
 """Extraction: contexts through the language model into shards, continuing an earlier run."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from utils.activations.capture import Capture, Captured, is_out_of_memory, release_memory
 from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
 from utils.activations.manifest import Manifest, ShardEntry
+from utils.activations.queues import ShardQueue, read_ahead
 from utils.activations.shards import (
     ARRAYS,
     EARLIER_ARRAYS,
@@ -22,11 +24,15 @@ from utils.activations.shards import (
     ShardWriter,
     bytes_per_token,
 )
-from utils.language_model import LanguageModel, residual_at
-from utils.settings import InputError, require
+from utils.artifacts import SETTINGS_FILE, read_json
+from utils.language_model import LanguageModel
+from utils.settings import InputError, Json, require
 from utils.terminal import in_rate, in_time
 
 MOST_SUBSETS = 2**15  # the range of int16
+READ_AHEAD = 256  # contexts that are tokenised before the model needs them
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,33 @@ class ExtractionSettings(Protocol):
     outlier_factor: float
     storage_dtype: str
     tokens_per_shard: int
-    contexts_per_batch: int
+    contexts_per_batch: int | None
+
+
+class Read(NamedTuple):
+    """A context, and the number of records by reason that were skipped up to there."""
+
+    context: Context
+    skipped: dict[str, int]
+
+
+@dataclasses.dataclass
+class ShardContexts:
+    """The contexts of a shard, which can be gone through again, in batches of another size.
+
+    ``coming`` has those of the shard, or fewer where the corpus ends, after the ones in ``reads``.
+    """
+
+    number: int
+    n_contexts: int
+    coming: Iterator[Read]
+    reads: list[Read] = dataclasses.field(default_factory=list)
+
+    def batch(self, start: int, n: int) -> list[Context]:
+        """Up to ``n`` contexts, from the shard's context ``start`` on."""
+        stop = min(start + n, self.n_contexts)
+        self.reads.extend(itertools.islice(self.coming, max(0, stop - len(self.reads))))
+        return [read.context for read in self.reads[start:stop]]
 
 
 class Extraction:
@@ -80,7 +112,10 @@ class Extraction:
 
     A rank's shards have the numbers ``rank + i · world_size``. The manifest is written after each
     shard. A shard that is missing or fails its checksum is written again from its recorded position
-    in the corpus, so running a finished extraction again repairs it.
+    in the corpus and in batches of its recorded size, so running a finished extraction again
+    repairs it.
+
+    One thread reads and tokenises ahead of the model, others write behind it (see `queues`).
     """
 
     def __init__(self, folder: Path, settings: ExtractionSettings, ranks: Ranks):
@@ -88,9 +123,7 @@ class Extraction:
         self.manifest_path = folder / ranks.manifest_name
         self.manifest = Manifest.read(self.manifest_path) if self.manifest_path.exists() else None
         self.damaged: list[int] = []
-        per_batch = settings.contexts_per_batch * settings.context_length
-        batches = max(1, settings.tokens_per_shard // per_batch)
-        self.contexts_per_shard = batches * settings.contexts_per_batch
+        self.contexts_per_shard = max(1, settings.tokens_per_shard // settings.context_length)
         wanted = -(-settings.n_tokens // settings.context_length)
         self.n_contexts = -(-wanted // ranks.world_size)
 
@@ -126,26 +159,36 @@ class Extraction:
         """Continue an earlier run's manifest, or make one and print this machine's speed."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
+        self._subset_numbers = {name: i for i, name in enumerate(self.manifest.subsets)}
+        layer, storage_dtype = self.settings.layer, self.settings.storage_dtype
+        outlier_norm = self.manifest.outlier_norm
+        self.capture = Capture(language_model, layer, storage_dtype, outlier_norm)
+        self.per_batch = self._choose_batch()
         if not self.manifest.shards:
             self._print_speed()
 
     def run(self) -> None:
         """Write all missing and damaged shards."""
-        shards = self.manifest.shards
-        done = sum(entry.contexts for entry in shards)
-        damaged = sum(entry.contexts for entry in shards if entry.shard in self.damaged)
-        with tqdm(
-            total=self.n_contexts * self.settings.context_length,
-            initial=(done - damaged) * self.settings.context_length,
-            desc="extracting",
-            unit="tok",
-            unit_scale=True,
-            smoothing=0.05,
-            disable=self.ranks.rank > 0,
-        ) as self.progress:
-            for shard in self.damaged:
-                self._repair(shard)
-            self._extend(done)
+        done = sum(entry.contexts for entry in self.manifest.shards)
+        damaged = [entry for entry in self.manifest.shards if entry.shard in self.damaged]
+        whole = done - sum(entry.contexts for entry in damaged)
+        with (
+            tqdm(
+                total=self.n_contexts * self.settings.context_length,
+                initial=whole * self.settings.context_length,
+                desc="extracting",
+                unit="tok",
+                unit_scale=True,
+                smoothing=0.05,
+                disable=self.ranks.rank > 0,
+            ) as self.progress,
+            ShardQueue() as self.queue,
+        ):
+            for entry in damaged:
+                self._repair(entry)
+            is_at_end = self._extend(done)
+        if is_at_end:
+            self.manifest.skipped = dict(self.corpus.skipped)
         self.manifest.finished = True
         self.manifest.write(self.manifest_path)
 
@@ -176,21 +219,62 @@ class Extraction:
                 f"is {value!r} now. Delete it to start anew.",
             )
 
+    # ---- batches and memory
+
+    def _choose_batch(self) -> int:
+        """Contexts in a batch: as set, as in the last shard, or as many as are good here."""
+        recorded = [entry.contexts_per_batch for entry in self.manifest.shards[-1:]]
+        given = self.settings.contexts_per_batch or next(iter(recorded), None)
+        if given is None:
+            self.per_batch, length = 1, self.settings.context_length
+            given = self._in_memory(lambda _: self.capture.contexts_that_fit(length))
+        return min(given, self.contexts_per_shard)
+
+    def _in_memory(self, work: Callable[[int], T]) -> T:
+        """``work`` of the contexts in a batch, which are halved when memory runs out.
+
+        Raises:
+            InputError: It runs out with a single context.
+        """
+        while True:
+            try:
+                return work(self.per_batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).split("\n")[0]
+            # Not above, where the error still holds what it was raised among.
+            release_memory(self.language_model.device)
+            require(
+                self.per_batch > 1,
+                f"Memory must hold the model and a context of {self.settings.context_length:,} "
+                f"tokens; it ran out with one ({reason}). Use a shorter CONTEXT_LENGTH, a smaller "
+                "DTYPE or model, or end what else uses the memory. What was saved stays.",
+            )
+            self.per_batch //= 2
+            tqdm.write(f"Memory ran out: CONTEXTS_PER_BATCH is {self.per_batch} from here on.")
+
     def _print_speed(self) -> None:
         """Print how fast this machine is on the first batch; `InputError` if there is no text."""
-        batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
+        contexts = list(itertools.islice(self._contexts(BEGINNING), self.per_batch))
         require(
-            bool(batch),
+            bool(contexts),
             f"{self.corpus.name} must hold at least a context of text for each process; it has "
             f"fewer tokens than CONTEXT_LENGTH, {self.settings.context_length:,}.",
         )
-        tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
-        residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
-        start = time.perf_counter()
-        residual_at(self.language_model, tokens, self.settings.layer).cpu()
-        rate = tokens.numel() / (time.perf_counter() - start)
+        tokens = np.stack([context.tokens for context in contexts])
+        rate = self._in_memory(lambda per_batch: self._rate(tokens[:per_batch]))
         wanted = in_time(self.n_contexts * self.settings.context_length / rate)
         print(f"This machine runs {in_rate(rate)}: about {wanted} in all.")
+
+    def _rate(self, tokens: np.ndarray) -> float:
+        """Tokens a second of a batch, after one that warms up."""
+        self.capture.run(tokens).arrays()
+        start = time.perf_counter()
+        self.capture.run(tokens).arrays()
+        return tokens.size / (time.perf_counter() - start)
+
+    # ---- shards
 
     def _contexts(self, start: Position) -> Iterator[Context]:
         documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)
@@ -198,96 +282,112 @@ class Extraction:
             documents, self.language_model.tokenizer, self.settings.context_length, start
         )
 
-    def _repair(self, number: int) -> None:
-        (entry,) = (entry for entry in self.manifest.shards if entry.shard == number)
-        contexts = self._contexts(Position(*entry.start))
-        writer, _ = self._fill(number, entry.contexts, contexts)
-        require(writer is not None, f"{self.corpus.name} ends before shard {number} now.")
-        writer.finish(entry.crc32)
+    def _reading(
+        self, start: Position, n_contexts: int
+    ) -> contextlib.AbstractContextManager[Iterator[Read]]:
+        """``n_contexts`` from ``start`` on, each a `Read`, while a thread reads ahead."""
+        contexts = itertools.islice(self._contexts(start), n_contexts)
+        reads = (Read(context, dict(self.corpus.skipped)) for context in contexts)
+        return contextlib.closing(read_ahead(reads, READ_AHEAD))
 
-    def _extend(self, done: int) -> None:
+    def _repair(self, entry: ShardEntry) -> None:
+        """Make a shard anew, in the batches it was made in, which decide the last bits."""
+        per_batch = entry.contexts_per_batch or self._earlier_batch()
+        with self._reading(Position(*entry.start), entry.contexts) as reads:
+            contexts = ShardContexts(entry.shard, entry.contexts, reads)
+            require(
+                bool(contexts.batch(0, 1)),
+                f"{self.corpus.name} ends before shard {entry.shard} now.",
+            )
+            try:
+                writer = self._fill(contexts, per_batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"Memory ran out: shard {entry.shard} must be made anew in batches of "
+                    f"{per_batch} contexts, as it was made. Free some memory, and run the same "
+                    "command again."
+                ) from error
+        self.queue.finish(writer, entry.crc32)
+
+    def _earlier_batch(self) -> int:
+        """Contexts in a batch of versions that recorded it among the settings."""
+        return read_json(self.folder / SETTINGS_FILE).get("contexts_per_batch", self.per_batch)
+
+    def _extend(self, done: int) -> bool:
+        """Add shards after ``done`` contexts; whether the corpus ended before they were enough."""
         position = Position(*(self.manifest.position or BEGINNING))
-        contexts = self._contexts(position)
-        while done < self.n_contexts:
-            number = self.ranks.rank + len(self.manifest.shards) * self.ranks.world_size
-            wanted = min(self.contexts_per_shard, self.n_contexts - done)
-            writer, after = self._fill(number, wanted, contexts)
-            if writer is None:
-                self.manifest.skipped = dict(self.corpus.skipped)
-                print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
-                return
-            entry = writer.finish()
-            entry.start = list(position)
-            self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
-            position = after
-            self.manifest.position = list(after)
-            self.manifest.skipped = dict(self.corpus.skipped)  # among all records up to here
-            self.manifest.write(self.manifest_path)
-            done += entry.contexts
+        number = self.ranks.rank + len(self.manifest.shards) * self.ranks.world_size
+        with self._reading(position, self.n_contexts - done) as reads:
+            while done < self.n_contexts:
+                wanted = min(self.contexts_per_shard, self.n_contexts - done)
+                contexts = ShardContexts(number, wanted, reads)
+                if not contexts.batch(0, 1):
+                    print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
+                    return True
+                writer = self._in_memory(functools.partial(self._fill, contexts))
+                made = {"start": list(position), "contexts_per_batch": self.per_batch}
+                last = contexts.reads[-1]
+                position = last.context.next_position
+                reached = {
+                    "position": list(position),
+                    "skipped": last.skipped,
+                    "subsets": list(self._subset_numbers),
+                }
+                self.queue.finish(writer, then=functools.partial(self._add, writer, made, reached))
+                done, number = done + len(contexts.reads), number + self.ranks.world_size
+        return False
 
-    def _fill(
-        self, number: int, n_contexts: int, contexts: Iterator[Context]
-    ) -> tuple[ShardWriter | None, Position | None]:
-        """Run contexts through the model into a shard; also return the next position in the corpus.
+    def _add(
+        self,
+        writer: ShardWriter,
+        made: dict[str, Json],
+        reached: dict[str, Json],
+        entry: ShardEntry,
+    ) -> None:
+        """Record a finished shard: how it was ``made``, and what was ``reached`` with it."""
+        entry = dataclasses.replace(entry, **made)
+        self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
+        self.manifest = dataclasses.replace(self.manifest, **reached)
+        self.manifest.write(self.manifest_path)
 
-        One thread reads and tokenises the next batch while the model runs, another writes the last.
-        """
-        contexts = itertools.islice(contexts, n_contexts)
-        writer = written = position = None
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            upcoming = reading.submit(self._next_batch, contexts)
-            while batch := upcoming.result():
-                upcoming = reading.submit(self._next_batch, contexts)
-                if writer is None:
-                    shape = (n_contexts, self.settings.context_length, self.manifest.d_model)
-                    names = ARRAYS if self.manifest.outlier_norm is None else EARLIER_ARRAYS
-                    storage_dtype = self.settings.storage_dtype
-                    writer = ShardWriter(self.folder, number, shape, storage_dtype, names)
-                arrays, excluded, summed = self._run_batch(batch)
-                if written is not None:
-                    written.result()
-                written = writing.submit(writer.append, excluded, summed, **arrays)
-                self.progress.update(arrays["tokens"].size)
-                position = batch[-1].next_position
-            if written is not None:
-                written.result()
-        return writer, position
+    def _fill(self, contexts: ShardContexts, per_batch: int) -> ShardWriter:
+        """Run contexts through the model into a shard, all in batches of one size."""
+        shape = (contexts.n_contexts, self.settings.context_length, self.manifest.d_model)
+        names = ARRAYS if self.manifest.outlier_norm is None else EARLIER_ARRAYS
+        writer = self.queue.begin(
+            ShardWriter(self.folder, contexts.number, shape, self.settings.storage_dtype, names)
+        )
+        done = 0
+        try:
+            while batch := contexts.batch(done, per_batch):
+                self.queue.append(writer, self._run(batch))
+                self.progress.update(len(batch) * self.settings.context_length)
+                done += len(batch)
+        except RuntimeError:  # memory may have run out, and the shard begin again
+            self.queue.discard(writer)
+            self.progress.update(-done * self.settings.context_length)
+            raise
+        return writer
 
-    def _next_batch(self, contexts: Iterator[Context]) -> list[Context]:
-        return list(itertools.islice(contexts, self.settings.contexts_per_batch))
+    def _run(self, batch: list[Context]) -> Captured:
+        return self.capture.run(
+            np.stack([context.tokens for context in batch]),
+            documents=np.stack([context.documents for context in batch]),
+            subsets=np.stack([self._subsets_of(context) for context in batch]),
+        )
 
-    def _run_batch(
-        self, batch: list[Context]
-    ) -> tuple[dict[str, np.ndarray], dict[str, int], np.ndarray]:
-        """The batch for `ShardWriter.append`: arrays, counts of excluded positions, the others."""
-        tokens = np.stack([context.tokens for context in batch])
-        residual = residual_at(self.language_model, torch.from_numpy(tokens), self.settings.layer)
-        bos = tokens == self.language_model.bos
-        stored = residual.to(getattr(torch, self.settings.storage_dtype))
-        arrays = {
-            "activations": stored.cpu().numpy(),
-            "tokens": tokens,
-            "documents": np.stack([context.documents for context in batch]),
-            "subsets": np.stack([self._subset_numbers(context) for context in batch]),
-        }
-        excluded = {"bos": int(bos.sum())}
-        if self.manifest.outlier_norm is None:
-            # Of what is stored, so that a shard that is made anew has the same if its activations
-            # are the same.
-            return arrays | {"norms": stored.float().norm(dim=-1).cpu().numpy()}, excluded, ~bos
-        outliers = (residual.float().norm(dim=-1) > self.manifest.outlier_norm).cpu().numpy() & ~bos
-        kept = ~(bos | outliers)
-        return arrays | {"kept": kept}, excluded | {"outlier_norm": int(outliers.sum())}, kept
-
-    def _subset_numbers(self, context: Context) -> np.ndarray:
+    def _subsets_of(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's list, which grows."""
-        names = self.manifest.subsets
-        names.extend(name for name in context.subsets.values() if name not in names)
+        numbers = self._subset_numbers
+        for name in context.subsets.values():
+            numbers.setdefault(name, len(numbers))
         require(
-            len(names) <= MOST_SUBSETS,
+            len(numbers) <= MOST_SUBSETS,
             f"A corpus must have at most {MOST_SUBSETS:,} subsets; {self.corpus.name} has more. "
             "Every file is one, where records do not name theirs: join some files.",
         )
         documents, inverse = np.unique(context.documents, return_inverse=True)
-        numbers = [names.index(context.subsets[document]) for document in documents]
-        return np.array(numbers, np.int16)[inverse]
+        of_each = [numbers[context.subsets[document]] for document in documents]
+        return np.array(of_each, np.int16)[inverse]

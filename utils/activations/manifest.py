@@ -14,7 +14,9 @@ from utils.artifacts import read_json, write_json
 from utils.settings import InputError
 
 # Not written if None, as folders of some versions do not have them.
-LATER = ("files", "position", "start", "bos", "outlier_factor", "outlier_norm")
+LATER = (
+    "files", "position", "start", "contexts_per_batch", "bos", "outlier_factor", "outlier_norm",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -27,6 +29,7 @@ class ShardEntry:
         kept: The number of positions that the manifest's sums are over.
         crc32: The checksum of each array's file.
         start: The `corpus.Position` at which it begins.
+        contexts_per_batch: Contexts that were in a forward pass, which decides the last bits.
     """
 
     shard: int
@@ -34,6 +37,7 @@ class ShardEntry:
     kept: int
     crc32: dict[str, int]
     start: list[int] | None = None
+    contexts_per_batch: int | None = None
 
 
 @dataclasses.dataclass

@@ -13,17 +13,22 @@ versions wrote no norms but ``kept-n.npy``, bool, False at BOS and at norm outli
 """
 
 import collections
+import contextlib
 import errno
 import functools
+import io
 import mmap
 import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from utils.activations.manifest import ShardEntry
 from utils.artifacts import checksum
-from utils.settings import InputError
+from utils.settings import InputError, require
 
 Places = int | tuple[int | slice, ...]  # an index of an array's contexts and positions
 
@@ -53,10 +58,63 @@ def bytes_per_token(d_model: int, storage_dtype: str) -> int:
 # ---------------------------------------------------------------------------------------- writing
 
 
+class ArrayFile:
+    """A ``.npy`` file that is written piece by piece, and its checksum on the way.
+
+    Args:
+        shape: Of the whole array; fewer rows may follow.
+        checking: A thread that computes checksums while this one writes.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...], checking: Executor):
+        self.path, self._dtype, self._shape, self._checking = path, dtype, shape, checking
+        self.n_rows = self.crc32 = 0
+        self._file = path.open("wb")
+        self._put(self._header(shape[0]))
+
+    def append(self, rows: np.ndarray) -> None:
+        self._put(np.ascontiguousarray(rows, self._dtype))
+        self.n_rows += len(rows)
+
+    def finish(self) -> None:
+        """Close the file when all of it is on the disk."""
+        if self.n_rows < self._shape[0]:  # the corpus ended within the shard
+            self._file.seek(0)
+            self._file.write(self._header(self.n_rows))  # as long as the one it replaces
+            self._file.flush()
+            self.crc32 = checksum(self.path)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Delete the file."""
+        with contextlib.suppress(OSError):  # what was not written yet may not find room
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _put(self, content: bytes | np.ndarray) -> None:
+        crc32 = self._checking.submit(zlib.crc32, content, self.crc32)
+        self._file.write(content)
+        self.crc32 = crc32.result()
+
+    def _header(self, n_rows: int) -> bytes:
+        header = io.BytesIO()
+        shape = (n_rows, *self._shape[1:])
+        description = np.lib.format.dtype_to_descr(self._dtype)
+        facts = {"descr": description, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, facts)
+        return header.getvalue()
+
+
 class ShardWriter:
     """Writes one shard, batch by batch under temporary names; renames its files when finished.
 
-    ``arrays`` are `ARRAYS`, or `EARLIER_ARRAYS` to go on with a folder of an earlier version.
+    If anything fails, its files are deleted; a full disk is an `InputError`.
+
+    Args:
+        shape: Contexts, context_length and d_model; fewer contexts may follow.
+        arrays: `ARRAYS`, or `EARLIER_ARRAYS` to go on with a folder of an earlier version.
     """
 
     def __init__(
@@ -67,86 +125,79 @@ class ShardWriter:
         storage_dtype: str,
         arrays: tuple[str, ...] = ARRAYS,
     ):
-        self.folder, self.shard = folder, shard
-        self._arrays = {
-            array: np.lib.format.open_memmap(
-                self._partial(array),
-                mode="w+",
-                dtype=DTYPES[array] or storage_dtype,
-                shape=shape if array == "activations" else shape[:2],
-            )
-            for array in arrays
-        }
-        for array in arrays:
-            self._reserve(self._partial(array))
-        self._filled = self._n_summed = 0
+        self.folder, self.shard, self._dtype = folder, shard, np.dtype(storage_dtype)
+        self._checking = ThreadPoolExecutor(1, "checksums")
+        self._files: dict[str, ArrayFile] = {}
+        self._n_summed = 0
         self.sum = np.zeros(shape[2])
         self.sum_squared_norm = 0.0
         self.excluded = collections.Counter()
+        with self._discarding():
+            for array in arrays:
+                self._files[array] = ArrayFile(
+                    self._partial(array),
+                    np.dtype(DTYPES[array] or storage_dtype),
+                    shape if array == "activations" else shape[:2],
+                    self._checking,
+                )
 
     def _partial(self, array: str) -> Path:
         path = shard_path(self.folder, array, self.shard)
         return path.with_name(f".partial-{path.name}")
 
-    def _reserve(self, path: Path) -> None:
-        """Allocate a file's disk space now, because a memory map without space kills the process.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        if not hasattr(os, "posix_fallocate"):  # not on Windows and macOS
-            return
+    @contextlib.contextmanager
+    def _discarding(self) -> Iterator[None]:
         try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                self.discard()
+            yield
+        except BaseException as error:
+            self.discard()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
                     f"The disk of {self.folder} is full. Make room, and run the same command again."
                 ) from error
+            raise
 
     def discard(self) -> None:
         """Delete the unfinished files."""
-        for array in self._arrays:
-            self._partial(array).unlink(missing_ok=True)
-        self._arrays.clear()
+        self._checking.shutdown()
+        for file in self._files.values():
+            file.discard()
+        self._files.clear()
 
-    def append(self, excluded: dict[str, int], summed: np.ndarray, **batch: np.ndarray) -> None:
+    def append(self, sums: np.ndarray, **batch: np.ndarray) -> None:
         """Add contexts: each of the shard's arrays, of shape (batch, context_length, ...).
 
         Args:
-            excluded: Number by reason of their positions that are not in the sums.
-            summed: Which positions are; bool, shape (batch, context_length).
+            sums: Of these contexts, as of `capture.sums_of`.
 
         Raises:
-            InputError: An activation is not finite in the storage dtype.
+            InputError: An activation is not finite in the storage dtype, or they are too small
+                for it; or the disk is full.
         """
-        stop = self._filled + len(batch["tokens"])
-        for array, values in batch.items():
-            self._arrays[array][self._filled : stop] = values
-        rows = batch["activations"][summed].astype(np.float32)
-        stored = self._arrays["activations"]
-        if not np.isfinite(stored[self._filled : stop]).all():
-            self.discard()
-            raise InputError(
-                f"Activations must be finite; some are not in {stored.dtype} (shard {self.shard}). "
-                "If they overflow, use --storage-dtype float32, with --overwrite if there are "
-                "shards already; else the model computes NaN."
-            )
-        squares = float(np.einsum("rd,rd->", rows, rows, dtype=np.float64))
-        typical = np.sqrt(squares / max(1, rows.size))
-        if len(rows) and stored.dtype == np.float16 and typical < SMALLEST:
-            self.discard()
-            raise InputError(
-                f"Activations are of {typical:.1g} (root mean square; shard {self.shard}), too "
-                f"small for float16, which needs {SMALLEST:.0e}. Use --storage-dtype float32, with "
-                "--overwrite if there are shards already."
-            )
-        self.sum += rows.sum(axis=0, dtype=np.float64)
-        self.sum_squared_norm += squares
-        self.excluded.update(excluded)
-        self._filled, self._n_summed = stop, self._n_summed + len(rows)
+        with self._discarding():
+            self._add_sums(batch["tokens"].size, sums)
+            for array, values in batch.items():
+                self._files[array].append(values)
+
+    def _add_sums(self, n_positions: int, sums: np.ndarray) -> None:
+        (n_bos, n_summed), squares, total = sums[:2].astype(int), sums[2], sums[3:]
+        require(
+            np.isfinite(sums).all(),
+            f"Activations must be finite; some are not in {self._dtype} (shard {self.shard}). "
+            "If they overflow, use --storage-dtype float32, with --overwrite if there are "
+            "shards already; else the model computes NaN.",
+        )
+        typical = np.sqrt(squares / max(1, n_summed * len(total)))
+        require(
+            n_summed == 0 or self._dtype != np.float16 or typical >= SMALLEST,
+            f"Activations are of {typical:.1g} (root mean square; shard {self.shard}), too "
+            f"small for float16, which needs {SMALLEST:.0e}. Use --storage-dtype float32, with "
+            "--overwrite if there are shards already.",
+        )
+        self.sum += total
+        self.sum_squared_norm += float(squares)
+        self._n_summed += int(n_summed)
+        self.excluded.update(bos=int(n_bos), outlier_norm=int(n_positions - n_bos - n_summed))
 
     def finish(self, crc32: dict[str, int] | None = None) -> ShardEntry:
         """Rename the shard's files to their final names; returns its entry for the manifest.
@@ -154,25 +205,22 @@ class ShardWriter:
         Raises:
             InputError: The checksums differ from ``crc32``; the earlier files are kept.
         """
-        entry = ShardEntry(self.shard, self._filled, self._n_summed, crc32={})
-        for array, values in self._arrays.items():
-            values.flush()
-            if self._filled < len(values):  # the corpus ended within the shard
-                values = np.array(values[: self._filled])
-                with open(self._partial(array), "wb") as file:
-                    np.save(file, values)
-            entry.crc32[array] = checksum(self._partial(array))
-        if crc32 is not None and entry.crc32 != crc32:
-            self.discard()
-            raise InputError(
+        with self._discarding():
+            for file in self._files.values():
+                file.finish()
+            found = {array: file.crc32 for array, file in self._files.items()}
+            require(
+                crc32 in (None, found),
                 f"Shard {self.shard} made anew differs from the one recorded: the model, the "
                 "corpus or the machine computes otherwise than before. Delete "
-                f"{self.folder} to start anew."
+                f"{self.folder} to start anew.",
             )
-        self._arrays.clear()
-        for array in entry.crc32:
-            self._partial(array).replace(shard_path(self.folder, array, self.shard))
-        return entry
+        contexts = self._files["tokens"].n_rows
+        for array, file in self._files.items():
+            file.path.replace(shard_path(self.folder, array, self.shard))
+        self._checking.shutdown()
+        self._files.clear()
+        return ShardEntry(self.shard, contexts, self._n_summed, found)
 
 
 # ---------------------------------------------------------------------------------------- reading
