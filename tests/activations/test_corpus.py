@@ -13,7 +13,8 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.activations.corpus import Corpus, Document, Position, pack_contexts, read_hub, tokenize
+from utils.activations.contexts import pack_contexts, tokenize
+from utils.activations.corpus import Corpus, Document, Position, read_hub
 from utils.activations.files import type_of
 from utils.language_model import separator_token
 from utils.settings import InputError
@@ -25,8 +26,14 @@ def json_line(text: object, **fields: object) -> bytes:
     return json.dumps({"text": text, **fields}).encode() + b"\n"
 
 
-def texts_of(dataset: Path, **options: int) -> list[str]:
-    return [document.text for document in Corpus(str(dataset)).documents(**options)]
+def plain(corpus: Corpus) -> list[tuple[int, str, str]]:
+    """(index, text, subset) of each document."""
+    groups = itertools.groupby(corpus.documents(), lambda part: (part.index, part.subset))
+    return [(index, "".join(part.text for part in parts), name) for (index, name), parts in groups]
+
+
+def texts_of(dataset: Path) -> list[str]:
+    return [text for _, text, _ in plain(Corpus(str(dataset)))]
 
 
 def compress(content: bytes) -> bytes:
@@ -55,8 +62,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_jsonl(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b"".join(json_line(text) for text in TEXTS))
-    documents = list(Corpus(str(path)).documents())
-    assert documents == [Document(n, text, "mine") for n, text in enumerate(TEXTS)]
+    assert plain(Corpus(str(path))) == [(n, text, "mine") for n, text in enumerate(TEXTS)]
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     assert texts_of(path) == TEXTS
 
@@ -83,9 +89,8 @@ def test_parquet(tmp_path):
     metas = [{"pile_set_name": "Github"}] * 2 + [None] * 2
     table = pyarrow.table({"text": TEXTS, "meta": metas, "other": range(4)})
     pyarrow.parquet.write_table(table, path)
-    documents = list(Corpus(str(path)).documents())
-    assert [document.text for document in documents] == TEXTS
-    assert [document.subset for document in documents] == ["Github"] * 2 + ["pile"] * 2
+    subsets = ["Github"] * 2 + ["pile"] * 2
+    assert plain(Corpus(str(path))) == list(zip(range(4), TEXTS, subsets, strict=True))
 
 
 def test_folder_is_read_in_sorted_order(tmp_path):
@@ -116,8 +121,8 @@ def test_types_of_file(tmp_path, name):
     (tmp_path / name).write_bytes(CONTENTS[name])
     stem = name.split(".")[0]
     for dataset in (tmp_path, tmp_path / name):
-        documents = list(Corpus(str(dataset)).documents())
-        assert documents == [Document(n, text, stem) for n, text in enumerate(TEXTS)]
+        subset = tmp_path.name if dataset == tmp_path else stem
+        assert plain(Corpus(str(dataset))) == [(n, text, subset) for n, text in enumerate(TEXTS)]
 
 
 def test_one_document_and_compressed_files_that_are_read_whole(tmp_path):
@@ -239,13 +244,18 @@ def test_the_cards_configurations_and_splits(dataset):
 def test_conventional_names_of_splits(dataset):
     read = ["de/train.jsonl", "en/held.jsonl", "en/part-0.jsonl", "en/part-1.jsonl", "extra.jsonl"]
     assert texts_of(dataset) == read
+    def as_json(name):
+        return json.dumps({"text": name})
+
     names = ["dev/train.txt", "pile.val-00000-of-00001.txt", "Validation.json", "protest.txt"]
     for name in names:
         (dataset / name).parent.mkdir(exist_ok=True)
-        (dataset / name).write_text(json.dumps({"text": name}))
-    texts = [document.subset for document in Corpus(str(dataset), split="validation").documents()]
-    assert texts == ["Validation", "dev/train", "pile.val-00000-of-00001"]
-    assert texts_of(dataset)[-1] == json.dumps({"text": "protest.txt"})
+        (dataset / name).write_text(as_json(name))
+    read = plain(Corpus(str(dataset), split="validation"))
+    root = dataset.name
+    assert [text for _, text, _ in read] == [names[2], *map(as_json, names[:2])]
+    assert [subset for *_, subset in read] == [root, "dev", root]
+    assert texts_of(dataset)[-1] == as_json("protest.txt")
     with pytest.raises(InputError, match=r"SPLIT of .* must be one of validation, test, train"):
         Corpus(str(dataset), split="all")
     with pytest.raises(InputError, match=r"CONFIG of .* must be left out, for there are none"):
@@ -259,6 +269,8 @@ def test_files_of_one_name_are_two(dataset):
     corpus = Corpus(str(dataset))
     path = "part-0.jsonl"
     assert {corpus.sizes()[f"en/{path}"], corpus.sizes()[f"de/{path}"]} == {28, 34}
+    assert {document.subset for document in corpus.documents()} == {"en", "de", dataset.name}
+    corpus.subset_a_file = True  # as earlier versions had it
     assert {"en/part-0", "de/part-0"} < {document.subset for document in corpus.documents()}
     earlier = {file.name: file.stat().st_size for file in corpus.files}  # as d597169 wrote it
     corpus.name_files_as(earlier | {path: 0})
@@ -436,9 +448,9 @@ def test_ranks_partition_the_usable_documents(tmp_path):
     )
     assert [document.index for document in by_rank[1]] == [1, 4, 7, 10]
     for rank in range(3):
-        rest = list(corpus.documents(skip=2, rank=rank, world_size=3))
+        rest = list(corpus.documents(Position(2, 0), rank=rank, world_size=3))
         assert rest == by_rank[rank][2:]
-    assert list(corpus.documents(skip=99)) == []
+    assert list(corpus.documents(Position(99, 0))) == []
     assert list(corpus.documents(rank=20, world_size=30)) == []
 
 
@@ -533,7 +545,7 @@ def test_resuming_a_rank_of_a_corpus(tokenizer, tmp_path):
     rank = {"rank": 1, "world_size": 3}
     whole = list(pack_contexts(corpus.documents(**rank), tokenizer, 8))
     position = whole[5].next_position
-    rest = corpus.documents(skip=position.document, **rank)
+    rest = corpus.documents(position, **rank)
     resumed = list(pack_contexts(rest, tokenizer, 8, position))
     assert [c.tokens.tolist() for c in resumed] == [c.tokens.tolist() for c in whole[6:]]
     assert [c.documents.tolist() for c in resumed] == [c.documents.tolist() for c in whole[6:]]

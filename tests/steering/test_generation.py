@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import LAYER
 
-from utils.activations.corpus import Document, tokenize
+from utils.activations.contexts import tokenize
+from utils.activations.corpus import Document
 from utils.autoencoder.kinds import KINDS
 from utils.language_model import load_language_model
 from utils.settings import InputError

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
+from utils.activations.contexts import Context, pack_contexts
+from utils.activations.corpus import BEGINNING, Corpus, Position
 from utils.activations.manifest import Manifest, ShardEntry
 from utils.activations.shards import (
     ARRAYS,
@@ -24,8 +25,6 @@ from utils.activations.shards import (
 )
 from utils.language_model import LanguageModel, residual_at
 from utils.settings import InputError, require
-
-MOST_SUBSETS = 2**15  # the range of int16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +148,7 @@ class Extraction:
     def _adopt_manifest(self) -> None:
         if self.manifest is not None:
             self.corpus.name_files_as(self.manifest.files)
+            self.corpus.subset_a_file = not self.manifest.subset_a_folder
         facts = {
             "model_name": self.settings.model_name,
             "revision": self.language_model.revision,
@@ -163,7 +163,9 @@ class Extraction:
         if self.manifest is None:
             factor = self.settings.outlier_factor
             bos = self.language_model.bos
-            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor)
+            self.manifest = Manifest(
+                **facts, bos=bos, outlier_factor=factor, subset_a_folder=True
+            )
         for name, value in facts.items():
             earlier = getattr(self.manifest, name)
             is_unknown = name == "files" and earlier is None  # early versions recorded none
@@ -190,7 +192,7 @@ class Extraction:
         print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
 
     def _contexts(self, start: Position) -> Iterator[Context]:
-        documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)
+        documents = self.corpus.documents(start, self.ranks.rank, self.ranks.world_size)
         return pack_contexts(
             documents, self.language_model.tokenizer, self.settings.context_length, start
         )
@@ -278,13 +280,8 @@ class Extraction:
 
     def _subset_numbers(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's list, which grows."""
-        names = self.manifest.subsets
-        names.extend(name for name in context.subsets.values() if name not in names)
-        require(
-            len(names) <= MOST_SUBSETS,
-            f"A corpus must have at most {MOST_SUBSETS:,} subsets; {self.corpus.name} has more. "
-            "Every file is one, where records do not name theirs: join some files.",
-        )
         documents, inverse = np.unique(context.documents, return_inverse=True)
-        numbers = [names.index(context.subsets[document]) for document in documents]
+        numbers = [
+            self.manifest.subset_number(context.subsets[document]) for document in documents
+        ]
         return np.array(numbers, np.int16)[inverse]

@@ -4,17 +4,21 @@ Each of several processes writes a manifest, ``manifest-RANK.json``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.artifacts import read_json, write_json
 from utils.settings import InputError
 
 # Not written if None, as folders of some versions do not have them.
-LATER = ("files", "position", "start", "bos", "outlier_factor", "outlier_norm")
+LATER = ("files", "position", "start", "bos", "outlier_factor", "outlier_norm", "subset_a_folder")
+MOST_SUBSETS = 1_000
+FURTHER = "further subsets"  # the subset of documents of all others
 
 
 @dataclasses.dataclass
@@ -49,6 +53,8 @@ class Manifest:
         excluded: Number of positions that are not summed, by reason: BOS; at a set norm, outliers.
         sum, sum_squared_norm: Over all others, of raw activations (d_model,) and of ‖x‖².
         subsets: Names of the subsets; the shards hold indices into them.
+        subset_a_folder: Whether a folder's files share a subset, where records name none; in
+            earlier versions each file was one.
         position: The `corpus.Position` after the last shard.
     """
 
@@ -74,6 +80,7 @@ class Manifest:
     subsets: list[str] = dataclasses.field(default_factory=list)
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
     position: list[int] | None = None
+    subset_a_folder: bool | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -104,3 +111,22 @@ class Manifest:
         self.sum_squared_norm += squares
         for reason, count in excluded.items():
             self.excluded[reason] += count
+
+    @functools.cached_property
+    def _subset_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.subsets)}
+
+    def subset_number(self, name: str) -> int:
+        """The index of a subset among ``subsets``, to which it is added if it is new."""
+        numbers = self._subset_numbers
+        if name not in numbers and len(numbers) >= MOST_SUBSETS:
+            if FURTHER not in numbers:
+                tqdm.write(
+                    f"The corpus has more than {MOST_SUBSETS:,} subsets; all others are one, "
+                    f"“{FURTHER}”."
+                )
+            name = FURTHER
+        if name not in numbers:
+            numbers[name] = len(numbers)
+            self.subsets.append(name)
+        return numbers[name]
