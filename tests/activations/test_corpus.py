@@ -1,4 +1,4 @@
-"""The corpus: every format, bad input, ranks, and the packing of tokens into contexts."""
+"""The corpus: every format, bad input, ranks, and going on from any place."""
 
 import gzip
 import itertools
@@ -10,13 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from utils.activations.contexts import pack_contexts, tokenize
-from utils.activations.corpus import Corpus, Document, Position, read_hub
+from utils.activations.corpus import Corpus, Position, read_hub
 from utils.activations.files import type_of
-from utils.language_model import separator_token
 from utils.settings import InputError
 
 TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]
@@ -38,22 +34,6 @@ def texts_of(dataset: Path) -> list[str]:
 
 def compress(content: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(content)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens with a BOS, as LLaMA's is, only small."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXTS * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
 
 
 # Formats -------------------------------------------------------------------------------------
@@ -244,6 +224,7 @@ def test_the_cards_configurations_and_splits(dataset):
 def test_conventional_names_of_splits(dataset):
     read = ["de/train.jsonl", "en/held.jsonl", "en/part-0.jsonl", "en/part-1.jsonl", "extra.jsonl"]
     assert texts_of(dataset) == read
+
     def as_json(name):
         return json.dumps({"text": name})
 
@@ -434,6 +415,15 @@ def test_truncated_and_damaged_files(tmp_path):
         texts_of(path)
 
 
+def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
+    assert texts_of(tmp_path) == ["one"]
+    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
+    with pytest.raises(InputError, match="no file or folder"):
+        Corpus("x" * 300 + ".jsonl")
+
+
 # Ranks ---------------------------------------------------------------------------------------
 
 
@@ -452,119 +442,3 @@ def test_ranks_partition_the_usable_documents(tmp_path):
         assert rest == by_rank[rank][2:]
     assert list(corpus.documents(Position(99, 0))) == []
     assert list(corpus.documents(rank=20, world_size=30)) == []
-
-
-# Packing -------------------------------------------------------------------------------------
-
-
-def make_documents(texts: list[str]) -> list[Document]:
-    return [Document(n, text, f"subset {n % 2}") for n, text in enumerate(texts)]
-
-
-def test_known_contexts(tokenizer):
-    bos = tokenizer.bos_token_id
-    first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in ("zqx", "jw"))
-    assert (len(first), len(second)) == (3, 2)
-    documents = [Document(4, "zqx", "A"), Document(9, "jw", "B")]
-    contexts = list(pack_contexts(documents, tokenizer, 3))
-    # The stream is BOS z q x BOS j w; the second context goes on inside a document.
-    assert contexts[0].tokens.tolist() == [bos, *first[:2]]
-    assert contexts[0].documents.tolist() == [4, 4, 4]
-    assert contexts[0].subsets == {4: "A"}
-    assert contexts[0].next_position == Position(0, 3)
-    assert contexts[1].tokens.tolist() == [bos, first[2], bos]
-    assert contexts[1].documents.tolist() == [4, 4, 9]
-    assert contexts[1].subsets == {4: "A", 9: "B"}
-    assert contexts[1].next_position == Position(1, 1)
-    assert contexts[2].tokens.tolist() == [bos, *second]
-    assert contexts[2].next_position == Position(2, 0)
-    assert len(contexts) == 3
-
-
-def test_a_document_at_the_start_of_a_context_gets_one_bos(tokenizer):
-    bos = tokenizer.bos_token_id
-    contexts = list(pack_contexts(make_documents(["zqx", "jwv"]), tokenizer, 4))
-    assert [context.tokens.tolist().count(bos) for context in contexts] == [1, 1]
-    assert [context.next_position for context in contexts] == [Position(1, 0), Position(2, 0)]
-
-
-def test_a_text_that_spells_a_special_token_does_not_have_it(tokenizer):
-    assert tokenizer("zqx<bos>jw", add_special_tokens=False).input_ids.count(tokenizer.bos_token_id)
-    ((_, tokens),) = tokenize(make_documents(["zqx<bos>jw"]), tokenizer)
-    assert tokenizer.bos_token_id not in tokens and tokenizer.decode(tokens) == "zqx<bos>jw"
-
-
-def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
-    (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
-    assert texts_of(tmp_path) == ["one"]
-    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
-    with pytest.raises(InputError, match="no file or folder"):
-        Corpus("x" * 300 + ".jsonl")
-
-
-def test_contexts_hold_the_stream_and_nothing_else(tokenizer):
-    documents = make_documents(TEXTS * 40)
-    bos = tokenizer.bos_token_id
-    contexts = list(pack_contexts(documents, tokenizer, 16))
-    stream = [token for _, tokens in tokenize(documents, tokenizer) for token in tokens]
-    packed = []
-    for context in contexts:
-        assert context.tokens.dtype == context.documents.dtype == np.int32
-        assert context.tokens.shape == context.documents.shape == (16,)
-        assert context.tokens[0] == bos
-        assert set(context.subsets) == set(context.documents.tolist())
-        assert all(context.subsets[n] == f"subset {n % 2}" for n in context.subsets)
-        packed += [token for token in context.tokens.tolist() if token != bos]
-    assert packed == stream[: len(packed)]
-    assert len(stream) - len(packed) < 16
-    owners = np.concatenate([context.documents for context in contexts])
-    assert (np.diff(owners) >= 0).all()
-
-
-@pytest.mark.parametrize("context_length", [2, 5, 16, 64])
-def test_resuming_anywhere_gives_the_uninterrupted_run(tokenizer, context_length):
-    documents = make_documents(TEXTS * 20)
-    contexts = list(pack_contexts(documents, tokenizer, context_length))
-    for number, context in enumerate(contexts):
-        position = context.next_position
-        resumed = pack_contexts(documents[position.document :], tokenizer, context_length, position)
-        # Two contexts stand for all: the next position of the first leads to the second.
-        pairs = zip(itertools.islice(resumed, 2), contexts[number + 1 : number + 3], strict=True)
-        for again, before in pairs:
-            assert again.tokens.tolist() == before.tokens.tolist()
-            assert again.documents.tolist() == before.documents.tolist()
-            assert again.subsets == before.subsets
-            assert again.next_position == before.next_position
-
-
-def test_resuming_a_rank_of_a_corpus(tokenizer, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"".join(json_line(text) + b"bad\n" for text in TEXTS * 10))
-    corpus = Corpus(str(path))
-    rank = {"rank": 1, "world_size": 3}
-    whole = list(pack_contexts(corpus.documents(**rank), tokenizer, 8))
-    position = whole[5].next_position
-    rest = corpus.documents(position, **rank)
-    resumed = list(pack_contexts(rest, tokenizer, 8, position))
-    assert [c.tokens.tolist() for c in resumed] == [c.tokens.tolist() for c in whole[6:]]
-    assert [c.documents.tolist() for c in resumed] == [c.documents.tolist() for c in whole[6:]]
-
-
-def test_separator_falls_back_on_eos(tokenizer):
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
-    assert separator_token(other) == tokenizer.eos_token_id
-    context = next(pack_contexts(make_documents(TEXTS), other, 8))
-    assert context.tokens[0] == tokenizer.eos_token_id
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(InputError, match="BOS or EOS"):
-        next(pack_contexts(make_documents(TEXTS), bare, 8))
-
-
-def test_contexts_shorter_than_two_tokens_are_refused(tokenizer):
-    with pytest.raises(InputError, match="CONTEXT_LENGTH must be at least 2; it is 1"):
-        next(pack_contexts(make_documents(TEXTS), tokenizer, 1))
-
-
-def test_too_little_text_gives_no_context(tokenizer):
-    assert list(pack_contexts(make_documents(["zqx"]), tokenizer, 100)) == []

@@ -1,11 +1,12 @@
 """Contexts: rows of tokens for the language model, packed from documents.
 
 A tokenizer takes memory and time for a text as a whole, so a long document is tokenised in pieces.
-It is cut where the text around has the same tokens in one and apart; where two tokens of the whole
-meet, those of each side do not depend on the other, so that the pieces have the tokens of the whole.
+It is cut where the text around has the same tokens in one and apart. Where two tokens of the whole
+meet, those of neither side depend on the other, so the pieces have the tokens of the whole.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from utils.settings import require
 N_TOGETHER = 64  # documents a call: enough to keep the tokenizer's threads busy
 TOGETHER = 2**20  # characters a call, of which each takes the tokenizer 130 bytes of memory
 AROUND = 256  # characters to each side of a cut that must have the same tokens in one and apart
-N_TRIED = 64  # places for a cut
+N_TRIED = 64  # spaces that a cut is tried at, and other borders of words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +102,23 @@ def find_cut(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] |
     These are one place, between a word and a space, say, unless the tokenizer sets a space before
     every text: then the space there is left out. None if there is no such place.
     """
-    tried = 0
-    for end in range(LONGEST - AROUND, LONGEST // 2, -1):
-        before, after = text[end - 1], text[end]
-        if (before.isspace(), before.isalnum()) == (after.isspace(), after.isalnum()):
-            continue
+    ends = range(LONGEST - AROUND, LONGEST // 2, -1)
+    spaces = (end for end in ends if text[end] == " " != text[end - 1])
+    borders = (end for end in ends if _kind(text[end]) != _kind(text[end - 1]))
+    for end in itertools.chain(
+        itertools.islice(spaces, N_TRIED), itertools.islice(borders, N_TRIED)
+    ):
         left = text[end - AROUND : end]
-        for start in (end, end + 1) if after == " " else (end,):
+        for start in (end, end + 1) if text[end] == " " else (end,):
             right = text[start : start + AROUND]
             whole, *apart = _encode(tokenizer, [left + text[end:start] + right, left, right])
             if whole == apart[0] + apart[1]:
                 return end, start
-        tried += 1
-        if tried == N_TRIED:
-            break
     return None
+
+
+def _kind(character: str) -> tuple[bool, bool]:
+    return character.isspace(), character.isalnum()
 
 
 # --------------------------------------------------------------------------------------- packing

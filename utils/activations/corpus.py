@@ -42,7 +42,7 @@ class Place(NamedTuple):
     byte: int = 0  # of the record's text, in UTF-8
     token: int = 0  # tokens of the document before that byte, its BOS included
     document: int = 0  # `Document.index` of the record
-    skipped: dict[str, int] = {}  # `Corpus.skipped` up to the record
+    skipped: dict[str, int] | None = None  # `Corpus.skipped` up to the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +193,9 @@ class Corpus:
         beginning.
         """
         place = Place(*(start.place or ()))
-        indices = itertools.count(place.document)
-        if not self.files:  # records are the rank's already
-            indices = itertools.count(rank, world_size)
-        for index, (parts, subset, at) in zip(indices, self._usable(place, rank, world_size)):
+        usable = self._usable(place, rank, world_size)
+        for number, (parts, subset, at) in enumerate(usable, place.document):
+            index = number if self.files else number * world_size + rank
             if index % world_size == rank and index // world_size >= start.document:
                 at = at._replace(document=index, skipped=dict(self.skipped))
                 at = at if self.files else None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils.activations.contexts import Context, pack_contexts
 from utils.activations.corpus import BEGINNING, Corpus, Position
-from utils.activations.manifest import Manifest, ShardEntry
+from utils.activations.manifest import Manifest, ShardEntry, SubsetNumbers
 from utils.activations.shards import (
     ARRAYS,
     EARLIER_ARRAYS,
@@ -124,6 +124,7 @@ class Extraction:
         """Continue an earlier run's manifest, or make one and print this machine's speed."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
+        self.subset_numbers = SubsetNumbers(self.manifest.subsets)
         if not self.manifest.shards:
             self._print_speed()
 
@@ -163,9 +164,7 @@ class Extraction:
         if self.manifest is None:
             factor = self.settings.outlier_factor
             bos = self.language_model.bos
-            self.manifest = Manifest(
-                **facts, bos=bos, outlier_factor=factor, subset_a_folder=True
-            )
+            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor, subset_a_folder=True)
         for name, value in facts.items():
             earlier = getattr(self.manifest, name)
             is_unknown = name == "files" and earlier is None  # early versions recorded none
@@ -180,8 +179,9 @@ class Extraction:
         batch = list(itertools.islice(self._contexts(BEGINNING), self.settings.contexts_per_batch))
         require(
             bool(batch),
-            f"{self.corpus.name} must hold at least a context of text for each process; it has "
-            f"fewer tokens than CONTEXT_LENGTH, {self.settings.context_length:,}.",
+            f"{self._share()} must hold at least a context of text; it has fewer tokens than "
+            f"CONTEXT_LENGTH, {self.settings.context_length:,}. Lower it, or add documents"
+            f"{'.' if self.ranks.world_size == 1 else ', or run fewer processes.'}",
         )
         tokens = torch.from_numpy(np.stack([context.tokens for context in batch]))
         residual_at(self.language_model, tokens, self.settings.layer)  # warm-up
@@ -190,6 +190,12 @@ class Extraction:
         rate = tokens.numel() / (time.perf_counter() - start)
         hours = self.n_contexts * self.settings.context_length / rate / 3600
         print(f"This machine runs {rate:,.0f} tokens/s: about {hours:,.2f} hours.")
+
+    def _share(self) -> str:
+        """The documents of this process, in words."""
+        n, name = self.ranks.world_size, self.corpus.name
+        process = f"process {self.ranks.rank + 1} of {n} (one document in {n})"
+        return name if n == 1 else f"Of {name} the share of {process}"
 
     def _contexts(self, start: Position) -> Iterator[Context]:
         documents = self.corpus.documents(start, self.ranks.rank, self.ranks.world_size)
@@ -213,7 +219,8 @@ class Extraction:
             writer, after = self._fill(number, wanted, contexts)
             if writer is None:
                 self.manifest.skipped = dict(self.corpus.skipped)
-                print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
+                tokens = self.settings.context_length * np.array([done, self.n_contexts])
+                print("{} ended after {:,} tokens of {:,}.".format(self._share(), *tokens))
                 return
             entry = writer.finish()
             entry.start = list(position)
@@ -221,6 +228,7 @@ class Extraction:
             position = after
             self.manifest.position = list(after)
             self.manifest.skipped = dict(self.corpus.skipped)  # among all records up to here
+            self.manifest.subsets = list(self.subset_numbers)
             self.manifest.write(self.manifest_path)
             done += entry.contexts
 
@@ -281,7 +289,5 @@ class Extraction:
     def _subset_numbers(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's list, which grows."""
         documents, inverse = np.unique(context.documents, return_inverse=True)
-        numbers = [
-            self.manifest.subset_number(context.subsets[document]) for document in documents
-        ]
+        numbers = [self.subset_numbers[context.subsets[document]] for document in documents]
         return np.array(numbers, np.int16)[inverse]

@@ -243,10 +243,10 @@ def _open_parquet(path: Path) -> Iterator[BinaryIO]:
 def read_txt(
     path: Path, start: int = 0, separator: str | None = None
 ) -> Iterator[tuple[int, Iterator[str]]]:
-    """The documents of a text file from byte ``start`` on: where each begins, and its text in parts.
+    """The documents of a text file from byte ``start`` on: where each begins, and its parts.
 
-    The file is one document, or several with ``separator`` between them. Its parts are read when
-    they are asked for, and those of the last document are lost when the next is.
+    The file is one document, or several with ``separator`` between them. Parts are read when they
+    are asked for, and cannot be any more once the next document is.
     """
     parts = _read_parts(path, start, separator)
     for offset, group in itertools.groupby(parts, lambda part: part[0]):

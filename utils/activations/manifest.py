@@ -4,7 +4,6 @@ Each of several processes writes a manifest, ``manifest-RANK.json``.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -18,7 +17,7 @@ from utils.settings import InputError
 # Not written if None, as folders of some versions do not have them.
 LATER = ("files", "position", "start", "bos", "outlier_factor", "outlier_norm", "subset_a_folder")
 MOST_SUBSETS = 1_000
-FURTHER = "further subsets"  # the subset of documents of all others
+FURTHER = "further subsets"
 
 
 @dataclasses.dataclass
@@ -112,21 +111,22 @@ class Manifest:
         for reason, count in excluded.items():
             self.excluded[reason] += count
 
-    @functools.cached_property
-    def _subset_numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.subsets)}
 
-    def subset_number(self, name: str) -> int:
-        """The index of a subset among ``subsets``, to which it is added if it is new."""
-        numbers = self._subset_numbers
-        if name not in numbers and len(numbers) >= MOST_SUBSETS:
-            if FURTHER not in numbers:
+class SubsetNumbers(dict[str, int]):
+    """The index of each subset of a manifest; a new one is added when it is asked for.
+
+    Beyond `MOST_SUBSETS` all others are one: statistics of every feature are kept for each.
+    """
+
+    def __init__(self, subsets: list[str]):
+        super().__init__(zip(subsets, range(len(subsets)), strict=True))
+
+    def __missing__(self, name: str) -> int:
+        if name != FURTHER and len(self) >= MOST_SUBSETS:
+            if FURTHER not in self:
                 tqdm.write(
                     f"The corpus has more than {MOST_SUBSETS:,} subsets; all others are one, "
                     f"“{FURTHER}”."
                 )
-            name = FURTHER
-        if name not in numbers:
-            numbers[name] = len(numbers)
-            self.subsets.append(name)
-        return numbers[name]
+            return self[FURTHER]
+        return self.setdefault(name, len(self))
