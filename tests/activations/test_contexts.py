@@ -1,15 +1,21 @@
 """Contexts: documents to tokens, long ones in pieces, and the packing of tokens."""
 
+import gzip
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from utils.activations import contexts
+from utils.activations import contexts, files
+from utils.activations import corpus as corpus_module
 from utils.activations.contexts import pack_contexts, tokenize
 from utils.activations.corpus import Corpus, Document, Position
 from utils.language_model import separator_token
@@ -141,9 +147,11 @@ def test_documents_are_tokenised_by_number_and_by_size(tokenizer, monkeypatch):
 
     encode = contexts._encode
     monkeypatch.setattr(contexts, "_encode", record)
-    documents = make_documents(["tea"] * 100 + ["tea " * 50_000] * 12)
+    monkeypatch.setattr(contexts, "TOGETHER", 1_000)
+    documents = make_documents(["tea"] * 100 + ["tea " * 100] * 12)
     assert len(list(tokenize(documents, tokenizer))) == 112
-    assert [len(call) for call in calls[:1]] == [64] and max(map(sum, calls)) < 2 * 2**20
+    assert [len(call) for call in calls] == [64, 39, 3, 3, 3]
+    assert max(map(sum, calls)) < 1_000 + 400
 
 
 # Packing -------------------------------------------------------------------------------------
@@ -249,3 +257,80 @@ def test_contexts_shorter_than_two_tokens_are_refused(tokenizer):
 
 def test_too_little_text_gives_no_context(tokenizer):
     assert list(pack_contexts(make_documents(["zqx"]), tokenizer, 100)) == []
+
+
+# Going on ------------------------------------------------------------------------------------
+
+SEPARATOR = "<|endoftext|>"
+LONG = " ".join(f"word{n} é" for n in range(700))  # longer than a piece
+
+
+def write_corpus(folder: Path, kind: str) -> str | None:
+    """Write texts, among them long, blank and broken ones, as files; returns the separator."""
+    texts = [*TEXTS, " ", LONG, "日本 " * 40, *TEXTS]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[3:3] = ["no JSON", ""]
+    content = "\n".join(lines).encode()
+    if kind == "parquet":
+        for name in ("a", "b"):
+            table = pyarrow.table({"text": texts})
+            pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=4)
+    elif kind == "list":
+        (folder / "a.json").write_text(f"[{','.join(line for line in lines if line[:1] == '{')}]")
+    elif kind == "txt":
+        (folder / "a.txt").write_text(f"\ufeff{LONG}", "utf-8")
+        (folder / "b.txt").write_text(LONG[::-1])
+    elif kind == "separator":
+        (folder / "a.txt.gz").write_bytes(gzip.compress(SEPARATOR.join(texts).encode()))
+        (folder / "b.txt").write_text(SEPARATOR.join(texts))
+        return SEPARATOR
+    else:
+        (folder / "a.jsonl").write_bytes(content)
+        (folder / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
+    return None
+
+
+@pytest.mark.parametrize("kind", ["lines", "list", "parquet", "txt", "separator"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_going_on_from_a_place(tokenizer, tmp_path, monkeypatch, kind, world_size):
+    for module in (contexts, corpus_module):
+        monkeypatch.setattr(module, "LONGEST", PIECE)
+    monkeypatch.setattr(files, "CHUNK", 512)
+    separator = write_corpus(tmp_path, kind)
+    corpus = Corpus(str(tmp_path), separator=separator)
+    rank = {"rank": 0, "world_size": world_size}
+    whole = list(pack_contexts(corpus.documents(**rank), tokenizer, 128))
+    total = dict(corpus.skipped)
+    assert len(whole) > 30 and any(context.next_position.place.byte for context in whole)
+    for number, context in enumerate(whole[:-1]):
+        position = Position(*json.loads(json.dumps(context.next_position)))  # as in a manifest
+        resumed = pack_contexts(corpus.documents(position, **rank), tokenizer, 128, position)
+        following = next(resumed)
+        assert following.tokens.tolist() == whole[number + 1].tokens.tolist()
+        assert following.documents.tolist() == whole[number + 1].documents.tolist()
+        assert following.next_position == whole[number + 1].next_position
+        # Without the place, as earlier versions wrote it.
+        if number % 30 == 0:
+            position = Position(*position[:2])
+            resumed = pack_contexts(corpus.documents(position, **rank), tokenizer, 128, position)
+            assert next(resumed).tokens.tolist() == whole[number + 1].tokens.tolist()
+            assert sum(1 for _ in resumed) == len(whole) - number - 2
+            assert corpus.skipped == total
+
+
+def test_going_on_reads_nothing_again(tokenizer, tmp_path, monkeypatch):
+    for module in (contexts, corpus_module):
+        monkeypatch.setattr(module, "LONGEST", PIECE)
+    for kind in ("txt", "lines"):
+        (tmp_path / kind).mkdir()
+        write_corpus(tmp_path / kind, kind)
+        corpus = Corpus(str(tmp_path / kind))
+        whole = list(pack_contexts(corpus.documents(), tokenizer, 32))
+        path = corpus.files[0]
+        number = next(n for n, context in enumerate(whole) if context.next_position.place.byte)
+        position = whole[number].next_position
+        begin = position.place.offset + position.place.byte * (kind == "txt")
+        path.write_bytes(b"\xff" * begin + path.read_bytes()[begin:])
+        resumed = pack_contexts(corpus.documents(position), tokenizer, 32, position)
+        rest = [context.tokens.tolist() for context in resumed]
+        assert begin > 0 and rest == [context.tokens.tolist() for context in whole[number + 1 :]]
