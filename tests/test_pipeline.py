@@ -483,9 +483,22 @@ def test_features_that_cannot_be_clamped(refused, copied):
         (-1, "it is -1"),
         (7, "7 was active on no token"),
         ("zebra", "it is 'zebra', and none was found"),
+        ('"7"', "and none was found"),
     ):
         assert rule in refused("influence_llm", *copied.influence_llm, "--feature", feature)
     assert files_of(copied.folder) == before
+
+
+def test_texts_of_another_encoding_are_refused(refused, tiny_run, tmp_path):
+    """What a terminal of another encoding gives, as Python holds it."""
+    for script, flag, name in (
+        ("influence_llm", "--prompt", "PROMPT"),
+        ("influence_llm", "--feature", "FEATURE"),
+        ("analyze_features", "--search", "SEARCH"),
+        ("analyze_features", "--search-prompt", "SEARCH_PROMPT"),
+    ):
+        message = refused(script, *getattr(tiny_run.flags, script), flag, "caf\udce9")
+        assert f"{name} must be UTF-8; 'caf\\udce9' is not. Convert it" in message
 
 
 def test_an_analysis_of_another_autoencoder(run_here, refused, copied):

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from utils.activations.corpus import Corpus, Position, read_hub
+from utils.activations.corpus import LONGEST, Corpus, Position, read_hub
 from utils.activations.files import type_of
+from utils.activations.manifest import FURTHER, MOST_SUBSETS, SubsetNumbers
 from utils.settings import InputError
 
 TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]
@@ -280,6 +282,75 @@ def test_a_hub_name_with_a_configuration():
     assert (Corpus("allenai/c4").hub_name, Corpus("gsm8k").config) == ("allenai/c4", None)
     with pytest.raises(InputError, match="CONFIG must be left out, or 'en' as in allenai/c4/en"):
         Corpus("allenai/c4/en", "de")
+
+
+def test_the_files_of_a_folder_are_one_subset(tmp_path):
+    root = tmp_path / "books"
+    for name in ("a.txt", "b.txt", "poems/c.txt", "poems/old/d.txt", "prose/e.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(json_line(name))
+    named = json_line("f", meta={"pile_set_name": "ArXiv"}) + json_line("g")
+    (root / "prose" / "f.jsonl").write_bytes(named)
+    subsets = [subset for *_, subset in plain(Corpus(str(root)))]
+    assert subsets == ["books", "books", "poems", "poems", "prose", "ArXiv", "prose"]
+    assert {subset for *_, subset in plain(Corpus(f"{root}/poems/../poems"))} == {"poems", "old"}
+
+
+def test_the_name_of_a_subset_may_be_anything(tmp_path, capsys):
+    names = ["ArXiv", 7, 2.5, ["a", "b"], {"a": 1}, "", None, "half \ud800"]
+    lines = [json_line("text", meta={"pile_set_name": name}) for name in names]
+    (tmp_path / "mine.jsonl").write_bytes(b"".join([*lines, json_line("text", meta=3)]))
+    corpus = Corpus(str(tmp_path / "mine.jsonl"))
+    expected = ["ArXiv", "7", "2.5", "mine", "mine", "mine", "mine", "half ?", "mine"]
+    for _ in range(2):
+        assert [subset for *_, subset in plain(corpus)] == expected
+    said = "meta.pile_set_name must be a name or a number; of a record of"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_subsets_beyond_the_most_are_one(capsys):
+    numbers = SubsetNumbers(["a", "b"])
+    names = [f"s{n}" for n in range(2 * MOST_SUBSETS)]
+    indices = [numbers[name] for name in (*names, "b", *names)]
+    assert indices[: MOST_SUBSETS - 2] == list(range(2, MOST_SUBSETS))
+    assert set(indices[MOST_SUBSETS - 2 : len(names)]) == {MOST_SUBSETS}
+    assert indices[len(names)] == 1 and indices[len(names) + 1 :] == indices[: len(names)]
+    assert list(numbers)[MOST_SUBSETS:] == [FURTHER] and SubsetNumbers(list(numbers)) == numbers
+    assert capsys.readouterr().out.count("all others are one") == 1
+
+
+def test_a_separator_within_txt(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(["one", "two\n", *["three"] * 120]))
+    corpus = Corpus(str(tmp_path))
+    (note,) = corpus.check()
+    assert "spell <|endoftext|> 121 times" in note and "--separator '<|endoftext|>'" in note
+    assert len(list(corpus.documents())) == 1
+    corpus = Corpus(str(tmp_path), separator="<|endoftext|>")
+    assert not corpus.check() and texts_of(tmp_path)[0] == path.read_text()
+    assert [text for _, text, _ in plain(corpus)] == ["one", "two\n", *["three"] * 120]
+    path.write_text("one</s>two")
+    assert not Corpus(str(tmp_path)).check()
+    for dataset, separator in ((path, ""), ("someone/dataset", "</s>")):
+        with pytest.raises(InputError, match="SEPARATOR must be a text that stands between"):
+            Corpus(str(dataset), separator=separator).check()
+
+
+def test_a_large_txt_is_read_in_parts(tmp_path):
+    path = tmp_path / "large.txt"
+    text = "日本 words\n" * 400_000
+    path.write_text(f"\ufeff{text}", "utf-8")
+    tracemalloc.start()
+    try:
+        for document in Corpus(str(path)).documents():
+            assert len(document.text) <= LONGEST
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert texts_of(path) == [text]
+    path.write_bytes(path.read_bytes() + b"\xff")
+    with pytest.raises(InputError, match=f"byte {path.stat().st_size - 1} is not"):
+        Corpus(str(path)).check()
 
 
 def test_embedded_is_the_prepared_pile(embedded_pile):

@@ -1,6 +1,7 @@
 """The chat, by its user's command in a pseudo-terminal."""
 
 import json
+import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -95,6 +96,9 @@ def test_mistakes_are_told_and_the_chat_goes_on(say, feature):
         ("/features", "no feature"),
     ]:
         assert told in say(line)
+    os.write(say.child.child_fd, b"caf\xe9\n")
+    say.child.expect(PROMPT)
+    assert "must be UTF-8" in say.child.before
 
 
 @pytest.mark.parametrize("say", [240], indirect=True)

@@ -154,12 +154,14 @@ class Analysis:
                     rows.to_csv(partial, index=False)
             with replacing(columns) as partial:
                 pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
-            content = {"summary": findings.summary, "words": findings.words}
+            words = findings.words
+            if not words and findings.summary is not None and not findings.summary:
+                words = f"{name.capitalize()}: there is nothing to study, for no feature is active "
+                words += "often enough."
+            content = {"summary": findings.summary, "words": words}
             if self.judge is not None and self.judge.asked:
                 content["judge"] = self.judge.summary()
-                content["words"] = "\n".join(
-                    [*filter(None, [findings.words]), *self.judge.in_words()]
-                )
+                content["words"] = "\n".join([*filter(None, [words]), *self.judge.in_words()])
             write_json(kept, content)
         findings = read_json(kept, REMEDY)
         if findings["summary"] is not None:
