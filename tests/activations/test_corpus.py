@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from utils.activations.corpus import LONGEST, Corpus, Position, read_hub
-from utils.activations.files import type_of
+from utils.activations.files import read_records, type_of
 from utils.activations.manifest import FURTHER, MOST_SUBSETS, SubsetNumbers
 from utils.settings import InputError
 
@@ -73,6 +73,15 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(table, path)
     subsets = ["Github"] * 2 + ["pile"] * 2
     assert plain(Corpus(str(path))) == list(zip(range(4), TEXTS, subsets, strict=True))
+
+
+def test_parquet_is_read_from_any_row_on(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [str(n) for n in range(1_000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=700)
+    for start in (0, 255, 256, 600, 699, 700, 999, 1_000):
+        rows = list(read_records(path, "text", start))
+        assert rows == [(n, {"text": str(n)}) for n in range(start, 1_000)]
 
 
 def test_folder_is_read_in_sorted_order(tmp_path):

@@ -120,5 +120,5 @@ def test_a_number_that_no_feature_has_is_a_word(tiny_run, monkeypatch):
     for wanted in (1984, "1984", '"7"', "'12'"):
         assert choose_features(catalogue, [wanted], 3, 80) == [second]
     assert choose_features(catalogue, [int(first)], 3, 80) == [first]
-    with pytest.raises(InputError, match="from 0 to 127, or a word that some .*; it is '2001'"):
+    with pytest.raises(InputError, match=r"from 0 to 127, or a word that some .*; it is '2001'"):
         choose_features(catalogue, [2001], 3, 80)

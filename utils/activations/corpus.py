@@ -64,7 +64,7 @@ class Position(NamedTuple):
 
     document: int  # counted among the rank's documents
     token: int  # tokens of that document already used, its BOS included
-    place: Place | None = None  # not after it; None for a hub's dataset and in early manifests
+    place: Place | None = None  # there or just before; None: a hub's, or an earlier version's
 
 
 BEGINNING = Position(0, 0)

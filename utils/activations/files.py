@@ -219,8 +219,9 @@ def read_parquet(path: Path, start: int = 0, column: str = "text") -> Iterator[t
                     number += n_rows
                     continue
                 for batch in table.iter_batches(256, [group], columns):
-                    rows = batch.slice(max(0, start - number)).to_pylist()
-                    yield from enumerate(rows, max(number, start))
+                    if number + len(batch) > start:
+                        rows = batch.slice(max(0, start - number)).to_pylist()
+                        yield from enumerate(rows, max(number, start))
                     number += len(batch)
     except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
