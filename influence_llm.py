@@ -52,7 +52,7 @@ TEMPERATURE = 0.0  # 0: the likeliest tokens; 1: samples from the model's distri
 SEED = 0  # random seed
 
 # --- steer
-FEATURE: tuple[int | str, ...] = ()  # numbers, or words, as '"12"'; if empty, some are proposed
+FEATURE: tuple[int | str, ...] = ()  # numbers or words ('"12"' is a word); empty: some are proposed
 INTERVENTION = "clamp"  # clamp to or add STRENGTH × maximum, scale by STRENGTH, or ablate
 STRENGTH: Strength = (0.0, 1.0, 2.0)  # from -10 to 10; auto: the largest with fluent texts
 WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated (new tokens), or positions ≥ 1
