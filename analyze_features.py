@@ -20,7 +20,14 @@ from utils.backend import use_backend
 from utils.features import studies
 from utils.features.catalogue import Catalogue
 from utils.features.search import in_words, search, show_matches
-from utils.settings import Settings, read_settings, require, require_positive, run
+from utils.settings import (
+    Settings,
+    read_settings,
+    require,
+    require_positive,
+    require_unicode,
+    run,
+)
 
 # --- input
 ACTIVATIONS_DIR = "data/activations"  # folder of save_activations.py
@@ -140,6 +147,7 @@ def check(settings: Settings) -> None:
         sum(search is not None for search in searches) <= 1,
         "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
     )
+    require_unicode(settings, "search", "search_prompt", "search_not", "search_token")
     require(
         settings.search is None or bool(re.search(r"\w", settings.search)),
         f"SEARCH must hold a word; it is {settings.search!r}.",

@@ -26,7 +26,14 @@ from utils.artifacts import make_folder, write_csv, write_json
 from utils.backend import use_backend
 from utils.features.catalogue import Catalogue
 from utils.features.search import choose_features
-from utils.settings import Settings, read_settings, require, require_positive, run
+from utils.settings import (
+    Settings,
+    read_settings,
+    require,
+    require_positive,
+    require_unicode,
+    run,
+)
 
 Study = Literal["steer", "evidence", "attribute"]
 Strength = tuple[float, ...] | Literal["auto"]
@@ -45,7 +52,7 @@ TEMPERATURE = 0.0  # 0: the likeliest tokens; 1: samples from the model's distri
 SEED = 0  # random seed
 
 # --- steer
-FEATURE: tuple[int | str, ...] = ()  # numbers, or words to search by; if empty, some are proposed
+FEATURE: tuple[int | str, ...] = ()  # numbers or words ('"12"' is a word); empty: some are proposed
 INTERVENTION = "clamp"  # clamp to or add STRENGTH × maximum, scale by STRENGTH, or ablate
 STRENGTH: Strength = (0.0, 1.0, 2.0)  # from -10 to 10; auto: the largest with fluent texts
 WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated (new tokens), or positions ≥ 1
@@ -287,6 +294,7 @@ def check(settings: Settings) -> None:
         settings.prompt_tokens >= 2,
         f"PROMPT_TOKENS must be at least 2, for BOS and a token; it is {settings.prompt_tokens}.",
     )
+    require_unicode(settings, "prompt", "feature", "pair")
     require(bool(settings.prompt.strip()), "PROMPT must hold some text; it is empty.")
     require(
         settings.temperature == 0 or 0.01 <= settings.temperature < math.inf,

@@ -35,6 +35,7 @@ DATASET = "monology/pile-uncopyrighted"  # Hugging Face name, text file or folde
 CONFIG: str | None = None  # configuration of the dataset; None: its default or only one
 SPLIT = "train"  # split of the dataset
 TEXT_COLUMN = "text"  # field of the dataset's records that holds the text
+SEPARATOR: str | None = None  # text between documents of a .txt, as <|endoftext|>; None: it is one
 N_TOKENS = 100_000_000  # tokens to save, by all processes together
 CONTEXT_LENGTH = 1_024  # tokens in a context, including its first, BOS
 OUTLIER_FACTOR = 3.0  # exclude positions whose norm is more than this many times the median
@@ -59,10 +60,13 @@ def main() -> None:
     config = read_config(settings.model_name, settings.layer)
     check_context(settings, longest_text(config))
     d_model = config.get_text_config().hidden_size
-    corpus = Corpus(settings.dataset, settings.config, settings.split, settings.text_column)
+    corpus = Corpus(
+        settings.dataset, settings.config, settings.split, settings.text_column, settings.separator
+    )
     if corpus.files and ranks.rank == 0:
         print(corpus.describe())
-    corpus.check()
+    for note in corpus.check():
+        print(note)
 
     # 2. Claim the folder; a finished run has its shards checked.
     record = RunRecord.of(settings, NOT_RECORDED, world_size=ranks.world_size)

@@ -184,8 +184,11 @@ def test_activations_go_on(run_here):
     assert manifests[1]["shards"][: len(written)] == begun["shards"]
     for entry in manifests[1]["shards"][len(written) :]:
         assert entry.pop("contexts_per_batch") == 4
-    for entry in (entry for manifest in manifests for entry in manifest["shards"]):
-        assert set(entry.pop("crc32")) == set(EARLIER_ARRAYS)
+    for manifest in manifests:
+        manifest["position"] = manifest["position"][:2]  # without places, which are new
+        for entry in manifest["shards"]:
+            entry["start"] = entry["start"][:2]
+            assert set(entry.pop("crc32")) == set(EARLIER_ARRAYS)
     assert not [place for place in unequal(*manifests, Rule(None)) if place.relative > 1e-3]
 
 

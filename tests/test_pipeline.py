@@ -530,6 +530,18 @@ def test_features_that_cannot_be_clamped(refused, copied):
     assert files_of(copied.folder) == before
 
 
+def test_texts_of_another_encoding_are_refused(refused, tiny_run, tmp_path):
+    """What a terminal of another encoding gives, as Python holds it."""
+    for script, flag, name in (
+        ("influence_llm", "--prompt", "PROMPT"),
+        ("influence_llm", "--feature", "FEATURE"),
+        ("analyze_features", "--search", "SEARCH"),
+        ("analyze_features", "--search-prompt", "SEARCH_PROMPT"),
+    ):
+        message = refused(script, *getattr(tiny_run.flags, script), flag, "caf\udce9")
+        assert f"{name} must be UTF-8; 'caf\\udce9' is not. Convert it" in message
+
+
 def test_an_analysis_of_another_autoencoder(run_here, refused, copied):
     flags = ["--seed", 1, "--autoencoder-dir", copied.folder / "other"]
     run_here("train_autoencoder", *copied.train_autoencoder, *flags, "--n-passes", 0.1)

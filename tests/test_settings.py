@@ -21,9 +21,9 @@ from utils.settings import InputError, as_dict, read_settings, require_positive,
 
 FLAGS = {
     "save_activations": """
-        --model-name --layer --dtype --dataset --config --split --text-column --n-tokens
-        --context-length --outlier-factor --activations-dir --storage-dtype --tokens-per-shard
-        --contexts-per-batch --overwrite
+        --model-name --layer --dtype --dataset --config --split --text-column --separator
+        --n-tokens --context-length --outlier-factor --activations-dir --storage-dtype
+        --tokens-per-shard --contexts-per-batch --overwrite
     """,
     "train_autoencoder": """
         --activations-dir --autoencoder-dir --held-out --n-held-out-tokens --kind --n-latents

@@ -159,6 +159,20 @@ def require_positive(settings: Settings, *names: str) -> None:
             raise InputError(f"{name.upper()} must be a finite number; it is {value}.")
 
 
+def require_unicode(settings: Settings, *names: str) -> None:
+    """Refuse texts among the settings ``names`` that the command line gave in another encoding."""
+    for name in names:
+        value = getattr(settings, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{name.upper()} must be UTF-8; {text!r} is not. Convert it, for example: "
+                    "iconv -f latin-1 -t utf-8."
+                ) from None
+
+
 def hub_token() -> str | None:
     """The Hugging Face token from the environment or ``.env``; never printed or saved."""
     load_dotenv(Path.cwd() / ".env")

@@ -1,8 +1,9 @@
-"""The corpus: every format, bad input, ranks, and the packing of tokens into contexts."""
+"""The corpus: every format, bad input, ranks, and going on from any place."""
 
 import gzip
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from utils.activations.corpus import Corpus, Document, Position, pack_contexts, read_hub, tokenize
-from utils.activations.files import type_of
-from utils.language_model import separator_token
+from utils.activations.corpus import LONGEST, Corpus, Position, read_hub
+from utils.activations.files import read_records, type_of
+from utils.activations.manifest import FURTHER, MOST_SUBSETS, SubsetNumbers
 from utils.settings import InputError
 
 TEXTS = ["The first.", "A second one, é and 日本.", "line one\nline two", "4"]
@@ -25,28 +24,18 @@ def json_line(text: object, **fields: object) -> bytes:
     return json.dumps({"text": text, **fields}).encode() + b"\n"
 
 
-def texts_of(dataset: Path, **options: int) -> list[str]:
-    return [document.text for document in Corpus(str(dataset)).documents(**options)]
+def plain(corpus: Corpus) -> list[tuple[int, str, str]]:
+    """(index, text, subset) of each document."""
+    groups = itertools.groupby(corpus.documents(), lambda part: (part.index, part.subset))
+    return [(index, "".join(part.text for part in parts), name) for (index, name), parts in groups]
+
+
+def texts_of(dataset: Path) -> list[str]:
+    return [text for _, text, _ in plain(Corpus(str(dataset)))]
 
 
 def compress(content: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(content)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 tokens with a BOS, as LLaMA's is, only small."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXTS * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
 
 
 # Formats -------------------------------------------------------------------------------------
@@ -55,8 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_jsonl(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b"".join(json_line(text) for text in TEXTS))
-    documents = list(Corpus(str(path)).documents())
-    assert documents == [Document(n, text, "mine") for n, text in enumerate(TEXTS)]
+    assert plain(Corpus(str(path))) == [(n, text, "mine") for n, text in enumerate(TEXTS)]
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     assert texts_of(path) == TEXTS
 
@@ -83,9 +71,17 @@ def test_parquet(tmp_path):
     metas = [{"pile_set_name": "Github"}] * 2 + [None] * 2
     table = pyarrow.table({"text": TEXTS, "meta": metas, "other": range(4)})
     pyarrow.parquet.write_table(table, path)
-    documents = list(Corpus(str(path)).documents())
-    assert [document.text for document in documents] == TEXTS
-    assert [document.subset for document in documents] == ["Github"] * 2 + ["pile"] * 2
+    subsets = ["Github"] * 2 + ["pile"] * 2
+    assert plain(Corpus(str(path))) == list(zip(range(4), TEXTS, subsets, strict=True))
+
+
+def test_parquet_is_read_from_any_row_on(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": [str(n) for n in range(1_000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=700)
+    for start in (0, 255, 256, 600, 699, 700, 999, 1_000):
+        rows = list(read_records(path, "text", start))
+        assert rows == [(n, {"text": str(n)}) for n in range(start, 1_000)]
 
 
 def test_folder_is_read_in_sorted_order(tmp_path):
@@ -116,8 +112,8 @@ def test_types_of_file(tmp_path, name):
     (tmp_path / name).write_bytes(CONTENTS[name])
     stem = name.split(".")[0]
     for dataset in (tmp_path, tmp_path / name):
-        documents = list(Corpus(str(dataset)).documents())
-        assert documents == [Document(n, text, stem) for n, text in enumerate(TEXTS)]
+        subset = tmp_path.name if dataset == tmp_path else stem
+        assert plain(Corpus(str(dataset))) == [(n, text, subset) for n, text in enumerate(TEXTS)]
 
 
 def test_one_document_and_compressed_files_that_are_read_whole(tmp_path):
@@ -239,13 +235,19 @@ def test_the_cards_configurations_and_splits(dataset):
 def test_conventional_names_of_splits(dataset):
     read = ["de/train.jsonl", "en/held.jsonl", "en/part-0.jsonl", "en/part-1.jsonl", "extra.jsonl"]
     assert texts_of(dataset) == read
+
+    def as_json(name):
+        return json.dumps({"text": name})
+
     names = ["dev/train.txt", "pile.val-00000-of-00001.txt", "Validation.json", "protest.txt"]
     for name in names:
         (dataset / name).parent.mkdir(exist_ok=True)
-        (dataset / name).write_text(json.dumps({"text": name}))
-    texts = [document.subset for document in Corpus(str(dataset), split="validation").documents()]
-    assert texts == ["Validation", "dev/train", "pile.val-00000-of-00001"]
-    assert texts_of(dataset)[-1] == json.dumps({"text": "protest.txt"})
+        (dataset / name).write_text(as_json(name))
+    read = plain(Corpus(str(dataset), split="validation"))
+    root = dataset.name
+    assert [text for _, text, _ in read] == [names[2], *map(as_json, names[:2])]
+    assert [subset for *_, subset in read] == [root, "dev", root]
+    assert texts_of(dataset)[-1] == as_json("protest.txt")
     with pytest.raises(InputError, match=r"SPLIT of .* must be one of validation, test, train"):
         Corpus(str(dataset), split="all")
     with pytest.raises(InputError, match=r"CONFIG of .* must be left out, for there are none"):
@@ -259,6 +261,8 @@ def test_files_of_one_name_are_two(dataset):
     corpus = Corpus(str(dataset))
     path = "part-0.jsonl"
     assert {corpus.sizes()[f"en/{path}"], corpus.sizes()[f"de/{path}"]} == {28, 34}
+    assert {document.subset for document in corpus.documents()} == {"en", "de", dataset.name}
+    corpus.subset_a_file = True  # as earlier versions had it
     assert {"en/part-0", "de/part-0"} < {document.subset for document in corpus.documents()}
     earlier = {file.name: file.stat().st_size for file in corpus.files}  # as d597169 wrote it
     corpus.name_files_as(earlier | {path: 0})
@@ -287,6 +291,75 @@ def test_a_hub_name_with_a_configuration():
     assert (Corpus("allenai/c4").hub_name, Corpus("gsm8k").config) == ("allenai/c4", None)
     with pytest.raises(InputError, match="CONFIG must be left out, or 'en' as in allenai/c4/en"):
         Corpus("allenai/c4/en", "de")
+
+
+def test_the_files_of_a_folder_are_one_subset(tmp_path):
+    root = tmp_path / "books"
+    for name in ("a.txt", "b.txt", "poems/c.txt", "poems/old/d.txt", "prose/e.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(json_line(name))
+    named = json_line("f", meta={"pile_set_name": "ArXiv"}) + json_line("g")
+    (root / "prose" / "f.jsonl").write_bytes(named)
+    subsets = [subset for *_, subset in plain(Corpus(str(root)))]
+    assert subsets == ["books", "books", "poems", "poems", "prose", "ArXiv", "prose"]
+    assert {subset for *_, subset in plain(Corpus(f"{root}/poems/../poems"))} == {"poems", "old"}
+
+
+def test_the_name_of_a_subset_may_be_anything(tmp_path, capsys):
+    names = ["ArXiv", 7, 2.5, ["a", "b"], {"a": 1}, "", None, "half \ud800"]
+    lines = [json_line("text", meta={"pile_set_name": name}) for name in names]
+    (tmp_path / "mine.jsonl").write_bytes(b"".join([*lines, json_line("text", meta=3)]))
+    corpus = Corpus(str(tmp_path / "mine.jsonl"))
+    expected = ["ArXiv", "7", "2.5", "mine", "mine", "mine", "mine", "half ?", "mine"]
+    for _ in range(2):
+        assert [subset for *_, subset in plain(corpus)] == expected
+    said = "meta.pile_set_name must be a name or a number; of a record of"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_subsets_beyond_the_most_are_one(capsys):
+    numbers = SubsetNumbers(["a", "b"])
+    names = [f"s{n}" for n in range(2 * MOST_SUBSETS)]
+    indices = [numbers[name] for name in (*names, "b", *names)]
+    assert indices[: MOST_SUBSETS - 2] == list(range(2, MOST_SUBSETS))
+    assert set(indices[MOST_SUBSETS - 2 : len(names)]) == {MOST_SUBSETS}
+    assert indices[len(names)] == 1 and indices[len(names) + 1 :] == indices[: len(names)]
+    assert list(numbers)[MOST_SUBSETS:] == [FURTHER] and SubsetNumbers(list(numbers)) == numbers
+    assert capsys.readouterr().out.count("all others are one") == 1
+
+
+def test_a_separator_within_txt(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(["one", "two\n", *["three"] * 120]))
+    corpus = Corpus(str(tmp_path))
+    (note,) = corpus.check()
+    assert "spell <|endoftext|> 121 times" in note and "--separator '<|endoftext|>'" in note
+    assert len(list(corpus.documents())) == 1
+    corpus = Corpus(str(tmp_path), separator="<|endoftext|>")
+    assert not corpus.check() and texts_of(tmp_path)[0] == path.read_text()
+    assert [text for _, text, _ in plain(corpus)] == ["one", "two\n", *["three"] * 120]
+    path.write_text("one</s>two")
+    assert not Corpus(str(tmp_path)).check()
+    for dataset, separator in ((path, ""), ("someone/dataset", "</s>")):
+        with pytest.raises(InputError, match="SEPARATOR must be a text that stands between"):
+            Corpus(str(dataset), separator=separator).check()
+
+
+def test_a_large_txt_is_read_in_parts(tmp_path):
+    path = tmp_path / "large.txt"
+    text = "日本 words\n" * 400_000
+    path.write_text(f"\ufeff{text}", "utf-8")
+    tracemalloc.start()
+    try:
+        for document in Corpus(str(path)).documents():
+            assert len(document.text) <= LONGEST
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert texts_of(path) == [text]
+    path.write_bytes(path.read_bytes() + b"\xff")
+    with pytest.raises(InputError, match=f"byte {path.stat().st_size - 1} is not"):
+        Corpus(str(path)).check()
 
 
 def test_embedded_is_the_prepared_pile(embedded_pile):
@@ -422,6 +495,15 @@ def test_truncated_and_damaged_files(tmp_path):
         texts_of(path)
 
 
+def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
+    assert texts_of(tmp_path) == ["one"]
+    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
+    with pytest.raises(InputError, match="no file or folder"):
+        Corpus("x" * 300 + ".jsonl")
+
+
 # Ranks ---------------------------------------------------------------------------------------
 
 
@@ -436,123 +518,7 @@ def test_ranks_partition_the_usable_documents(tmp_path):
     )
     assert [document.index for document in by_rank[1]] == [1, 4, 7, 10]
     for rank in range(3):
-        rest = list(corpus.documents(skip=2, rank=rank, world_size=3))
+        rest = list(corpus.documents(Position(2, 0), rank=rank, world_size=3))
         assert rest == by_rank[rank][2:]
-    assert list(corpus.documents(skip=99)) == []
+    assert list(corpus.documents(Position(99, 0))) == []
     assert list(corpus.documents(rank=20, world_size=30)) == []
-
-
-# Packing -------------------------------------------------------------------------------------
-
-
-def make_documents(texts: list[str]) -> list[Document]:
-    return [Document(n, text, f"subset {n % 2}") for n, text in enumerate(texts)]
-
-
-def test_known_contexts(tokenizer):
-    bos = tokenizer.bos_token_id
-    first, second = (tokenizer(text, add_special_tokens=False).input_ids for text in ("zqx", "jw"))
-    assert (len(first), len(second)) == (3, 2)
-    documents = [Document(4, "zqx", "A"), Document(9, "jw", "B")]
-    contexts = list(pack_contexts(documents, tokenizer, 3))
-    # The stream is BOS z q x BOS j w; the second context goes on inside a document.
-    assert contexts[0].tokens.tolist() == [bos, *first[:2]]
-    assert contexts[0].documents.tolist() == [4, 4, 4]
-    assert contexts[0].subsets == {4: "A"}
-    assert contexts[0].next_position == Position(0, 3)
-    assert contexts[1].tokens.tolist() == [bos, first[2], bos]
-    assert contexts[1].documents.tolist() == [4, 4, 9]
-    assert contexts[1].subsets == {4: "A", 9: "B"}
-    assert contexts[1].next_position == Position(1, 1)
-    assert contexts[2].tokens.tolist() == [bos, *second]
-    assert contexts[2].next_position == Position(2, 0)
-    assert len(contexts) == 3
-
-
-def test_a_document_at_the_start_of_a_context_gets_one_bos(tokenizer):
-    bos = tokenizer.bos_token_id
-    contexts = list(pack_contexts(make_documents(["zqx", "jwv"]), tokenizer, 4))
-    assert [context.tokens.tolist().count(bos) for context in contexts] == [1, 1]
-    assert [context.next_position for context in contexts] == [Position(1, 0), Position(2, 0)]
-
-
-def test_a_text_that_spells_a_special_token_does_not_have_it(tokenizer):
-    assert tokenizer("zqx<bos>jw", add_special_tokens=False).input_ids.count(tokenizer.bos_token_id)
-    ((_, tokens),) = tokenize(make_documents(["zqx<bos>jw"]), tokenizer)
-    assert tokenizer.bos_token_id not in tokens and tokenizer.decode(tokens) == "zqx<bos>jw"
-
-
-def test_files_that_cannot_be_read_are_no_traceback(tmp_path):
-    (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "b.jsonl").write_bytes(json_line("one"))
-    assert texts_of(tmp_path) == ["one"]
-    assert Corpus(str(tmp_path)).sizes() == {"b.jsonl": (tmp_path / "b.jsonl").stat().st_size}
-    with pytest.raises(InputError, match="no file or folder"):
-        Corpus("x" * 300 + ".jsonl")
-
-
-def test_contexts_hold_the_stream_and_nothing_else(tokenizer):
-    documents = make_documents(TEXTS * 40)
-    bos = tokenizer.bos_token_id
-    contexts = list(pack_contexts(documents, tokenizer, 16))
-    stream = [token for _, tokens in tokenize(documents, tokenizer) for token in tokens]
-    packed = []
-    for context in contexts:
-        assert context.tokens.dtype == context.documents.dtype == np.int32
-        assert context.tokens.shape == context.documents.shape == (16,)
-        assert context.tokens[0] == bos
-        assert set(context.subsets) == set(context.documents.tolist())
-        assert all(context.subsets[n] == f"subset {n % 2}" for n in context.subsets)
-        packed += [token for token in context.tokens.tolist() if token != bos]
-    assert packed == stream[: len(packed)]
-    assert len(stream) - len(packed) < 16
-    owners = np.concatenate([context.documents for context in contexts])
-    assert (np.diff(owners) >= 0).all()
-
-
-@pytest.mark.parametrize("context_length", [2, 5, 16, 64])
-def test_resuming_anywhere_gives_the_uninterrupted_run(tokenizer, context_length):
-    documents = make_documents(TEXTS * 20)
-    contexts = list(pack_contexts(documents, tokenizer, context_length))
-    for number, context in enumerate(contexts):
-        position = context.next_position
-        resumed = pack_contexts(documents[position.document :], tokenizer, context_length, position)
-        # Two contexts stand for all: the next position of the first leads to the second.
-        pairs = zip(itertools.islice(resumed, 2), contexts[number + 1 : number + 3], strict=True)
-        for again, before in pairs:
-            assert again.tokens.tolist() == before.tokens.tolist()
-            assert again.documents.tolist() == before.documents.tolist()
-            assert again.subsets == before.subsets
-            assert again.next_position == before.next_position
-
-
-def test_resuming_a_rank_of_a_corpus(tokenizer, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"".join(json_line(text) + b"bad\n" for text in TEXTS * 10))
-    corpus = Corpus(str(path))
-    rank = {"rank": 1, "world_size": 3}
-    whole = list(pack_contexts(corpus.documents(**rank), tokenizer, 8))
-    position = whole[5].next_position
-    rest = corpus.documents(skip=position.document, **rank)
-    resumed = list(pack_contexts(rest, tokenizer, 8, position))
-    assert [c.tokens.tolist() for c in resumed] == [c.tokens.tolist() for c in whole[6:]]
-    assert [c.documents.tolist() for c in resumed] == [c.documents.tolist() for c in whole[6:]]
-
-
-def test_separator_falls_back_on_eos(tokenizer):
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
-    assert separator_token(other) == tokenizer.eos_token_id
-    context = next(pack_contexts(make_documents(TEXTS), other, 8))
-    assert context.tokens[0] == tokenizer.eos_token_id
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(InputError, match="BOS or EOS"):
-        next(pack_contexts(make_documents(TEXTS), bare, 8))
-
-
-def test_contexts_shorter_than_two_tokens_are_refused(tokenizer):
-    with pytest.raises(InputError, match="CONTEXT_LENGTH must be at least 2; it is 1"):
-        next(pack_contexts(make_documents(TEXTS), tokenizer, 1))
-
-
-def test_too_little_text_gives_no_context(tokenizer):
-    assert list(pack_contexts(make_documents(["zqx"]), tokenizer, 100)) == []

@@ -247,3 +247,25 @@ def test_a_run_that_another_rank_still_writes_is_not_deleted(damaged, tiny_run, 
         message = run_here("save_activations", *words, check=False).message
     assert "Another process is writing to" in message
     assert len(ActivationStore(damaged).shards) > 1
+
+
+def test_a_process_tells_what_its_share_of_the_documents_is(
+    run_here, tiny_run, tmp_path, monkeypatch
+):
+    path = tmp_path / "text.jsonl"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words, told in (
+        (200, "Of {} the share of process {} of 2 (one document in 2) ended after "),
+        (1, "Of {} the share of process {} of 2 (one document in 2) must hold at least a context"),
+    ):
+        texts = ["anchor " * 200, "anchor " * words]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        flags = [*tiny_run.flags.save_activations, "--dataset", path, "--n-tokens", 10_240]
+        flags += ["--activations-dir", tmp_path / str(words)]
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            ended = run_here("save_activations", *flags, check=False)
+            whole = told.format(path, rank + 1)
+            if rank == 1 or words == 200:
+                assert whole in ended.stdout + ended.message
+            assert ("tokens of 5,120." in ended.stdout) == (rank == 0 or words == 200)

@@ -439,3 +439,11 @@ def test_what_was_read_is_not_held(tmp_path, monkeypatch):
 
     assert np.array_equal(store.kept_spans(spans()), rows[:, :32].reshape(-1, 512))
     assert max(seen) - before < 40
+
+
+def test_subsets_that_were_numbers_or_lists_are_names(tmp_path):
+    write_activations(tmp_path, make_arrays(4))
+    path = tmp_path / "manifest.json"
+    for subsets, names in (([7, "a"], ["7", "a"]), ([["x"], "a"], ["['x']", "a"])):
+        write_json(path, json.loads(path.read_text()) | {"subsets": subsets})  # as once written
+        assert ActivationStore(tmp_path).subset_names == names

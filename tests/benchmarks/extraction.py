@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from utils.activations.corpus import Corpus, pack_contexts
+from utils.activations.contexts import pack_contexts
+from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
 from utils.language_model import LanguageModel, load_language_model, residual_at
 

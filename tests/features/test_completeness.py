@@ -1,5 +1,7 @@
 """Completeness: words found in text, planted features for some of them, the sigmoid."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import write_activations
@@ -91,3 +93,14 @@ def test_the_sigmoid_that_words_were_drawn_from_is_found():
 
 def test_no_sigmoid_where_all_words_are_alike():
     assert fit_sigmoid(np.array([0.1, 0.2]), np.array([True, True]), seed=0) is None
+
+
+def test_text_without_words_is_nothing_to_study(store, identity, tmp_path):
+    settings = SimpleNamespace(seed=0, batch_size=24)
+    texts = [" .", " 12", "a", " ab", "", ".", " 3"]
+    analysis = SimpleNamespace(
+        store=store, settings=settings, contexts=range(12), token_texts=texts, all_sizes=[identity]
+    )
+    findings = completeness.study(analysis)
+    assert findings.summary == [] and not findings.tables
+    assert findings.words.startswith("Completeness: no word of 3 letters or more is 5 times")

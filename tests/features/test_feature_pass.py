@@ -405,6 +405,8 @@ def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):
         "--autoencoder-dir", tmp_path / "autoencoder", "--analysis-dir", tmp_path / "analysis",
     ).stdout  # fmt: skip
     assert "0 of 128 features alive" in printed
+    for study in ("Specificity", "Neurons", "Explanations", "Outputs", "Directions"):
+        assert f"{study}: there is nothing to study" in printed
 
 
 def test_a_label_names_each_word_once():

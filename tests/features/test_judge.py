@@ -227,6 +227,14 @@ def test_a_failure_names_the_remedy_and_never_the_key(server, tmp_path, capsys):
     assert KEY not in str(refused.value) + log.read_text() + "".join(capsys.readouterr())
 
 
+def test_half_a_surrogate_in_an_answer_is_no_fault(server, tmp_path):
+    server.answer = "heart \ud83d".format
+    answers = Answers(EndpointJudge(server.url, "m"), tmp_path / "judge.jsonl")
+    assert answers.ask("labels", ["a"], 7, same) == ["heart ?"]
+    assert Answers(answers.judge, answers.path).ask("labels", ["a"], 7, same) == ["heart ?"]
+    assert len(server.requests) == 1
+
+
 def test_answers_are_kept_and_those_that_do_not_parse_counted(server, tmp_path, capsys):
     log = tmp_path / "judge.jsonl"
     prompts = ["a", "1", "b", "a"]

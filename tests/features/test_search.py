@@ -12,7 +12,13 @@ from keras import ops
 from utils.artifacts import write_json
 from utils.autoencoder.saved import load_autoencoder
 from utils.features.catalogue import Catalogue
-from utils.features.search import by_classifier, by_presence, find_like, pool_prompts
+from utils.features.search import (
+    by_classifier,
+    by_presence,
+    choose_features,
+    find_like,
+    pool_prompts,
+)
 from utils.language_model import load_language_model, residual_at
 from utils.settings import InputError
 from utils.steering.generation import prompt_tokens
@@ -103,3 +109,16 @@ def test_searching_words_imports_no_framework(catalogue):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "found" in done.stdout, done.stderr
+
+
+def test_a_number_that_no_feature_has_is_a_word(tiny_run, monkeypatch):
+    catalogue = Catalogue(tiny_run.folder / "analysis")
+    features = catalogue.features.copy()
+    first, second = features.index[~features["dead"]][[3, 5]]
+    features.loc[second, "label"] = "1984, 7, 12"
+    monkeypatch.setattr(catalogue, "features", features)
+    for wanted in (1984, "1984", '"7"', "'12'"):
+        assert choose_features(catalogue, [wanted], 3, 80) == [second]
+    assert choose_features(catalogue, [int(first)], 3, 80) == [first]
+    with pytest.raises(InputError, match=r"from 0 to 127, or a word that some .*; it is '2001'"):
+        choose_features(catalogue, [2001], 3, 80)

@@ -1,5 +1,6 @@
 """The chat, by its user's command in a pseudo-terminal."""
 
+import io
 import json
 import shutil
 import signal
@@ -132,15 +133,26 @@ def test_an_answer_cannot_command_the_terminal():
     assert printable("a\x1b[2J\rb\nc\x07é") == "a[2Jb\ncé"
 
 
+class Interrupted(Chat):
+    """A chat without a model, whose answers end before their first token."""
+
+    def __init__(self):
+        self.model = SimpleNamespace(language_model=SimpleNamespace(name="m"))
+        self.settings = SimpleNamespace(max_new_tokens=1)
+
+    def answer(self, line):
+        raise KeyboardInterrupt
+
+
+def test_a_message_of_another_encoding_does_not_end_the_chat(monkeypatch, capsys):
+    typed = io.BytesIO(b"caf\xe9\n" + b" " * 2**20 + b"rose\n")  # far enough to be read apart
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8"))
+    Interrupted().run()
+    printed = capsys.readouterr().out
+    assert printed.index("A message must be UTF-8") < printed.index("(stopped)")
+
+
 def test_ctrl_c_before_the_first_token_does_not_end_the_chat(monkeypatch, capsys):
-    class Interrupted(Chat):
-        def __init__(self):
-            self.model = SimpleNamespace(language_model=SimpleNamespace(name="m"))
-            self.settings = SimpleNamespace(max_new_tokens=1)
-
-        def answer(self, line):
-            raise KeyboardInterrupt
-
     lines = iter(["rose", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     Interrupted().run()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import LAYER
 
-from utils.activations.corpus import Document, tokenize
+from utils.activations.contexts import tokenize
+from utils.activations.corpus import Document
 from utils.autoencoder.kinds import KINDS
 from utils.language_model import load_language_model
 from utils.settings import InputError
@@ -174,3 +175,9 @@ def test_the_unembedding_is_never_given_a_slice(language_model):
     handle.remove()
     assert seen[0].shape[:2] == (4, 1) and seen[0].is_contiguous()
     torch.testing.assert_close(last[:, -1], whole[:, -1])
+
+
+def test_half_a_surrogate_is_refused(language_model):
+    for prompt, chat in (("half \ud83d", False), ([{"role": "user", "content": "\udce9"}], True)):
+        with pytest.raises(InputError, match="A prompt must be UTF-8"):
+            prompt_tokens(language_model, prompt, chat)

@@ -2,7 +2,8 @@
 
 files              which files of a folder are read, and the records in them
 splits             the configurations and splits of a dataset's folder
-corpus             datasets to documents to contexts of tokens
+corpus             datasets to documents
+contexts           documents to tokens, long ones in pieces, packed into contexts
 manifest, shards   the format on disk: the source of the activations; arrays with checksums
 store              all activations of a folder, in batches of contexts
 capture            a batch through the model, its sums, and its way from a GPU to the host

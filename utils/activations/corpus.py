@@ -1,21 +1,20 @@
-"""The corpus: its documents, and how they become contexts of tokens.
+"""The corpus: its documents, in a fixed order, from any place on.
 
 A corpus is the embedded text, a local file or folder (see `files`), or a streamed dataset of the
 Hugging Face Hub. Its records are those of the Pile,
 ``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required.
 """
 
+import dataclasses
 import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
 
 from utils import embedded
 from utils.activations import splits
@@ -28,19 +27,37 @@ from utils.activations.files import (
     stem_of,
     type_of,
 )
-from utils.language_model import look_for_hub, separator_token
-from utils.settings import InputError, hub_token, require
+from utils.language_model import look_for_hub
+from utils.settings import InputError, Json, hub_token, require
 
-TOKENIZER_BATCH = 64  # documents a call: enough to keep the tokenizer's threads busy
+LONGEST = 2**18  # characters of a document that are read, and tokenised, in one
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>")
+N_TOLD = 100  # times that a .txt spells one of them, from where on it is said
 
 
-@dataclass(frozen=True)
+class Place(NamedTuple):
+    """Where to go on reading local files, so that nothing before is read again."""
+
+    file: int = 0  # index in the corpus' files
+    offset: int = 0  # of a record, see `files.read_records`
+    byte: int = 0  # of the record's text, in UTF-8
+    token: int = 0  # tokens of the document before that byte, its BOS included
+    document: int = 0  # `Document.index` of the record
+    skipped: dict[str, int] | None = None  # `Corpus.skipped` up to the record
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, its index among the usable documents of the corpus, and its subset."""
+    """A text, its index among the usable documents of the corpus, and its subset.
+
+    A long text is several of the same index, of which the last ``ends`` it.
+    """
 
     index: int
     text: str
     subset: str
+    place: Place | None = None  # where the text begins, in local files
+    ends: bool = True
 
 
 class Position(NamedTuple):
@@ -48,32 +65,29 @@ class Position(NamedTuple):
 
     document: int  # counted among the rank's documents
     token: int  # tokens of that document already used, its BOS included
+    place: Place | None = None  # there or just before; None: a hub's, or an earlier version's
 
 
 BEGINNING = Position(0, 0)
 
 
-@dataclass(frozen=True)
-class Context:
-    """A row of tokens for the language model. A BOS belongs to the document that follows it."""
-
-    tokens: np.ndarray  # int32, shape (context_length,); the first is BOS
-    documents: np.ndarray  # int32, shape (context_length,): `Document.index` of each token
-    subsets: dict[int, str]  # the subset of each of these documents
-    next_position: Position  # where the stream goes on after this context
-
-
 class Corpus:
     """The documents of ``"embedded"``, a local file or folder, or a hub dataset, in a fixed order.
 
-    ``skipped`` counts by reason the records of the latest pass that cannot be used; for local
-    files, those of all ranks.
+    The subset of a document is the record's ``meta.pile_set_name``; without one, the folder within
+    the dataset's that holds the file, or the name of the dataset.
+
+    Attributes:
+        skipped: Number, by reason, of the records of the latest pass that cannot be used; for local
+            files, those of all ranks.
+        subset_a_file: Each file is a subset where records name none, as in earlier versions.
 
     Args:
         dataset: The name of a hub dataset may go on with a configuration, ``allenai/c4/en``.
         config: Of the dataset's configurations; None for the default or only one.
         split: Of its splits.
         column: The field of its records that holds the text.
+        separator: The text between the documents of a ``.txt``; None if each is one.
 
     Raises:
         InputError: The dataset cannot be read.
@@ -85,9 +99,12 @@ class Corpus:
         config: str | None = None,
         split: str = "train",
         column: str = "text",
+        separator: str | None = None,
     ):
         self.name, self.config, self.split, self.column = dataset, config, split, column
+        self.separator = separator
         self.skipped: Counter[str] = Counter()
+        self.subset_a_file = self._told_subset = False
         self.root = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
         self.files: list[Path] = []  # none for a hub dataset
         self.names_without_folder = False
@@ -118,12 +135,34 @@ class Corpus:
             "them out.",
         )
 
-    def check(self) -> None:
-        """Raise errors before long work: open each ``.parquet`` and ``.txt``, read a document."""
+    def check(self) -> list[str]:
+        """Raise errors before long work: read each ``.txt``, open each ``.parquet``.
+
+        Returns:
+            Sentences on what may not be meant.
+        """
+        texts = [path for path in self.files if type_of(path) == ".txt"]
+        require(
+            self.separator is None or bool(self.separator and texts),
+            f"SEPARATOR must be a text that stands between the documents of .txt files; it is "
+            f"{self.separator!r}, and {self.name} has {len(texts)} of them. Leave it out.",
+        )
         for path in self.files:
-            if type_of(path) in (".parquet", ".txt"):
+            if type_of(path) == ".parquet":
                 next(read_records(path, self.column), None)
+        spelt = Counter()
+        for path in texts:
+            for _, record in read_records(path, self.column, separator=self.separator):
+                for part in record[self.column]:
+                    spelt.update({mark: part.count(mark) for mark in SEPARATORS})
         next(self.documents())
+        return [
+            f"The .txt files of {self.name} spell {mark} {n:,} times. If it stands between "
+            f"documents, pass --separator '{mark}'; each {'part' if self.separator else 'file'} "
+            "is one document now."
+            for mark, n in spelt.items()
+            if n >= N_TOLD
+        ]
 
     def describe(self) -> str:
         """Which files of a folder are read and which are not, in words."""
@@ -146,42 +185,51 @@ class Corpus:
     def _name_of(self, path: Path) -> str:
         return path.name if self.names_without_folder else relative_name(path, self.root)
 
-    def documents(self, skip: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield the documents of one rank, without its first ``skip``."""
-        texts = self._usable(self._records(rank, world_size))
-        if self.files:  # ranks count usable documents only, so that their indices agree
-            texts = itertools.islice(texts, rank, None, world_size)
-        for number, (text, subset) in enumerate(texts):
-            if number >= skip:
-                yield Document(number * world_size + rank, text, subset)
+    def documents(
+        self, start: Position = BEGINNING, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
+        """Yield the documents of one rank, from a position on.
 
-    def _records(self, rank: int, world_size: int) -> Iterator[tuple[Record, str]]:
-        """(record, default subset) of all local records, or of the rank's of a hub dataset."""
-        if not self.files:
-            records = read_hub(
-                (self.hub_name, self.config, self.split), self.column, rank, world_size
-            )
-            yield from ((record, self.name) for record in records)
-        for path in self.files:
-            name = Path(self._name_of(path))
-            subset = name.with_name(stem_of(name)).as_posix()
-            yield from ((record, subset) for record in read_records(path, self.column))
+        With a place, the first begins there; else the position's document is read from its
+        beginning.
+        """
+        place = Place(*(start.place or ()))
+        usable = self._usable(place, rank, world_size)
+        for number, (parts, subset, at) in enumerate(usable, place.document):
+            index = number if self.files else number * world_size + rank
+            if index % world_size == rank and index // world_size >= start.document:
+                at = at._replace(document=index, skipped=dict(self.skipped))
+                at = at if self.files else None
+                part = next(parts)
+                for following in parts:
+                    yield Document(index, part, subset, at, ends=False)
+                    part = following
+                yield Document(index, part, subset, at)
 
-    def _usable(self, records: Iterator[tuple[Record, str]]) -> Iterator[tuple[str, str]]:
-        """(text, subset) of each usable record; `InputError` if there is none."""
-        self.skipped.clear()
+    def _usable(
+        self, start: Place, rank: int, world_size: int
+    ) -> Iterator[tuple[Iterator[str], str, Place]]:
+        """The parts, the subset and the place of each usable text; `InputError` if there is none.
+
+        For local files those of all ranks, which so agree on their indices.
+        """
+        self.skipped = Counter(start.skipped)
         empty, fields = True, {}
-        for record, default_subset in records:
-            reason = unusable(record, self.column)
+        for record, default_subset, at in self._records(start, rank, world_size):
+            text = record.get(self.column) if isinstance(record, dict) else None
+            rest = text if isinstance(text, Iterator) else iter(())  # of a .txt, unread as yet
+            if rest is text:
+                text = _head(rest)
+                record = {self.column: text}
+            reason = None if at.byte else unusable(record, self.column)
             if reason:
                 self.skipped[reason] += 1
                 if isinstance(record, dict) and self.column not in record:
                     fields = fields or record
                 continue
             empty = False
-            meta = record.get("meta")
-            subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
-            yield record[self.column], subset or default_subset
+            subset = self._subset_of(record, default_subset)
+            yield filter(None, itertools.chain(_parts(text), rest)), subset, at
         if empty:
             content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             remedy = f" Choose TEXT_COLUMN among {', '.join(fields)}." if fields else ""
@@ -189,6 +237,62 @@ class Corpus:
                 f"{self.name} must hold documents with a {self.column}; it holds "
                 f"{content or 'no record'}.{remedy}"
             )
+
+    def _records(
+        self, start: Place, rank: int, world_size: int
+    ) -> Iterator[tuple[Record, str, Place]]:
+        """(record, default subset, place) of local records, or of the rank's of a hub dataset."""
+        if not self.files:
+            source = (self.hub_name, self.config, self.split)
+            for record in read_hub(source, self.column, rank, world_size):
+                yield record, self.name, Place()
+        for number, path in enumerate(self.files[start.file :], start.file):
+            at = start if number == start.file else Place(number)
+            # The bytes of a .txt are those of its text, so that one can begin within it.
+            first = at.offset + at.byte if type_of(path) == ".txt" else at.offset
+            subset = self._default_subset(path)
+            for offset, record in read_records(path, self.column, first, self.separator):
+                at = at if offset == first else Place(number, offset)
+                if at.byte and offset == at.offset:  # not of a .txt
+                    rest = record[self.column].encode()[at.byte :].decode()
+                    record = {**record, self.column: rest}
+                yield record, subset, at
+
+    def _default_subset(self, path: Path) -> str:
+        if self.subset_a_file or path == self.root:
+            name = Path(self._name_of(path))
+            return name.with_name(stem_of(name)).as_posix()
+        folder, *below = path.relative_to(self.root).parts
+        return folder if below else self.root.resolve().name or self.name
+
+    def _subset_of(self, record: dict[str, Json], default: str) -> str:
+        """The subset that a record names, if it does; a number is a name too."""
+        meta = record.get("meta")
+        name = meta.get("pile_set_name") if isinstance(meta, dict) else None
+        if isinstance(name, (str, int, float)):
+            return str(name).encode("utf-8", "replace").decode() or default
+        if name is not None and not self._told_subset:
+            self._told_subset = True
+            tqdm.write(
+                f"meta.pile_set_name must be a name or a number; of a record of {self.name} it is "
+                f"{name!r:.100}. Such records are in the subset of those that name none."
+            )
+        return default
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of at most `LONGEST` characters."""
+    return (text[start : start + LONGEST] for start in range(0, len(text), LONGEST))
+
+
+def _head(parts: Iterator[str]) -> str:
+    """The first parts of a text, as many as it takes to find that it is not blank."""
+    head = ""
+    for part in parts:
+        head += part
+        if part.strip():
+            break
+    return head
 
 
 def unusable(record: Record, column: str) -> str | None:
@@ -259,60 +363,3 @@ def _refuse_unknown_part(source: tuple[str, str | None, str], token: str | None)
     except Exception:  # the dataset as a whole cannot be read
         return
     splits.require_among(f"SPLIT of {name}", split, parts)
-
-
-def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with the tokens of its text."""
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
-        encoded = tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=False,
-            split_special_tokens=True,  # a text that spells BOS has no BOS
-            return_attention_mask=False,
-            verbose=False,  # no warning about texts longer than the model's context
-        )
-        yield from zip(batch, encoded["input_ids"], strict=True)
-
-
-def pack_contexts(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int,
-    start: Position = BEGINNING,
-) -> Iterator[Context]:
-    """Cut the stream of all documents' tokens into contexts that begin with BOS.
-
-    The stream is, for each document, BOS and its tokens. A context that begins inside a document
-    gets an additional BOS, so it holds ``context_length - 1`` tokens of the stream. An incomplete
-    last context is dropped.
-
-    Args:
-        documents: A rank's documents from number ``start.document`` on.
-        start: The ``next_position`` of an earlier run's last context continues that run exactly.
-    """
-    require(context_length >= 2, f"CONTEXT_LENGTH must be at least 2; it is {context_length}.")
-    separator = separator_token(tokenizer)
-    number, offset = start
-    context = np.empty((2, context_length), dtype=np.int32)  # tokens, documents
-    filled, subsets = 0, {}
-    for document, text_tokens in tokenize(documents, tokenizer):
-        tokens = np.array([separator, *text_tokens], dtype=np.int32)
-        while offset < len(tokens):
-            if filled == 0 and offset > 0:
-                context[:, 0] = separator, document.index
-                filled = 1
-            taken = tokens[offset : offset + context_length - filled]
-            end = filled + len(taken)
-            context[0, filled:end] = taken
-            context[1, filled:end] = document.index
-            subsets[document.index] = document.subset
-            filled, offset = end, offset + len(taken)
-            if filled == context_length:
-                ended = offset == len(tokens)
-                position = Position(number + 1, 0) if ended else Position(number, offset)
-                yield Context(*context.copy(), subsets, position)
-                filled, subsets = 0, {}
-        number, offset = number + 1, 0

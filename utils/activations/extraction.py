@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.activations.capture import Capture, Captured, is_out_of_memory, release_memory
-from utils.activations.corpus import BEGINNING, Context, Corpus, Position, pack_contexts
-from utils.activations.manifest import Manifest, ShardEntry
+from utils.activations.contexts import Context, pack_contexts
+from utils.activations.corpus import BEGINNING, Corpus, Position
+from utils.activations.manifest import Manifest, ShardEntry, SubsetNumbers
 from utils.activations.queues import ShardQueue, read_ahead
 from utils.activations.shards import (
     ARRAYS,
@@ -29,7 +30,6 @@ from utils.language_model import LanguageModel
 from utils.settings import InputError, Json, require
 from utils.terminal import in_rate, in_time
 
-MOST_SUBSETS = 2**15  # the range of int16
 READ_AHEAD = 256  # contexts that are tokenised before the model needs them
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class Extraction:
         """Continue an earlier run's manifest, or make one and print this machine's speed."""
         self.language_model, self.corpus = language_model, corpus
         self._adopt_manifest()
-        self._subset_numbers = {name: i for i, name in enumerate(self.manifest.subsets)}
+        self.subset_numbers = SubsetNumbers(self.manifest.subsets)
         layer, storage_dtype = self.settings.layer, self.settings.storage_dtype
         outlier_norm = self.manifest.outlier_norm
         self.capture = Capture(language_model, layer, storage_dtype, outlier_norm)
@@ -195,6 +195,7 @@ class Extraction:
     def _adopt_manifest(self) -> None:
         if self.manifest is not None:
             self.corpus.name_files_as(self.manifest.files)
+            self.corpus.subset_a_file = not self.manifest.subset_a_folder
         facts = {
             "model_name": self.settings.model_name,
             "revision": self.language_model.revision,
@@ -209,7 +210,7 @@ class Extraction:
         if self.manifest is None:
             factor = self.settings.outlier_factor
             bos = self.language_model.bos
-            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor)
+            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor, subset_a_folder=True)
         for name, value in facts.items():
             earlier = getattr(self.manifest, name)
             is_unknown = name == "files" and earlier is None  # early versions recorded none
@@ -259,8 +260,9 @@ class Extraction:
         contexts = list(itertools.islice(self._contexts(BEGINNING), self.per_batch))
         require(
             bool(contexts),
-            f"{self.corpus.name} must hold at least a context of text for each process; it has "
-            f"fewer tokens than CONTEXT_LENGTH, {self.settings.context_length:,}.",
+            f"{self._share()} must hold at least a context of text; it has fewer tokens than "
+            f"CONTEXT_LENGTH, {self.settings.context_length:,}. Lower it, or add documents"
+            f"{'.' if self.ranks.world_size == 1 else ', or run fewer processes.'}",
         )
         tokens = np.stack([context.tokens for context in contexts])
         rate = self._in_memory(lambda per_batch: self._rate(tokens[:per_batch]))
@@ -276,8 +278,14 @@ class Extraction:
 
     # ---- shards
 
+    def _share(self) -> str:
+        """The documents of this process, in words."""
+        n, name = self.ranks.world_size, self.corpus.name
+        process = f"process {self.ranks.rank + 1} of {n} (one document in {n})"
+        return name if n == 1 else f"Of {name} the share of {process}"
+
     def _contexts(self, start: Position) -> Iterator[Context]:
-        documents = self.corpus.documents(start.document, self.ranks.rank, self.ranks.world_size)
+        documents = self.corpus.documents(start, self.ranks.rank, self.ranks.world_size)
         return pack_contexts(
             documents, self.language_model.tokenizer, self.settings.context_length, start
         )
@@ -324,7 +332,8 @@ class Extraction:
                 wanted = min(self.contexts_per_shard, self.n_contexts - done)
                 contexts = ShardContexts(number, wanted, reads)
                 if not contexts.batch(0, 1):
-                    print(f"The corpus ended after {done * self.settings.context_length:,} tokens.")
+                    tokens = self.settings.context_length * np.array([done, self.n_contexts])
+                    print("{} ended after {:,} tokens of {:,}.".format(self._share(), *tokens))
                     return True
                 writer = self._in_memory(functools.partial(self._fill, contexts))
                 made = {"start": list(position), "contexts_per_batch": self.per_batch}
@@ -333,7 +342,7 @@ class Extraction:
                 reached = {
                     "position": list(position),
                     "skipped": last.skipped,
-                    "subsets": list(self._subset_numbers),
+                    "subsets": list(self.subset_numbers),
                 }
                 self.queue.finish(writer, then=functools.partial(self._add, writer, made, reached))
                 done, number = done + len(contexts.reads), number + self.ranks.world_size
@@ -380,14 +389,6 @@ class Extraction:
 
     def _subsets_of(self, context: Context) -> np.ndarray:
         """The subset of each token, as an index into the manifest's list, which grows."""
-        numbers = self._subset_numbers
-        for name in context.subsets.values():
-            numbers.setdefault(name, len(numbers))
-        require(
-            len(numbers) <= MOST_SUBSETS,
-            f"A corpus must have at most {MOST_SUBSETS:,} subsets; {self.corpus.name} has more. "
-            "Every file is one, where records do not name theirs: join some files.",
-        )
         documents, inverse = np.unique(context.documents, return_inverse=True)
-        of_each = [numbers[context.subsets[document]] for document in documents]
-        return np.array(of_each, np.int16)[inverse]
+        numbers = [self.subset_numbers[context.subsets[document]] for document in documents]
+        return np.array(numbers, np.int16)[inverse]

@@ -5,7 +5,9 @@ lines), ``.parquet`` and ``.txt`` (a document), each also ``.gz`` or ``.zst``, i
 letters.
 """
 
+import codecs
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +24,8 @@ import zstandard
 
 from utils.settings import InputError, Json, require
 
+TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+CHUNK = 1 << 18  # bytes read at once
 Record = Json | Exception  # a record, or the error that reading it raised
 DECOMPRESSORS = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
@@ -29,6 +33,7 @@ DECOMPRESSORS = {
 }
 ABOUT = re.compile(r"(readme|licen[cs]es?|copying|notice|changelog)(?![a-z0-9])", re.IGNORECASE)
 N_NAMED = 3  # files whose names are shown
+UTF_8 = codecs.getincrementaldecoder("utf-8")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what a text file in it begins with
 
 # ------------------------------------------------------------------------------------- choosing
@@ -38,7 +43,7 @@ def type_of(path: Path) -> str | None:
     """The type of a file, such as ``.jsonl``, without its compression; None if it is not known."""
     compressed = path.suffix.lower() in DECOMPRESSORS
     suffix = (path.with_suffix("") if compressed else path).suffix.lower()
-    return suffix if suffix in READERS else None
+    return suffix if suffix in TYPES else None
 
 
 def stem_of(path: Path) -> str:
@@ -57,7 +62,7 @@ def list_files(path: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     for file in _all_files(path):
         reason = None if file == path and type_of(file) else _reason_against(file, path)
         (passed_over[reason] if reason else chosen).append(file)
-    types = ", ".join(READERS)
+    types = ", ".join(TYPES)
     others = "".join(f"\n{line}" for line in listing(path, passed_over, "There are"))
     require(
         bool(chosen),
@@ -121,8 +126,8 @@ def parse(text: bytes) -> Record:
         return error
 
 
-def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The content of a file in chunks, decompressed if it is a ``.gz`` or ``.zst``.
+def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
+    """The content of a file from byte ``start`` on, decompressed if it is a ``.gz`` or ``.zst``.
 
     These may be several, one after the other. Unlike their modules' stream readers, it raises an
     error for a truncated file.
@@ -130,7 +135,8 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
     decompressor, frame = DECOMPRESSORS.get(path.suffix.lower()), None
     try:
         with path.open("rb") as file:
-            while chunk := file.read(size):
+            file.seek(0 if decompressor else start)
+            while chunk := file.read(CHUNK):
                 if decompressor is None:
                     yield chunk
                     continue
@@ -140,7 +146,10 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
                         if not chunk:
                             break
                         frame = decompressor()
-                    yield frame.decompress(chunk)
+                    content = frame.decompress(chunk)
+                    if len(content) > start:
+                        yield content[start:]
+                    start = max(0, start - len(content))
                     chunk = frame.unused_data
     except (zstandard.ZstdError, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
@@ -150,36 +159,50 @@ def read_chunks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
         raise InputError(f"{path} ends in the middle of its data. Fetch it again.")
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that are not blank."""
-    rest = b""
-    for chunk in read_chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in lines if line.strip())
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, from byte ``start`` on, and where each begins."""
+    parts = []  # of a line that is longer than a chunk
+    for chunk in read_chunks(path, start):
+        parts.append(chunk)
+        if b"\n" in chunk:
+            *lines, rest = b"".join(parts).split(b"\n")
+            parts = [rest]
+            for line in lines:
+                if line.strip():
+                    yield start, line
+                start += len(line) + 1
+    rest = b"".join(parts)
     if rest.strip():
-        yield rest
+        yield start, rest
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """A value or an error for each line of a file."""
-    return map(parse, read_lines(path))
+def read_jsonl(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
+    """A value or an error for each line of a file from byte ``start`` on, and where it begins."""
+    return ((offset, parse(line)) for offset, line in read_lines(path, start))
 
 
-def read_json(path: Path) -> Iterator[Record]:
-    """The records of a file that is one record, a list of them, or has one a line."""
-    first = parse(next(read_lines(path), b"[]"))
+def read_json(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
+    """The records of a file that is one record, a list of them, or has one a line.
+
+    Those of a list are counted, from ``start`` on; lines are as in `read_jsonl`.
+    """
+    _, line = next(read_lines(path), (0, b"[]"))
+    first = parse(line)
     # What begins with a whole record goes on with others, and may be too long for the memory.
     whole = first if isinstance(first, dict) else parse(b"".join(read_chunks(path)))
     if isinstance(whole, list):
-        yield from whole
+        yield from itertools.islice(enumerate(whole), start, None)
     elif whole is first or isinstance(whole, Exception):
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, start)
     else:
-        yield whole
+        yield 0, whole
 
 
-def read_parquet(path: Path, column: str = "text") -> Iterator[dict]:
-    """The rows of a parquet file: ``column`` and, if present, ``meta``."""
+def read_parquet(path: Path, start: int = 0, column: str = "text") -> Iterator[tuple[int, dict]]:
+    """The rows of a parquet file from ``start`` on, and their numbers.
+
+    Rows hold ``column`` and, if present, ``meta``.
+    """
     try:
         with _open_parquet(path) as file, pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -189,8 +212,17 @@ def read_parquet(path: Path, column: str = "text") -> Iterator[dict]:
                 "TEXT_COLUMN.",
             )
             columns = [name for name in dict.fromkeys((column, "meta")) if name in names]
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
+            number = 0
+            for group in range(table.num_row_groups):
+                n_rows = table.metadata.row_group(group).num_rows
+                if number + n_rows <= start:
+                    number += n_rows
+                    continue
+                for batch in table.iter_batches(256, [group], columns):
+                    if number + len(batch) > start:
+                        rows = batch.slice(max(0, start - number)).to_pylist()
+                        yield from enumerate(rows, max(number, start))
+                    number += len(batch)
     except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
 
@@ -209,27 +241,57 @@ def _open_parquet(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_txt(path: Path, column: str = "text") -> Iterator[dict]:
-    """A text file as one document."""
-    content = b"".join(read_chunks(path))
+def read_txt(
+    path: Path, start: int = 0, separator: str | None = None
+) -> Iterator[tuple[int, Iterator[str]]]:
+    """The documents of a text file from byte ``start`` on: where each begins, and its parts.
+
+    The file is one document, or several with ``separator`` between them. Parts are read when they
+    are asked for, and cannot be any more once the next document is.
+    """
+    parts = _read_parts(path, start, separator)
+    for offset, group in itertools.groupby(parts, lambda part: part[0]):
+        yield offset, (text for _, text in group)
+
+
+def _read_parts(path: Path, start: int, separator: str | None) -> Iterator[tuple[int, str]]:
+    """The parts of a text file's documents, and where the document of each begins."""
+    mark = separator.encode() if separator else None
+    document = at = start  # where a document begins, and `rest`
+    decoder, rest = UTF_8(), b""
     try:
-        yield {column: content.decode("utf-8-sig")}
+        for chunk in read_chunks(path, start):
+            if at == 0 and chunk.startswith(codecs.BOM_UTF8):
+                document = at = len(codecs.BOM_UTF8)
+                chunk = chunk[at:]
+            *ended, rest = (rest + chunk).split(mark) if mark else (rest + chunk,)
+            for content in ended:
+                yield document, decoder.decode(content, final=True)
+                document = at = at + len(content) + len(mark)
+                decoder.reset()
+            content = rest[: len(rest) - len(mark) + 1] if mark else rest  # a mark may have begun
+            yield document, decoder.decode(content)
+            at, rest = at + len(content), rest[len(content) :]
+        yield document, decoder.decode(rest, final=True)
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if content.startswith(UTF_16) else "latin-1"
+        encoding = "utf-16" if at == 0 and error.object.startswith(UTF_16) else "latin-1"
         remedy = f"Convert it, for example: iconv -f {encoding} -t utf-8 {path} > utf-8.txt"
-        raise InputError(f"{path} must be UTF-8; byte {error.start} is not. {remedy}") from error
+        byte = at - len(decoder.getstate()[0]) + error.start
+        raise InputError(f"{path} must be UTF-8; byte {byte} is not. {remedy}") from error
 
 
-def read_records(path: Path, column: str) -> Iterator[Record]:
-    """The records of a file, whose text is in ``column``."""
-    reader = READERS[type_of(path)]
-    return reader(path) if reader in (read_jsonl, read_json) else reader(path, column)
+def read_records(
+    path: Path, column: str, start: int = 0, separator: str | None = None
+) -> Iterator[tuple[int, Record]]:
+    """The records of a file, whose text is in ``column``, and the offset of each.
 
-
-READERS = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".txt": read_txt,
-}
+    An offset is what ``start`` must be to read from there on: of a ``.parquet`` and of a list in a
+    ``.json`` the number of records before, of all others that of bytes. The text of a ``.txt`` is
+    an iterator (see `read_txt`).
+    """
+    kind = type_of(path)
+    if kind == ".txt":
+        return ((at, {column: parts}) for at, parts in read_txt(path, start, separator))
+    if kind == ".parquet":
+        return read_parquet(path, start, column)
+    return (read_json if kind == ".json" else read_jsonl)(path, start)

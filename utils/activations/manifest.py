@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.artifacts import read_json, write_json
 from utils.settings import InputError
@@ -16,7 +17,10 @@ from utils.settings import InputError
 # Not written if None, as folders of some versions do not have them.
 LATER = (
     "files", "position", "start", "contexts_per_batch", "bos", "outlier_factor", "outlier_norm",
+    "subset_a_folder",
 )  # fmt: skip
+MOST_SUBSETS = 1_000
+FURTHER = "further subsets"
 
 
 @dataclasses.dataclass
@@ -53,6 +57,8 @@ class Manifest:
         excluded: Number of positions that are not summed, by reason: BOS; at a set norm, outliers.
         sum, sum_squared_norm: Over all others, of raw activations (d_model,) and of ‖x‖².
         subsets: Names of the subsets; the shards hold indices into them.
+        subset_a_folder: Whether a folder's files share a subset, where records name none; in
+            earlier versions each file was one.
         position: The `corpus.Position` after the last shard.
     """
 
@@ -78,6 +84,7 @@ class Manifest:
     subsets: list[str] = dataclasses.field(default_factory=list)
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
     position: list[int] | None = None
+    subset_a_folder: bool | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -108,3 +115,23 @@ class Manifest:
         self.sum_squared_norm += squares
         for reason, count in excluded.items():
             self.excluded[reason] += count
+
+
+class SubsetNumbers(dict[str, int]):
+    """The index of each subset of a manifest; a new one is added when it is asked for.
+
+    Beyond `MOST_SUBSETS` all others are one: statistics of every feature are kept for each.
+    """
+
+    def __init__(self, subsets: list[str]):
+        super().__init__(zip(subsets, range(len(subsets)), strict=True))
+
+    def __missing__(self, name: str) -> int:
+        if name != FURTHER and len(self) >= MOST_SUBSETS:
+            if FURTHER not in self:
+                tqdm.write(
+                    f"The corpus has more than {MOST_SUBSETS:,} subsets; all others are one, "
+                    f"“{FURTHER}”."
+                )
+            return self[FURTHER]
+        return self.setdefault(name, len(self))

@@ -1,6 +1,7 @@
 """The store: all activations of a folder, with their tokens, documents and subsets."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,11 +129,13 @@ class ActivationStore:
 
     def _open_shards(self, manifests: list[Manifest]) -> None:
         """Open every array, which finds damaged headers; number subsets across manifests."""
-        self.subset_names = sorted({name for manifest in manifests for name in manifest.subsets})
+        # Early versions wrote numbers and lists where records held such.
+        names = [list(map(str, manifest.subsets)) for manifest in manifests]
+        self.subset_names = sorted(set(itertools.chain(*names)))
         number_of = {name: number for number, name in enumerate(self.subset_names)}
         shards = []
-        for manifest in manifests:
-            numbers = np.array([number_of[name] for name in manifest.subsets], np.int16)
+        for manifest, subsets in zip(manifests, names, strict=True):
+            numbers = np.array([number_of[name] for name in subsets], np.int16)
             shards += [
                 (Shard(self.folder, entry, manifest.bos), numbers) for entry in manifest.shards
             ]

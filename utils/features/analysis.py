@@ -243,10 +243,14 @@ class Analysis:
         kept = self._kept(name)
         with replacing(kept.with_suffix(".parquet")) as partial:
             pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
-        content = {"summary": findings.summary, "words": findings.words}
+        words = findings.words
+        if not words and findings.summary is not None and not findings.summary:
+            words = f"{name.capitalize()}: there is nothing to study, for no feature is active "
+            words += "often enough."
+        content = {"summary": findings.summary, "words": words}
         if self.judge is not None and self.judge.asked:
             content["judge"] = self.judge.summary()
-            content["words"] = "\n".join([*filter(None, [findings.words]), *self.judge.in_words()])
+            content["words"] = "\n".join([*filter(None, [words]), *self.judge.in_words()])
         content["settings"] = {each: self.recorded[each] for each in studies.SETTINGS[name]}
         self._remove_page()
         write_json(kept, content)

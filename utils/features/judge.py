@@ -180,7 +180,7 @@ class EndpointJudge:
             )
 
     def _masked(self, text: str) -> str:
-        return text.replace(self._key, "***")
+        return text.replace(self._key, "***").encode("utf-8", "replace").decode()
 
     def _reason(self, error: openai.APIError) -> str:
         """Why a request failed, in words that are the same for other prompts."""
@@ -250,6 +250,7 @@ def _read_response(response: ChatCompletion | str) -> tuple[str | Failure, bool]
     if isinstance(text, list):  # of parts, of which some may be thinking
         texts = (part.get("text") for part in text if isinstance(part, dict))
         text = "".join(part for part in texts if isinstance(part, str))
+    text = text.encode("utf-8", "replace").decode()  # JSON may escape half of a surrogate pair
     reason = choices[0].finish_reason
     if reason == "content_filter" or getattr(message, "refusal", None):
         return Failure("refused by the judge's content filter"), False

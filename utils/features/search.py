@@ -136,22 +136,27 @@ def choose_features(
 ) -> list[int]:
     """The features that FEATURE names; prints them, or all candidates if it names a word or none.
 
+    A number is a feature's if the dictionary has as many, else a word, as is all in quotes.
+
     Raises:
         InputError: One is out of range or dead, or no feature goes by a word.
     """
     chosen = []
     for wanted in named or (None,):
+        if isinstance(wanted, int) and wanted >= catalogue.summary["n_latents"]:
+            wanted = str(wanted)
         if isinstance(wanted, int):
             check_feature(catalogue, wanted)
             candidates = [wanted]
         elif wanted is None:
             candidates = catalogue.propose(n_proposals)["feature"].tolist()
         else:
-            candidates = catalogue.search(wanted, n_proposals)["feature"].tolist()
+            words = wanted.strip("\"'")
+            candidates = catalogue.search(words, n_proposals)["feature"].tolist()
         require(
             len(candidates) > 0,
-            "FEATURE must be a number, or a word that some feature goes by; it is "
-            f"{wanted!r}, and none was found. Try a number or another word.",
+            f"FEATURE must be from 0 to {catalogue.summary['n_latents'] - 1}, or a word that some "
+            f"feature goes by; it is {wanted!r}, and none was found. Try a number or another word.",
         )
         for feature in candidates:
             print(show_feature(catalogue, feature, width) + "\n")

@@ -56,6 +56,9 @@ class Chat:
             except KeyboardInterrupt:
                 print("\n(Ctrl-D leaves)")
                 continue
+            except UnicodeDecodeError:
+                print("A message must be UTF-8; this one is not.")
+                continue
             if line == "/quit":
                 return None
             try:

@@ -28,9 +28,11 @@ def prompt_tokens(
         chat: Put the prompt into the model's chat template, so that the model replies to it.
 
     Raises:
-        InputError: The model has no chat template.
+        InputError: The model has no chat template, or the prompt is not Unicode.
     """
     tokenizer = language_model.tokenizer
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    require(not re.search("[\ud800-\udfff]", "".join(texts)), "A prompt must be UTF-8; it is not.")
     if chat:
         require(
             bool(tokenizer.chat_template),

@@ -73,10 +73,10 @@ def find_occurrences(
                 first -= 1
             at[row, first : last + 1] = len(word_of)
             word_of.append(numbers.setdefault(match.group().lower(), len(numbers)))
-    words, word_of = np.array(list(numbers)), np.array(word_of, np.int64)
+    words, word_of = np.array(list(numbers), str), np.array(word_of, np.int64)
     counts = np.bincount(word_of, minlength=len(words))
     list_of = {word.lower(): name for name, words in CONCEPTS.items() for word in words}
-    listed = np.array([list_of.get(word, OTHER) for word in words])
+    listed = np.array([list_of.get(word, OTHER) for word in words], str)
     chosen = _choose(counts, listed != OTHER, seed)
     renumbered = np.full(len(words), -1)
     renumbered[chosen] = np.arange(len(chosen))
@@ -178,6 +178,9 @@ def study(analysis: Analysis) -> Findings:
     """Which words each dictionary has a feature for, and the sigmoid of its coverage."""
     store, settings = analysis.store, analysis.settings
     occurrences = find_occurrences(store, analysis.contexts, analysis.token_texts, settings.seed)
+    if not len(occurrences.words):
+        words = f"no word of {SHORTEST} letters or more is {LEAST} times in the analysed text."
+        return Findings([], f"Completeness: {words}")
     n_tokens = occurrences.at.size
     tables, fits = [], []
     for autoencoder in analysis.all_sizes:
