@@ -355,7 +355,7 @@ def test_unfinished_and_absent_activations(store, tmp_path):
 def batches(request, arrays, tmp_path) -> ShuffledBatches:
     write_activations(tmp_path, arrays)
     store = ActivationStore(tmp_path)
-    return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_bytes=request.param)
+    return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_gib=request.param / 2**30)
 
 
 def numbers(batches) -> list[int]:
@@ -402,7 +402,9 @@ def test_the_order_depends_on_the_seed(store):
 
 def test_rows_of_the_whole_set_are_mixed(tmp_path):
     write_activations(tmp_path, make_arrays(50))
-    batches = ShuffledBatches(ActivationStore(tmp_path), range(50), 50, seed=0, pool_bytes=4_000)
+    batches = ShuffledBatches(
+        ActivationStore(tmp_path), range(50), 50, seed=0, pool_gib=4_000 / 2**30
+    )
     for batch in itertools.islice(batches.from_step(0), 10):
         contexts = batch[:, 0].astype(int) // CONTEXT
         assert len(set(contexts)) >= 5 and contexts.max() - contexts.min() > 15
@@ -428,14 +430,3 @@ def test_what_was_read_is_not_held(tmp_path, monkeypatch):
         kept = store.kept_rows(range(start, start + 100))
         assert np.array_equal(kept, rows[start : start + 100].reshape(-1, 512))
     assert mapped() - before < 40
-    # Neither in one reading of places all over.
-    monkeypatch.setattr(module, "SPANS_MAPPED", 100)
-    seen = []
-
-    def spans():
-        for context in range(len(rows)):
-            seen.append(mapped())
-            yield context, 0, 32
-
-    assert np.array_equal(store.kept_spans(spans()), rows[:, :32].reshape(-1, 512))
-    assert max(seen) - before < 40

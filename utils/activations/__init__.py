@@ -6,5 +6,6 @@ corpus             datasets to documents to contexts of tokens
 manifest, shards   the format on disk: the source of the activations; arrays with checksums
 store              all activations of a folder, in batches of contexts
 extraction         contexts through the model into shards, resuming, repairing
+pools, torch_pools the memory in which rows are shuffled: the host's, a GPU's
 batches            shuffled batches for training, in memory that does not grow with the data
 """
