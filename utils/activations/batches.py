@@ -74,14 +74,17 @@ class ShuffledBatches:
         """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
         readers = ThreadPoolExecutor(READERS)
         try:
-            parts, missing = [], self.batch_size
+            filled = 0
             for pool, order in self._filled_pools(readers, step * self.batch_size):
                 while len(order):
-                    parts.append(pool.take(order[:missing]))
-                    order, missing = order[missing:], missing - len(parts[-1])
-                    if not missing:
-                        yield parts[0] if len(parts) == 1 else pool.join(parts)
-                        parts, missing = [], self.batch_size
+                    if not filled:
+                        batch = pool.new_batch(self.batch_size)
+                    n_rows = min(len(order), self.batch_size - filled)
+                    pool.take(order[:n_rows], batch[filled : filled + n_rows])
+                    order, filled = order[n_rows:], filled + n_rows
+                    if filled == self.batch_size:
+                        yield batch
+                        filled = 0
         finally:
             readers.shutdown(cancel_futures=True)
 

@@ -11,8 +11,8 @@ ALIGNMENT = 64  # JAX reads an array that begins at a multiple of it where it li
 class HostPool:
     """Rows (n_rows, d_model) in host memory, of which batches are gathered as NumPy arrays.
 
-    A pool is filled in parts, by several threads, after `begin`; then batches are taken, in an
-    order that `put` was given, until the next `begin`.
+    A pool is filled in parts, by several threads, after `begin`; then rows are taken, in an order
+    that `put` was given, until the next `begin`.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype):
@@ -30,13 +30,13 @@ class HostPool:
         """An order of rows, as numbers, where `take` needs it."""
         return order
 
-    def take(self, order: np.ndarray) -> np.ndarray:
-        """Rows by number, shape (len(order), d_model), in memory of their own."""
-        shape = (len(order), self.rows.shape[1])
-        size = shape[0] * shape[1] * self.rows.itemsize
+    def new_batch(self, n_rows: int) -> np.ndarray:
+        """An empty array (n_rows, d_model)."""
+        size = n_rows * self.rows[:1].nbytes
         memory = np.empty(size + ALIGNMENT, np.uint8)
         begin = -memory.ctypes.data % ALIGNMENT
-        taken = memory[begin : begin + size].view(self.rows.dtype).reshape(shape)
-        return np.take(self.rows, order, axis=0, out=taken, mode="clip")  # "raise" copies twice
+        return memory[begin : begin + size].view(self.rows.dtype).reshape(n_rows, -1)
 
-    join = staticmethod(np.concatenate)
+    def take(self, order: np.ndarray, to: np.ndarray) -> None:
+        """Copy rows by number to (rows of) a batch."""
+        np.take(self.rows, order, axis=0, out=to, mode="clip")  # to check them would be a copy more

@@ -19,10 +19,11 @@ def torch_pool(shape: tuple[int, int], dtype: np.dtype, device: str) -> HostPool
 class TensorPool(HostPool):
     """Rows in host memory; batches are tensors."""
 
-    def take(self, order: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(super().take(order))
+    def new_batch(self, n_rows: int) -> torch.Tensor:
+        return torch.from_numpy(super().new_batch(n_rows))
 
-    join = staticmethod(torch.cat)
+    def take(self, order: np.ndarray, to: torch.Tensor) -> None:
+        super().take(order, to.numpy())
 
 
 class DevicePool(HostPool):
@@ -59,10 +60,11 @@ class DevicePool(HostPool):
     def put(self, order: np.ndarray) -> torch.Tensor:
         return self._copy(torch.from_numpy(order), self.order[: len(order)])
 
-    def take(self, order: torch.Tensor) -> torch.Tensor:
-        return self.rows.index_select(0, order)
+    def new_batch(self, n_rows: int) -> torch.Tensor:
+        return self.rows.new_empty(n_rows, self.rows.shape[1])
 
-    join = staticmethod(torch.cat)
+    def take(self, order: torch.Tensor, to: torch.Tensor) -> None:
+        torch.index_select(self.rows, 0, order, out=to)
 
     def _landing(self, n_rows: int) -> torch.Tensor:
         """This thread's rows of host memory, pinned where the system allows it."""
