@@ -65,7 +65,7 @@ LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls
 LEARNING_RATE_SHAPE: Literal["linear", "cosine"] = "linear"  # of the fall; linear: the paper's
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
-POOL_GIB: float | None = None  # rows shuffled together, twice in memory; None: 0.5; on a GPU to 4
+POOL_GIB: float | None = None  # GiB shuffled together, held twice; None: 0.5, on a GPU up to 4
 SEED = 0  # of the starting weights and of the order of the data
 
 # --- scaling laws; a sweep instead of one training, see utils/autoencoder/scaling_laws.py

@@ -16,6 +16,7 @@ import torch
 from conftest import BOS, excluded_of, write_activations
 from keras import ops
 
+from tests.benchmarks import data_path
 from tests.benchmarks.gpu import write_store
 from utils.activations import batches as batches_module
 from utils.activations import store as module
@@ -34,6 +35,7 @@ from utils.activations.store import (
     LAST_CONTEXTS,
     ActivationStore,
     hash_numbers,
+    is_finite,
 )
 from utils.activations.torch_pools import DevicePool, TensorPool
 from utils.artifacts import write_json
@@ -352,6 +354,28 @@ def test_nan_is_named_by_shard_and_place(arrays, tmp_path):
     assert len(store.kept_rows(range(4))) > 0
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_finite_or_not_is_told_by_bits(dtype):
+    limits = np.finfo(dtype)
+    numbers = [0, -0.0, 1, -1, limits.max, limits.min, limits.smallest_subnormal]
+    for values in (numbers, numbers[2:3], [-1], []):
+        assert is_finite(np.array(values, dtype))
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        assert not is_finite(np.array([*numbers, bad], dtype))
+        assert not is_finite(np.array([[bad, -1]], dtype))
+
+
+def test_what_is_not_kept_may_be_anything(tmp_path):
+    arrays = make_arrays(10)
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, "activations", 1)
+    values = np.load(path)
+    values[~arrays["kept"][3:6]] = np.nan
+    np.save(path, values)
+    kept = arrays["activations"][arrays["kept"]]
+    assert np.array_equal(ActivationStore(tmp_path).kept_rows(range(10)), kept)
+
+
 def test_unfinished_and_absent_activations(store, tmp_path):
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -479,6 +503,11 @@ def test_a_larger_pool_is_read_in_larger_pieces(tmp_path):
     large = ShuffledBatches(ActivationStore(tmp_path), range(10), 7, seed=0, pool_gib=1)
     rows = numbers(itertools.islice(large.from_step(0), large.n_steps(1)))
     assert len(set(rows)) == len(rows) > large.n_rows - 7
+
+
+def test_the_loader_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_path, "D_MODEL", 48)  # 8 MB
+    assert data_path.loader_share(tmp_path) > 0
 
 
 def test_too_large_a_pool_is_refused_with_what_fits():

@@ -4,12 +4,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from utils.activations.pools import HostPool
-from utils.activations.store import ActivationStore, Contexts
+from utils.activations.store import ActivationStore, Contexts, Run
 from utils.backend import Tensor, free_memory
 from utils.settings import require
 
@@ -24,7 +24,7 @@ class ShuffledBatches:
 
     Each pass permutes pieces of all contexts, and shuffles together the rows of as many pieces as
     fit into the pool. Threads read the next pool in the order of the disk while batches are
-    gathered from this one. Memory does not grow with the data, but for two bits a position, and
+    gathered from this one. Memory does not grow with the data, but for three bits a position, and
     training can start at any step without the batches before it.
 
     Args:
@@ -48,11 +48,10 @@ class ShuffledBatches:
     ):
         self.store, self.batch_size, self.seed, self.device = store, batch_size, seed, device
         self._piece = piece_size(pool_gib, store.context_length)
-        self._bits = store.kept_bits(contexts, self._piece)
-        self._contexts, self._n_parts = np.asarray(contexts), self._bits.shape[1]
-        self._bits = self._bits.reshape(-1, self._bits.shape[2])  # of each piece
-        self._kept = np.bitwise_count(self._bits).sum(axis=1, dtype=np.int32)
-        self.n_rows = int(self._kept.sum(dtype=np.int64))
+        self._contexts, kept = np.asarray(contexts), store.kept_bits(contexts, self._piece)
+        self._n_parts = kept.shape[1]  # of a context
+        self._kept = kept.reshape(-1, kept.shape[2])
+        self.n_rows = int(np.bitwise_count(self._kept).sum())
         require(
             batch_size <= self.n_rows,
             f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
@@ -104,14 +103,16 @@ class ShuffledBatches:
             starts = part * self._piece
             shares = self.store.shares(self._contexts[context], starts, self._piece)
             read = functools.partial(self._read, pool)
-            reading = [readers.submit(read, share) for share in shares]
             seed = [self.seed, n_pass, number]
             ordering = readers.submit(self._order, pool, pieces, starts, seed, skipped)
+            reading = [readers.submit(read, share) for share in shares]
             if upcoming is not None:
                 yield self._whole(*upcoming)
-            upcoming = pool, reading, ordering
+            upcoming = pool, ordering, reading
 
-    def _whole(self, pool, reading, ordering) -> tuple[HostPool, Tensor]:
+    def _whole(
+        self, pool: HostPool, ordering: Future, reading: list[Future]
+    ) -> tuple[HostPool, Tensor]:
         """Wait for a pool's readers, or raise the first error of theirs."""
         for share in reading:
             share.result()
@@ -133,7 +134,7 @@ class ShuffledBatches:
             order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._kept))
             for number, start in enumerate(range(0, len(order), self._pool_pieces)):
                 pieces = order[start : start + self._pool_pieces]
-                rows = int(self._kept[pieces].sum())
+                rows = int(np.bitwise_count(self._kept[pieces]).sum())
                 if skip >= rows:
                     skip -= rows
                     continue
@@ -141,15 +142,17 @@ class ShuffledBatches:
                 skip = 0
             n_pass += 1
 
-    def _read(self, pool: HostPool, share) -> None:
+    def _read(self, pool: HostPool, share: list[Run]) -> None:
         first, last = share[0].to, share[-1].to + share[-1].n_rows
         with pool.filling(first, last) as rows:
             self.store.read_share(share, rows)
 
-    def _order(self, pool, pieces, starts, seed: list[int], skip: int) -> Tensor:
+    def _order(
+        self, pool: HostPool, pieces: np.ndarray, starts: np.ndarray, seed: list[int], skip: int
+    ) -> Tensor:
         """The places of the kept rows in a pool, shuffled."""
         lengths = np.minimum(self._piece, self.store.context_length - starts)
-        kept = np.flatnonzero(np.unpackbits(self._bits[pieces], axis=1))
+        kept = np.flatnonzero(np.unpackbits(self._kept[pieces], axis=1))
         piece, position = np.divmod(kept, self._piece)
         places = (np.cumsum(lengths) - lengths)[piece] + position
         order = np.random.default_rng(seed).permutation(len(places))

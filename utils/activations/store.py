@@ -61,8 +61,8 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
 def is_finite(values: np.ndarray) -> bool:
     """Whether no float is NaN or infinite, told by bits: `numpy.isfinite` of float16 is slow.
 
-    These have the largest exponent, so as integers they are above all others of their sign; and
-    negative numbers are above positive ones where the sign is taken as a digit.
+    These have the largest exponent. So, read as integers, they are above all other numbers of
+    their sign; signed integers show the positive ones, unsigned integers the negative ones.
     """
     infinities = np.array([np.inf, -np.inf], values.dtype)
     return all(

@@ -82,6 +82,8 @@ class DevicePool(HostPool):
         """Copy to the device, and wait: this thread reads into ``rows`` again."""
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             to.copy_(rows, non_blocking=True)
-        if self.stream:
-            self.stream.synchronize()
+        if self.stream:  # waited for without keeping a core busy
+            landed = torch.cuda.Event(blocking=True)
+            landed.record(self.stream)
+            landed.synchronize()
         return to
