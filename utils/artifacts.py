@@ -209,7 +209,7 @@ def fingerprint(*paths: Path) -> str:
 def chosen_once(folder: Path, name: str, choose: Callable[[], Json]) -> Json:
     """What a run chooses where a setting leaves it to the machine, and keeps when it goes on."""
     path = folder / CHOSEN_FILE
-    chosen = read_json(path) if path.exists() else {}
+    chosen = read_json(path, "Delete it to choose anew.") if path.exists() else {}
     if name not in chosen:
         chosen[name] = choose()
         write_json(path, chosen)
@@ -299,7 +299,7 @@ def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite:
             "Pass --overwrite to delete that run, or name another folder for this one.",
         )
     else:
-        (folder / CHOSEN_FILE).unlink(missing_ok=True)
+        (folder / CHOSEN_FILE).unlink(missing_ok=True)  # nothing was made by it
         write_json(recorded, record.content)
 
 

@@ -1,6 +1,5 @@
 """Shuffled batches of activations, for training."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -94,29 +93,30 @@ class ShuffledBatches:
 
         A pool is filled anew when the one after it is asked for.
         """
-        pools, upcoming = itertools.cycle([self._new_pool() for _ in range(POOLS)]), None
-        for n_pass, number, pieces, skipped in self._places_from(skip):
-            pool = next(pools)
-            pool.begin()
-            pieces = np.sort(pieces)
-            context, part = np.divmod(pieces, self._n_parts)
-            starts = part * self._piece
-            shares = self.store.shares(self._contexts[context], starts, self._piece)
-            read = functools.partial(self._read, pool)
-            seed = [self.seed, n_pass, number]
-            ordering = readers.submit(self._order, pool, pieces, starts, seed, skipped)
-            reading = [readers.submit(read, share) for share in shares]
-            if upcoming is not None:
-                yield self._whole(*upcoming)
-            upcoming = pool, ordering, reading
+        pools = itertools.cycle([self._new_pool() for _ in range(POOLS)])
+        begun = None
+        for seed, pieces, skipped in self._contents_from(skip):
+            earlier, begun = begun, self._begin(readers, next(pools), seed, pieces, skipped)
+            if earlier is not None:
+                pool, ordering, reading = earlier
+                for share in reading:
+                    share.result()  # raises a reader's error
+                yield pool, ordering.result()
 
-    def _whole(
-        self, pool: HostPool, ordering: Future, reading: list[Future]
-    ) -> tuple[HostPool, Tensor]:
-        """Wait for a pool's readers, or raise the first error of theirs."""
-        for share in reading:
-            share.result()
-        return pool, ordering.result()
+    def _begin(
+        self,
+        readers: ThreadPoolExecutor,
+        pool: HostPool,
+        seed: list[int],
+        pieces: np.ndarray,
+        skip: int,
+    ) -> tuple[HostPool, Future, list[Future]]:
+        """Begin to fill a pool; returns it, what will be its order, and the shares being read."""
+        pool.begin()
+        context, part = np.divmod(pieces, self._n_parts)
+        shares = self.store.shares(self._contexts[context], part * self._piece, self._piece)
+        ordering = readers.submit(self._order, pool, seed, pieces, skip)
+        return pool, ordering, [readers.submit(self._read, pool, share) for share in shares]
 
     def _new_pool(self) -> HostPool:
         rows = min(self._pool_pieces, len(self._kept)) * min(self._piece, self.store.context_length)
@@ -127,18 +127,18 @@ class ShuffledBatches:
 
         return torch_pool(shape, self.store.storage_dtype, self.device)
 
-    def _places_from(self, skip: int) -> Iterator[tuple[int, int, np.ndarray, int]]:
-        """Yield (pass, number, pieces, rows to skip) of each pool, from row ``skip`` of the run."""
+    def _contents_from(self, skip: int) -> Iterator[tuple[list[int], np.ndarray, int]]:
+        """Yield (seed, sorted pieces, rows to skip) of each pool, from row ``skip`` of the run."""
         n_pass, skip = divmod(skip, self.n_rows)
         while True:
             order = np.random.default_rng([self.seed, n_pass]).permutation(len(self._kept))
             for number, start in enumerate(range(0, len(order), self._pool_pieces)):
-                pieces = order[start : start + self._pool_pieces]
+                pieces = np.sort(order[start : start + self._pool_pieces])
                 rows = int(np.bitwise_count(self._kept[pieces]).sum())
                 if skip >= rows:
                     skip -= rows
                     continue
-                yield n_pass, number, pieces, skip
+                yield [self.seed, n_pass, number], pieces, skip
                 skip = 0
             n_pass += 1
 
@@ -147,10 +147,9 @@ class ShuffledBatches:
         with pool.filling(first, last) as rows:
             self.store.read_share(share, rows)
 
-    def _order(
-        self, pool: HostPool, pieces: np.ndarray, starts: np.ndarray, seed: list[int], skip: int
-    ) -> Tensor:
-        """The places of the kept rows in a pool, shuffled."""
+    def _order(self, pool: HostPool, seed: list[int], pieces: np.ndarray, skip: int) -> Tensor:
+        """Where the kept rows lie in a pool of these pieces, shuffled, without the first."""
+        starts = pieces % self._n_parts * self._piece
         lengths = np.minimum(self._piece, self.store.context_length - starts)
         kept = np.flatnonzero(np.unpackbits(self._kept[pieces], axis=1))
         piece, position = np.divmod(kept, self._piece)

@@ -101,7 +101,7 @@ class ActivationStore:
     """All finished shards of a folder.
 
     Attributes:
-        storage_dtype: Of the activations on disk.
+        storage_dtype, row_bytes: Of the activations on disk; the size of one.
         scale: The factor that gives activations E‖x‖² = d_model over kept positions ("Scaling
             Monosemanticity", Training).
         mean: Raw mean over kept positions, shape (d_model,).
