@@ -506,7 +506,7 @@ def test_a_larger_pool_is_read_in_larger_pieces(tmp_path):
 
 
 def test_the_loader_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_path, "D_MODEL", 48)  # 8 MB
+    monkeypatch.setattr(data_path, "D_MODEL", 48)  # 4 MB
     assert data_path.loader_share(tmp_path) > 0
 
 

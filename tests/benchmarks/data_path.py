@@ -61,24 +61,24 @@ def loader_share(folder: Path) -> float:
     store = made_up_store(folder)
     pool_gib = store.n_contexts * store.context_length * store.row_bytes / 2**32
     batches = ShuffledBatches(store, range(store.n_contexts), BATCH_SIZE, 0, pool_gib)
-    n_first, n_timed = batches.n_steps(0.25), batches.n_steps(4.0)
+    n_first, n_timed = batches.n_steps(0.25), batches.n_steps(8.0)
     with contextlib.closing(batches.from_step(0)) as source:
         marks = [time.perf_counter() for _ in itertools.islice(source, n_first + n_timed)]
     rows = np.empty((BATCH_SIZE, D_MODEL), store.storage_dtype)
     begun = time.perf_counter()
-    for shard in store.shards * 4:
+    for shard in store.shards * 8:
         path = shard_path(folder, "activations", shard.number)
         with open(path, "rb", buffering=0) as file:
             while file.readinto(rows):
                 pass
-    n_bytes = 4 * store.n_contexts * store.context_length * store.row_bytes
+    n_bytes = 8 * store.n_contexts * store.context_length * store.row_bytes
     plain = (time.perf_counter() - begun) / n_bytes
     return plain * n_timed * rows.nbytes / (marks[-1] - marks[n_first - 1])
 
 
 def made_up_store(folder: Path) -> ActivationStore:
-    """0.5 GB in four shards of contexts of 1,024 tokens, of which the first is BOS."""
-    shape = (20, 1_024)
+    """0.25 GB in four shards of contexts of 1,024 tokens, of which the first is BOS."""
+    shape = (10, 1_024)
     rows = np.random.default_rng(0).normal(size=(shape[1], D_MODEL)).astype(np.float16)
     arrays = {
         "activations": np.broadcast_to(rows, (*shape, D_MODEL)),
