@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from utils import artifacts
-from utils.artifacts import RunRecord, open_stage, read_json, require_disk_space, write_json
-from utils.backend import use_backend
+from utils.artifacts import (
+    RunRecord,
+    chosen_once,
+    open_stage,
+    read_json,
+    require_disk_space,
+    write_json,
+)
+from utils.backend import torch_device, use_backend
 from utils.settings import Settings, read_settings, require, require_positive, run
 from utils.terminal import in_bytes, in_rate
 
@@ -59,6 +66,7 @@ LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls
 LEARNING_RATE_SHAPE: Literal["linear", "cosine"] = "linear"  # of the fall; linear: the paper's
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
+POOL_GIB: float | None = None  # GiB shuffled together, held twice; None: 0.5, on a GPU up to 4
 SEED = 0  # of the starting weights and of the order of the data
 
 # --- scaling laws; a sweep instead of one training, see utils/autoencoder/scaling_laws.py
@@ -103,7 +111,6 @@ def main() -> None:
     # 1. Check the settings, and open the activations.
     check(settings)
     backend = use_backend(settings.backend, huge_pages=True)
-    from utils.activations.batches import ShuffledBatches
     from utils.activations.store import ActivationStore, spread
     from utils.autoencoder import scaling_laws, sweep, training
     from utils.autoencoder.callbacks import Rounds, read_log
@@ -122,7 +129,7 @@ def main() -> None:
     with open_stage(settings.autoencoder_dir, record, OUTPUTS, settings.overwrite) as folder:
         if is_finished(folder):
             return
-        settings = as_begun(settings, folder)
+        settings = as_begun(settings, folder, store)
         store.verify(folder)
         if settings.sweep_latents:
             print(scaling_laws.describe(scaling_laws.measure_laws(settings, store, folder)))
@@ -130,7 +137,7 @@ def main() -> None:
 
         # 2. Split the contexts, and cut the training into rounds.
         split = store.split(settings.held_out, settings.n_held_out_tokens)
-        batches = ShuffledBatches(store, split.training, settings.batch_size, settings.seed)
+        batches = training.shuffled(settings, store, split.training)
         rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every)
         validated = spread(split.held_out, max(1, N_VALIDATION_TOKENS // store.context_length))
         rows = store.kept_rows(validated).astype("float32")
@@ -159,19 +166,32 @@ def main() -> None:
         print(describe(metrics))
 
 
-def as_begun(settings: Settings, folder: Path) -> Settings:
-    """The settings, with what an earlier version did where the folder was begun by one."""
+def as_begun(settings: Settings, folder: Path, store) -> Settings:
+    """The settings, with what an earlier version did where the folder was begun by one.
+
+    A pool left to the machine is the one that the run began with, on whatever machine that was.
+
+    Raises:
+        InputError: The pool does not fit into memory.
+    """
+    from utils.activations.batches import default_pool_gib, require_pools_fit
+
     recorded, added = read_json(folder / artifacts.SETTINGS_FILE), artifacts.ADDED[settings.script]
     earlier = {name: value for name, value in added.items() if name not in recorded}
-    return dataclasses.replace(settings, **earlier)
+    settings = dataclasses.replace(settings, **earlier)
+    if settings.pool_gib is None:
+        pool_gib = chosen_once(folder, "pool_gib", lambda: default_pool_gib(torch_device()))
+        settings = dataclasses.replace(settings, pool_gib=pool_gib)
+    require_pools_fit(settings.pool_gib, store, torch_device())
+    return settings
 
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     require_positive(
         settings, "n_held_out_tokens", "n_latents", "k", "decoder_norm", "bandwidth", "tanh_scale",
-        "n_passes", "batch_size", "learning_rate", "gradient_clip_norm", "dead_after", "log_every",
-        "backup_every",
+        "n_passes", "batch_size", "learning_rate", "gradient_clip_norm", "dead_after", "pool_gib",
+        "log_every", "backup_every",
     )  # fmt: skip
     for name in ("sparsity_coefficient", "preactivation_coefficient", "auxk_coefficient", "seed"):
         value = getattr(settings, name)

@@ -2,21 +2,24 @@
 
     python -m tests.on_backend jax FOLDER compute load
 
-FOLDER holds batches.npy (steps, batch, d_model); what is computed goes to FOLDER/jax: the products
+FOLDER/store holds activations; what is computed goes to FOLDER/jax: shuffled batches, the products
 of chosen latents, the gradients of a step, and trained autoencoders. "load" loads every autoencoder
 below FOLDER, whichever backend saved it.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from utils.activations.store import ActivationStore
 from utils.backend import use_backend
 
 N_LATENTS, N_DEAD = 64, 24
-STEPS_PER_ROUND = 5
+N_STEPS, STEPS_PER_ROUND = 50, 5
+LOADED = ["--batch-size", "256", "--pool-gib", "0.0001"]  # 1,677 rows of width 16
 WITH_PRICE = ["--sparsity-coefficient", "0.3", "--learning-rate", "0.002"]
 WITH_K = ["--k", "4", "--selection-dtype", "float32", "--dead-after", "1_000_000"]
 WITH_K += ["--learning-rate", "0.0005"]
@@ -35,20 +38,21 @@ def main(backend: str, folder: Path, *steps: str) -> None:
     use_backend(backend)
     output = folder / backend
     output.mkdir(exist_ok=True)
-    batches = np.load(folder / "batches.npy")
+    store = ActivationStore(folder / "store")
     if "compute" in steps:
+        save_batches(store, output)
         save_products(output)
         save_gradients(output)
         for kind in TRAINED:
-            train_and_save(kind, batches, output)
+            train_and_save(kind, store, output)
     if "load" in steps:
-        load_all(folder, batches[0], output)
+        load_all(folder, store.kept_rows(range(8)).astype(np.float32), output)
 
 
 # ---------------------------------------------------------------------------- training and loading
 
 
-def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
+def train_and_save(kind: str, store: ActivationStore, output: Path) -> None:
     """Train as train_autoencoder.py does, with a line of the log every few steps."""
     import train_autoencoder
     from utils.autoencoder import training
@@ -56,11 +60,11 @@ def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
     from utils.autoencoder.saved import save_autoencoder
     from utils.settings import read_settings
 
-    flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *TRAINED[kind]]
+    flags = ["--kind", kind, "--n-latents", str(N_LATENTS), *LOADED, *TRAINED[kind]]
     settings = read_settings(train_autoencoder, flags)
-    store = stand_in_for_store(batches.reshape(-1, batches.shape[-1]))
+    batches = training.shuffled(settings, store, range(store.n_contexts))
     (output / kind).mkdir()
-    autoencoder = training.build(settings, store, len(batches))
+    autoencoder = training.build(settings, store, N_STEPS)
     # Dead ones too small to be chosen in so few steps: none is dead on one backend and not on
     # another for a difference in the last bit.
     dead = np.arange(N_LATENTS) < N_DEAD
@@ -68,10 +72,37 @@ def train_and_save(kind: str, batches: np.ndarray, output: Path) -> None:
     autoencoder.W_enc.assign(autoencoder.W_enc * small[:, None])
     autoencoder.b_enc.assign(autoencoder.b_enc * small)
     autoencoder.idle_tokens.assign(np.where(dead, settings.dead_after, 0))
-    data = training.TrainingData(lambda step: iter(batches[step:]), batches[0], batches.shape[1])
-    rounds = Rounds(len(batches) // STEPS_PER_ROUND, STEPS_PER_ROUND)
+    held_out = store.kept_rows(range(8))
+    data = training.TrainingData(batches.from_step, held_out, settings.batch_size)
+    rounds = Rounds(N_STEPS // STEPS_PER_ROUND, STEPS_PER_ROUND)
     autoencoder = training.train(autoencoder, data, rounds, output / kind, backup_every=10**6)
     save_autoencoder(autoencoder, output / kind / "autoencoder.keras")
+
+
+def save_batches(store: ActivationStore, output: Path) -> None:
+    """The last batches of a training, and whether the backend reads them where they lie."""
+    import train_autoencoder
+    from utils.autoencoder import training
+    from utils.settings import read_settings
+
+    settings = read_settings(train_autoencoder, LOADED)
+    batches = training.shuffled(settings, store, range(store.n_contexts))
+    drawn = list(itertools.islice(batches.from_step(N_STEPS - 9), 9))
+    in_place = [lies_there(batch) for batch in drawn]
+    np.savez(output / "batches.npz", rows=np.stack([*map(np.asarray, drawn)]), in_place=in_place)
+
+
+def lies_there(batch) -> bool:
+    """Whether the backend takes a batch without a copy."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        return keras.ops.convert_to_tensor(batch).data_ptr() == batch.data_ptr()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.device_put(batch).unsafe_buffer_pointer() == batch.ctypes.data
+    return False
 
 
 def stand_in_for_store(rows: np.ndarray) -> SimpleNamespace:

@@ -32,8 +32,8 @@ FLAGS = {
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
         --learning-rate-decay --learning-rate-shape --gradient-clip-norm
-        --dead-after --seed --sweep-latents --sweep-steps --sweep-learning-rates --backend
-        --distribution --log-every --tensorboard --backup-every --overwrite
+        --dead-after --pool-gib --seed --sweep-latents --sweep-steps --sweep-learning-rates
+        --backend --distribution --log-every --tensorboard --backup-every --overwrite
     """,
     "analyze_features": """
         --activations-dir --autoencoder-dir --n-tokens --n-loss-tokens --studies --n-studied

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ SETTINGS_FILE = "settings.json"
 AUTOENCODER_FILE, METRICS_FILE = "autoencoder.keras", "metrics.json"  # of a finished training
 BACKUP_FILE, LOG_FILE = "backup.keras", "training_log.csv"
 LOCK_FILE = ".lock"
+CHOSEN_FILE = "chosen.json"  # settings left to the machine, as the run chose them when it began
 CHECKSUMS_FILE = ".checksums.jsonl"  # of the files in its folder, a line each time one is written
 CHECKED = (".json", ".parquet", ".csv", ".keras")  # files that later stages read
 
@@ -50,7 +51,9 @@ RETIRED: dict[str, dict[str, Json]] = {
 }  # fmt: skip
 
 # Settings that earlier versions did not have, with what they did, where that is not the default.
-ADDED: dict[str, dict[str, Json]] = {"train_autoencoder.py": {"n_held_out_tokens": None}}
+ADDED: dict[str, dict[str, Json]] = {
+    "train_autoencoder.py": {"n_held_out_tokens": None, "pool_gib": 0.5}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +234,16 @@ def fingerprint(*paths: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
+def chosen_once(folder: Path, name: str, choose: Callable[[], Json]) -> Json:
+    """What a run chooses where a setting leaves it to the machine, and keeps when it goes on."""
+    path = folder / CHOSEN_FILE
+    chosen = read_json(path, "Delete it to choose anew.") if path.exists() else {}
+    if name not in chosen:
+        chosen[name] = choose()
+        write_json(path, chosen)
+    return chosen[name]
+
+
 def make_folder(folder: str | Path, flag: str) -> Path:
     """Create a folder unless it exists; raises `InputError` if it cannot be written to."""
     folder = Path(folder)
@@ -314,6 +327,7 @@ def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite:
             "Pass --overwrite to delete that run, or name another folder for this one.",
         )
     else:
+        (folder / CHOSEN_FILE).unlink(missing_ok=True)  # nothing was made by it
         write_json(recorded, record.content)
 
 

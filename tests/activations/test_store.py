@@ -4,15 +4,29 @@ import dataclasses
 import itertools
 import json
 import os
+import random
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import BOS, excluded_of, write_activations
+from keras import ops
 
+from tests.benchmarks import data_path
 from tests.benchmarks.gpu import write_store
+from utils.activations import batches as batches_module
 from utils.activations import store as module
-from utils.activations.batches import ShuffledBatches
+from utils.activations import torch_pools
+from utils.activations.batches import (
+    ShuffledBatches,
+    default_pool_gib,
+    piece_size,
+    require_pools_fit,
+)
 from utils.activations.manifest import Manifest
 from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, Shard, shard_path
 from utils.activations.store import (
@@ -21,7 +35,9 @@ from utils.activations.store import (
     LAST_CONTEXTS,
     ActivationStore,
     hash_numbers,
+    is_finite,
 )
+from utils.activations.torch_pools import DevicePool, TensorPool
 from utils.artifacts import write_json
 from utils.settings import InputError
 
@@ -338,6 +354,28 @@ def test_nan_is_named_by_shard_and_place(arrays, tmp_path):
     assert len(store.kept_rows(range(4))) > 0
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_finite_or_not_is_told_by_bits(dtype):
+    limits = np.finfo(dtype)
+    numbers = [0, -0.0, 1, -1, limits.max, limits.min, limits.smallest_subnormal]
+    for values in (numbers, numbers[2:3], [-1], []):
+        assert is_finite(np.array(values, dtype))
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        assert not is_finite(np.array([*numbers, bad], dtype))
+        assert not is_finite(np.array([[bad, -1]], dtype))
+
+
+def test_what_is_not_kept_may_be_anything(tmp_path):
+    arrays = make_arrays(10)
+    write_activations(tmp_path, arrays)
+    path = shard_path(tmp_path, "activations", 1)
+    values = np.load(path)
+    values[~arrays["kept"][3:6]] = np.nan
+    np.save(path, values)
+    kept = arrays["activations"][arrays["kept"]]
+    assert np.array_equal(ActivationStore(tmp_path).kept_rows(range(10)), kept)
+
+
 def test_unfinished_and_absent_activations(store, tmp_path):
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -355,7 +393,7 @@ def test_unfinished_and_absent_activations(store, tmp_path):
 def batches(request, arrays, tmp_path) -> ShuffledBatches:
     write_activations(tmp_path, arrays)
     store = ActivationStore(tmp_path)
-    return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_bytes=request.param)
+    return ShuffledBatches(store, range(1, 9), 7, seed=3, pool_gib=request.param / 2**30)
 
 
 def numbers(batches) -> list[int]:
@@ -402,10 +440,85 @@ def test_the_order_depends_on_the_seed(store):
 
 def test_rows_of_the_whole_set_are_mixed(tmp_path):
     write_activations(tmp_path, make_arrays(50))
-    batches = ShuffledBatches(ActivationStore(tmp_path), range(50), 50, seed=0, pool_bytes=4_000)
+    batches = ShuffledBatches(
+        ActivationStore(tmp_path), range(50), 50, seed=0, pool_gib=4_000 / 2**30
+    )
     for batch in itertools.islice(batches.from_step(0), 10):
         contexts = batch[:, 0].astype(int) // CONTEXT
         assert len(set(contexts)) >= 5 and contexts.max() - contexts.min() > 15
+
+
+@pytest.mark.parametrize(
+    ("pool_bytes", "step", "first"),
+    [
+        (2**20, 0, [158, 177, 326, 69, 193, 347, 70, 183, 305, 160, 85, 291, 239, 304]),
+        (2**20, 60, [183, 263, 113, 239, 208, 304, 229, 348, 47, 223, 215, 44, 233, 83]),
+        (600, 0, [360, 356, 273, 278, 274, 354, 357, 355, 353, 359, 77, 237, 239, 234]),
+        (600, 60, [212, 310, 210, 291, 294, 282, 297, 316, 313, 274, 319, 315, 318, 317]),
+    ],
+)
+def test_the_order_is_that_of_earlier_versions(tmp_path, pool_bytes, step, first):
+    write_activations(tmp_path, make_arrays(10))
+    store = ActivationStore(tmp_path)
+    batches = ShuffledBatches(store, range(1, 9), 7, seed=3, pool_gib=pool_bytes / 2**30)
+    assert numbers(itertools.islice(batches.from_step(step), 2)) == first
+
+
+def test_the_order_is_the_same_whoever_reads_first(batches, monkeypatch):
+    expected = list(itertools.islice(batches.from_step(0), 60))
+    monkeypatch.setattr(module, "SHARE_BYTES", 100)  # 12 rows
+    draw, read_share, shares = random.Random(0), batches.store.read_share, []
+
+    def late(share, rows):
+        time.sleep(draw.random() / 1_000)
+        shares.append(share)
+        read_share(share, rows)
+
+    monkeypatch.setattr(batches.store, "read_share", late)
+    for readers in (1, 2, 7):
+        monkeypatch.setattr(batches_module, "READERS", readers)
+        assert np.array_equal(list(itertools.islice(batches.from_step(0), 60)), expected)
+    assert max(share[-1].to + share[-1].n_rows - share[0].to for share in shares) <= 12 + 32
+
+
+@pytest.mark.parametrize("pool", [TensorPool, DevicePool])
+def test_pools_of_pytorch_give_the_same_batches(batches, monkeypatch, pool):
+    expected = list(itertools.islice(batches.from_step(3), 60))
+    assert all(batch.ctypes.data % 64 == 0 for batch in expected[:2])  # as JAX wants it
+    is_gpu = torch.cuda.is_available() and pool is DevicePool
+    batches.device = "cuda" if is_gpu else "cpu"
+    if pool is DevicePool:  # as on a GPU, on the CPU where there is none
+        monkeypatch.setattr(torch_pools, "torch_pool", DevicePool)
+    found = list(itertools.islice(batches.from_step(3), 60))
+    assert all(batch.device.type == batches.device for batch in found)
+    assert all(ops.convert_to_tensor(batch) is batch for batch in found)  # no copy of Keras'
+    assert np.array_equal([batch.cpu().numpy() for batch in found], expected)
+
+
+def test_a_larger_pool_is_read_in_larger_pieces(tmp_path):
+    sizes = [piece_size(gib, 1_024) for gib in (1e-9, 0.5, 0.9, 1, 2, 4, 7.9, 1e6)]
+    assert sizes == [32, 32, 32, 64, 128, 256, 256, 1_024]
+    assert piece_size(1e6, 40) == 64  # all of a context
+    write_activations(tmp_path, make_arrays(10))
+    large = ShuffledBatches(ActivationStore(tmp_path), range(10), 7, seed=0, pool_gib=1)
+    rows = numbers(itertools.islice(large.from_step(0), large.n_steps(1)))
+    assert len(set(rows)) == len(rows) > large.n_rows - 7
+
+
+def test_the_loader_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_path, "D_MODEL", 48)  # 4 MB
+    assert data_path.loader_share(tmp_path) > 0
+
+
+def test_too_large_a_pool_is_refused_with_what_fits():
+    large = SimpleNamespace(n_contexts=10**9, context_length=1_024, row_bytes=6_144)
+    with pytest.raises(InputError, match="POOL_GIB must fit 2 times into memory") as error:
+        require_pools_fit(1e5, large, None)
+    fits = float(re.search(r"it is 100000\. At most ([\d.]+) fits now", str(error.value))[1])
+    require_pools_fit(0.9 * fits, large, None)
+    small = SimpleNamespace(n_contexts=10, context_length=1_024, row_bytes=6_144)
+    require_pools_fit(1e5, small, None)  # holds no more than there is
+    assert default_pool_gib("cpu") == default_pool_gib(None) == 0.5
 
 
 def test_too_large_a_batch_and_too_few_passes(store):
@@ -416,29 +529,25 @@ def test_too_large_a_batch_and_too_few_passes(store):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is mapped")
-def test_what_was_read_is_not_held(tmp_path, monkeypatch):
-    def mapped() -> float:
+def test_what_was_read_is_not_held(tmp_path):
+    def mapped(kind: str = "RssFile") -> float:
         status = Path("/proc/self/status").read_text()
-        return int(status.split("RssFile:")[1].split()[0]) / 1e3  # MB
+        return int(status.split(f"{kind}:")[1].split()[0]) / 1e3  # MB
 
-    rows = np.random.default_rng(0).normal(size=(2_000, 64, 512)).astype(np.float16)  # 131 MB
+    shape = (1_000, 64, 512)  # 66 MB
+    rows = np.random.default_rng(0).integers(0, 2**14, shape, np.uint16).view(np.float16)
     store = write_store(tmp_path, rows)
     before = mapped()
     for start in range(0, len(rows), 100):
         kept = store.kept_rows(range(start, start + 100))
         assert np.array_equal(kept, rows[start : start + 100].reshape(-1, 512))
     assert mapped() - before < 40
-    # Neither in one reading of places all over.
-    monkeypatch.setattr(module, "SPANS_MAPPED", 100)
-    seen = []
-
-    def spans():
-        for context in range(len(rows)):
-            seen.append(mapped())
-            yield context, 0, 32
-
-    assert np.array_equal(store.kept_spans(spans()), rows[:, :32].reshape(-1, 512))
-    assert max(seen) - before < 40
+    # Nor by the loader: two pools, and what two batches take.
+    batches = ShuffledBatches(store, range(len(rows)), 512, seed=0, pool_gib=2**-8)  # 4 MB
+    before, held = mapped("VmRSS"), []
+    for _ in itertools.islice(batches.from_step(0), batches.n_steps(1)):
+        held.append(mapped("VmRSS"))
+    assert max(held) - before < 40
 
 
 def test_subsets_that_were_numbers_or_lists_are_names(tmp_path):

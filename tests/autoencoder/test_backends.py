@@ -9,21 +9,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import QUICK_TO_COMPILE, ROOT, environment
-from on_backend import STEP_KINDS, TRAINED, main, product_inputs, step_inputs
+from conftest import QUICK_TO_COMPILE, ROOT, environment, write_activations
+from on_backend import N_STEPS, STEP_KINDS, TRAINED, main, product_inputs, step_inputs
 
 BACKENDS = ("torch", "jax", "tensorflow")
-N_STEPS = 50
 
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory) -> Path:
-    """What tests/on_backend.py writes on each backend, all from the same batches."""
+    """What tests/on_backend.py writes on each backend, all from the same activations."""
     folder = tmp_path_factory.mktemp("backends")
     draw = np.random.default_rng(0)
     directions = draw.normal(size=(40, 16))
-    sparse = draw.random((N_STEPS, 256, 40)) * (draw.random((N_STEPS, 256, 40)) < 0.1)
-    np.save(folder / "batches.npy", (sparse @ directions + 0.5).astype(np.float32))
+    shape = (210, 64)
+    sparse = draw.random((*shape, 40)) * (draw.random((*shape, 40)) < 0.1)
+    zeros = {name: np.zeros(shape, np.int32) for name in ("tokens", "documents", "subsets")}
+    arrays = {"activations": sparse @ directions + 0.5, "norms": np.ones(shape), **zeros}
+    (folder / "store").mkdir()
+    write_activations(folder / "store", arrays, per_shard=80, storage_dtype="float32")
     with ThreadPoolExecutor(1) as pool:
         jax = pool.submit(in_its_own_process, "jax", folder, "compute")
         main("torch", folder, "compute")
@@ -138,7 +141,17 @@ def test_gradients_of_a_step_are_the_dense_ones(computed, backend, kind):
             np.testing.assert_allclose(found[name], wanted, atol=1e-5 * size, err_msg=name)
 
 
-# -------------------------------------------------------------------------- trainings, saved models
+# ----------------------------------------------------------------- batches, trainings, saved models
+
+
+def test_every_backend_gets_the_same_batches(computed):
+    """PyTorch and JAX without another copy; TensorFlow's pipeline makes one."""
+    drawn = {backend: np.load(computed / backend / "batches.npz") for backend in BACKENDS}
+    rows = drawn["torch"]["rows"]
+    assert rows.shape == (9, 256, 16) and len(np.unique(rows[..., 0])) > 2_000
+    for backend in BACKENDS:
+        assert np.array_equal(drawn[backend]["rows"], rows)
+        assert drawn[backend]["in_place"].all() == (backend != "tensorflow")
 
 
 @pytest.mark.parametrize("kind", TRAINED)

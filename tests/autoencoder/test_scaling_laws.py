@@ -46,7 +46,7 @@ def settings_of(store, **changes):
     made = read_settings(train_autoencoder, ["--activations-dir", str(store.folder)])
     small = {
         "k": 4, "batch_size": BATCH, "held_out": 0.25, "learning_rate": RATE, "dead_after": 1_000,
-        "sweep_latents": (16, 32, 64), "sweep_steps": (5, 10, 20),
+        "pool_gib": 0.5, "sweep_latents": (16, 32, 64), "sweep_steps": (5, 10, 20),
     }  # fmt: skip
     return dataclasses.replace(made, **{**small, **changes})
 
@@ -306,7 +306,8 @@ def test_the_command_killed_and_given_again(store, tmp_path, run_here):
         scaling.NAMES
     )
     names = {path.name for path in table.parent.iterdir() if not path.name.startswith(".")}
-    assert names == {"settings.json", *(f"scaling_laws.{end}" for end in ("csv", "json", "png"))}
+    ours = (f"scaling_laws.{end}" for end in ("csv", "json", "png"))
+    assert names == {"settings.json", "chosen.json", *ours}
 
 
 def test_a_sweep_that_is_widened_keeps_its_rate(store, tmp_path):

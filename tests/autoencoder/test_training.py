@@ -1,7 +1,9 @@
 """A training and what it writes: losses by name, kinds of one's own, backups of early versions."""
 
+import dataclasses
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,8 @@ from on_backend import stand_in_for_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from utils.activations import batches as loading
+from utils.artifacts import RunRecord, open_stage, write_json
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import Rounds
@@ -51,6 +55,43 @@ def train(name: str, folder: Path, *flags: object, tensorboard: bool = False) ->
 
 def log_of(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "training_log.csv")
+
+
+# ----------------------------------------------------------------------------------------- the pool
+
+
+def test_a_run_goes_on_with_the_pool_that_it_began_with(tmp_path, monkeypatch):
+    script = importlib.import_module("train_autoencoder")
+    settings = read_settings(script, [])
+    record = RunRecord.of(settings, script.NOT_RECORDED)
+    store = SimpleNamespace(n_contexts=10, context_length=1_024, row_bytes=6_144)
+
+    def pool() -> float:
+        with open_stage(tmp_path, record, script.OUTPUTS) as folder:
+            return script.as_begun(settings, folder, store).pool_gib
+
+    on_gpu = {"name": "default_pool_gib", "value": lambda device: 2.0}
+    monkeypatch.setattr(loading, **on_gpu)
+    assert pool() == 2
+    (tmp_path / "training_log.csv").touch()
+    monkeypatch.undo()
+    assert pool() == 2  # on a CPU too
+    (tmp_path / "training_log.csv").unlink()
+    assert pool() == 0.5  # nothing had been trained
+    (tmp_path / "training_log.csv").touch()
+    monkeypatch.setattr(loading, **on_gpu)
+    assert pool() == 0.5
+    earlier = {name: v for name, v in record.content.items() if name != "pool_gib"}
+    write_json(tmp_path / "settings.json", earlier)
+    (tmp_path / "chosen.json").unlink()
+    assert pool() == 0.5  # which earlier versions had
+    store.n_contexts = 10**9
+    settings = dataclasses.replace(settings, pool_gib=1e5)
+    write_json(tmp_path / "settings.json", record.content | {"pool_gib": 1e5})
+    with pytest.raises(
+        InputError, match=r"POOL_GIB must fit .* it is 100000\. At most [\d.]+ fits"
+    ):
+        script.as_begun(settings, tmp_path, store)
 
 
 # --------------------------------------------------------------------------------- losses by name

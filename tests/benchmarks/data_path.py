@@ -13,7 +13,9 @@ drift falls on both; the medians are printed as one JSON object.
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import statistics
 import tempfile
@@ -24,11 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.activations.batches import ShuffledBatches
 from utils.activations.capture import Captured, sums_of
+from utils.activations.manifest import Manifest, ShardEntry
 from utils.activations.queues import ShardQueue
-from utils.activations.shards import ShardWriter
+from utils.activations.shards import ShardWriter, shard_path
+from utils.activations.store import ActivationStore
 
-D_MODEL = 3072
+D_MODEL, BATCH_SIZE = 3_072, 4_096
 CONTEXT_LENGTH, CONTEXTS_PER_BATCH = 1_024, 16
 BATCHES_PER_SHARD, N_SHARDS = 4, 2  # of the writer: 0.8 GB
 
@@ -92,8 +97,50 @@ def made_up_batch(shape: tuple[int, int, int]) -> Captured:
 
 
 def loader_share(folder: Path) -> float:
-    """Seconds of the plain thread over seconds of the loader, for the same bytes."""
-    raise NotImplementedError
+    """Seconds of the plain thread over seconds of the loader, for the same bytes.
+
+    Shuffled batches as training takes them, four pools a pass; from the second pool on.
+    """
+    store = made_up_store(folder)
+    pool_gib = store.n_contexts * store.context_length * store.row_bytes / 2**32
+    batches = ShuffledBatches(store, range(store.n_contexts), BATCH_SIZE, 0, pool_gib)
+    n_first, n_timed = batches.n_steps(0.25), batches.n_steps(8.0)
+    with contextlib.closing(batches.from_step(0)) as source:
+        marks = [time.perf_counter() for _ in itertools.islice(source, n_first + n_timed)]
+    rows = np.empty((BATCH_SIZE, D_MODEL), store.storage_dtype)
+    begun = time.perf_counter()
+    for shard in store.shards * 8:
+        path = shard_path(folder, "activations", shard.number)
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(rows):
+                pass
+    n_bytes = 8 * store.n_contexts * store.context_length * store.row_bytes
+    plain = (time.perf_counter() - begun) / n_bytes
+    return plain * n_timed * rows.nbytes / (marks[-1] - marks[n_first - 1])
+
+
+def made_up_store(folder: Path) -> ActivationStore:
+    """0.25 GB in four shards of contexts of 1,024 tokens, of which the first is BOS."""
+    shape = (10, 1_024)
+    rows = np.random.default_rng(0).normal(size=(shape[1], D_MODEL)).astype(np.float16)
+    arrays = {
+        "activations": np.broadcast_to(rows, (*shape, D_MODEL)),
+        "tokens": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        "norms": np.ones(shape, np.float32),
+        "documents": np.zeros(shape, np.int32),
+        "subsets": np.zeros(shape, np.int16),
+    }
+    manifest = Manifest(
+        "made up", None, 0, "float16", D_MODEL, shape[1], "made up", finished=True, bos=0,
+        outlier_factor=2.0, sum_squared_norm=1.0, subsets=["made up"],
+    )  # fmt: skip
+    for number in range(4):
+        for name, values in arrays.items():
+            np.save(shard_path(folder, name, number), values)
+        kept = shape[0] * (shape[1] - 1)
+        manifest.shards.append(ShardEntry(number, shape[0], kept, dict.fromkeys(arrays, 0)))
+    manifest.write(folder / "manifest.json")
+    return ActivationStore(folder)
 
 
 def analysis_us_per_token() -> float:

@@ -10,5 +10,6 @@ capture            a batch through the model, its sums, and its way from a GPU t
 queues             threads that read ahead of the model and write behind it
 extraction         contexts through the model into shards, resuming, repairing
 preset             how fast the model runs here, and so which preset of the demo suits
+pools, torch_pools the memory in which rows are shuffled: the host's, a GPU's
 batches            shuffled batches for training, in memory that does not grow with the data
 """

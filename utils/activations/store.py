@@ -1,6 +1,7 @@
 """The store: all activations of a folder, with their tokens, documents and subsets."""
 
 import functools
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from utils.settings import require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
 CHECK_THREADS = 4  # one thread reads slower than a disk
-SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
+SHARE_BYTES = 2**21  # about what a thread reads before it takes the next: much for a disk
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
 Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
@@ -29,6 +30,15 @@ class Split(NamedTuple):
     training: np.ndarray
     held_out: np.ndarray
     rule: str
+
+
+class Run(NamedTuple):
+    """Rows that are neighbours on the disk: in which shard, from which row on, and where to."""
+
+    shard: int  # its place among the store's
+    row: int
+    to: int  # the first one's place in all that is read
+    n_rows: int
 
 
 DOCUMENT_HASH, LAST_CONTEXTS = "document hash", "last contexts"
@@ -46,6 +56,19 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no float is NaN or infinite, told by bits: `numpy.isfinite` of float16 is slow.
+
+    These have the largest exponent. So, read as integers, they are above all other numbers of
+    their sign; signed integers show the positive ones, unsigned integers the negative ones.
+    """
+    infinities = np.array([np.inf, -np.inf], values.dtype)
+    return all(
+        values.view(integer).max(initial=0) < infinities.view(integer)[sign]
+        for sign, integer in enumerate((f"i{values.itemsize}", f"u{values.itemsize}"))
+    )
 
 
 class ContextBatch:
@@ -78,7 +101,7 @@ class ActivationStore:
     """All finished shards of a folder.
 
     Attributes:
-        storage_dtype: Of the activations on disk.
+        storage_dtype, row_bytes: Of the activations on disk; the size of one.
         scale: The factor that gives activations E‖x‖² = d_model over kept positions ("Scaling
             Monosemanticity", Training).
         mean: Raw mean over kept positions, shape (d_model,).
@@ -146,7 +169,9 @@ class ActivationStore:
         for shard in self.shards:
             for array in shard.crc32:
                 shard[array]
+        self._offsets = [shard["activations"].offset for shard in self.shards]
         self.storage_dtype = self.shards[0]["activations"].dtype
+        self.row_bytes = self.d_model * self.storage_dtype.itemsize
 
     def _set_outlier_norm(self, manifests: list[Manifest]) -> None:
         """Set one threshold for all shards with norms, a multiple of the median over all of them.
@@ -255,36 +280,77 @@ class ActivationStore:
             values[i, : len(window)] = window
         return values
 
-    def kept_counts(self, contexts: Contexts, starts: np.ndarray) -> np.ndarray:
-        """Kept positions of the pieces that begin at ``starts``, shape (contexts, pieces)."""
-        counts = [
-            np.add.reduceat(shard.kept(), starts, axis=1, dtype=np.int64) for shard in self.shards
-        ]
-        return np.concatenate(counts)[np.asarray(contexts)]
+    def kept_bits(self, contexts: Contexts, size: int) -> np.ndarray:
+        """Which positions are kept, a bit each, by pieces of ``size``, a multiple of 8.
+
+        Returns:
+            uint8, shape (contexts, pieces, size / 8); beyond a context's end nothing is kept.
+        """
+        n_pieces = -(-self.context_length // size)
+        beyond = ((0, 0), (0, n_pieces * size - self.context_length))
+        bits = [np.packbits(np.pad(shard.kept(), beyond), axis=1) for shard in self.shards]
+        chosen = np.concatenate(bits)[np.asarray(contexts)]
+        return chosen.reshape(len(chosen), n_pieces, size // 8)
 
     def kept_rows(self, contexts: Iterable[int]) -> np.ndarray:
-        """The kept activations of contexts, shape (rows, d_model), in the storage dtype."""
-        return self.kept_spans((context, 0, self.context_length) for context in contexts)
-
-    def kept_spans(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
-        """The kept activations of spans (context, start, length), shape (rows, d_model).
+        """The kept activations of contexts, shape (rows, d_model), in the storage dtype.
 
         Raises:
             InputError: One is NaN or infinite; names the shard and the position.
         """
-        rows, previous = [], None
-        for number, (context, start, length) in enumerate(spans, 1):
-            shard, row = self._locate(context)
-            if previous is not None and (shard is not previous or number % SPANS_MAPPED == 0):
-                previous.release()
-            previous = shard
-            kept = shard.kept((row, slice(start, start + length)))
-            rows.append(shard["activations"][row, start : start + length][kept])
-            if not np.isfinite(rows[-1]).all():
-                self._raise_not_finite(context)
-        if previous is not None:
-            previous.release()
-        return np.concatenate(rows) if rows else np.empty((0, self.d_model), self.storage_dtype)
+        contexts = np.fromiter(contexts, np.int64)
+        shape = (len(contexts), self.context_length)
+        kept, rows = np.empty(shape, bool), np.empty((*shape, self.d_model), self.storage_dtype)
+        for share in self.shares(contexts, np.zeros_like(contexts), self.context_length):
+            first, n_rows = share[0].to, share[-1].to + share[-1].n_rows - share[0].to
+            self.read_share(share, rows.reshape(-1, self.d_model)[first : first + n_rows])
+        for i, context in enumerate(contexts):
+            kept[i] = self._row("kept", context)
+        return rows[kept]
+
+    def shares(self, contexts: np.ndarray, starts: np.ndarray, length: int) -> list[list[Run]]:
+        """Cut the reading of spans into shares of about `SHARE_BYTES`, each for `read_share`.
+
+        A span is the ``length`` positions of a context from its start on, or those to its end.
+        Spans that lie one after another on the disk are one run.
+        """
+        if not len(contexts):
+            return []
+        lengths = np.minimum(length, self.context_length - starts)
+        shards = np.searchsorted(self._ends, contexts, side="right")
+        firsts = self._ends - [shard.contexts for shard in self.shards]
+        rows = (contexts - firsts[shards]) * self.context_length + starts
+        to = np.cumsum(lengths) - lengths
+        number = to * self.row_bytes // SHARE_BYTES
+        joined = (np.diff(shards) == 0) & (np.diff(number) == 0) & (np.diff(rows) == lengths[:-1])
+        begins = np.flatnonzero(np.append(True, ~joined))
+        columns = shards[begins], rows[begins], to[begins], np.add.reduceat(lengths, begins)
+        runs = map(Run._make, zip(*(column.tolist() for column in columns), strict=True))
+        of_share = zip(number[begins].tolist(), runs, strict=True)
+        grouped = itertools.groupby(of_share, key=lambda pair: pair[0])
+        return [[run for _, run in pairs] for _, pairs in grouped]
+
+    def read_share(self, share: list[Run], rows: np.ndarray) -> None:
+        """Read all rows of a share into an array (rows, d_model), kept or not.
+
+        A plain read, for a memory map stops at each page, and counts as this process's memory.
+
+        Raises:
+            InputError: One that is kept is NaN or infinite, or a file cannot be read.
+        """
+        raw = memoryview(rows.reshape(-1).view(np.uint8))
+        for index, runs in itertools.groupby(share, key=lambda run: run.shard):
+            path = shard_path(self.folder, "activations", self.shards[index].number)
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    for run in runs:
+                        file.seek(self._offsets[index] + run.row * self.row_bytes)
+                        begin = (run.to - share[0].to) * self.row_bytes
+                        _read_all(file, raw[begin : begin + run.n_rows * self.row_bytes])
+            except OSError as error:
+                raise damaged_shard(path, f"cannot be read: {error}") from error
+        if not is_finite(rows):
+            self._refuse_not_finite(share, rows)
 
     def _locate(self, context: int) -> tuple[Shard, int]:
         """The shard of a context, and the context's row in it."""
@@ -297,12 +363,19 @@ class ActivationStore:
         values = shard.kept(row) if array == "kept" else shard[array][row]
         return self._subset_numbers[shard.number][values] if array == "subsets" else values
 
-    def _raise_not_finite(self, context: int) -> None:
-        shard, row = self._locate(context)
-        bad = ~np.isfinite(shard["activations"][row]).all(axis=-1)
-        path = shard_path(self.folder, "activations", shard.number)
-        position = f"context {row}, position {int(bad.argmax())}"
-        raise damaged_shard(path, f"holds NaN or infinity at {position}")
+    def _refuse_not_finite(self, share: list[Run], rows: np.ndarray) -> None:
+        """Raise an error if a kept row of a share is not finite; others are not used."""
+        for run in share:
+            begin = run.to - share[0].to
+            finite = np.isfinite(rows[begin : begin + run.n_rows]).all(axis=1)
+            places = np.divmod(run.row + np.flatnonzero(~finite), self.context_length)
+            shard = self.shards[run.shard]
+            kept = shard.kept(places)
+            if kept.any():
+                context, position = (int(place[kept][0]) for place in places)
+                path = shard_path(self.folder, "activations", shard.number)
+                place = f"context {context}, position {position}"
+                raise damaged_shard(path, f"holds NaN or infinity at {place}")
 
     # ---- checking
 
@@ -326,3 +399,12 @@ class ActivationStore:
             bar = {"total": len(shards), "unit": "shard", "leave": False}
             for shard, _ in tqdm(checks, "checking shards", **bar):
                 append_record(log, {"whole": shard.state()})
+
+
+def _read_all(file: io.RawIOBase, to: memoryview) -> None:
+    """Fill ``to``; a single read may end early."""
+    while len(to):
+        n = file.readinto(to)
+        if not n:
+            raise OSError("it ends too early")
+        to = to[n:]

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore, spread
 from utils.artifacts import reading, replacing, require_disk_space
 from utils.autoencoder import training
@@ -128,7 +127,7 @@ class Sweep:
         self.settings, self.store, self.folder = settings, store, folder
         self.backup_seconds, self._backed_up = backup_seconds, time.monotonic()
         split = store.split(settings.held_out, settings.n_held_out_tokens)
-        self.batches = ShuffledBatches(store, split.training, settings.batch_size, settings.seed)
+        self.batches = training.shuffled(settings, store, split.training)
         held_out = spread(split.held_out, max(1, N_MEASURED_TOKENS // store.context_length))
         batches = (batch.rows for batch in store.batches(held_out, settings.batch_size))
         even = (rows[: len(rows) // n_shares() * n_shares()] for rows in batches)

@@ -14,7 +14,8 @@ from typing import Protocol
 import keras
 import numpy as np
 
-from utils.activations.store import ActivationStore
+from utils.activations.batches import ShuffledBatches
+from utils.activations.store import ActivationStore, Contexts
 from utils.artifacts import BACKUP_FILE, LOG_FILE, reading
 from utils.autoencoder.autoencoder import LONGEST_IDLE, SparseAutoencoder
 from utils.autoencoder.callbacks import (
@@ -29,6 +30,7 @@ from utils.autoencoder.devices import n_shares
 from utils.autoencoder.kinds import KINDS, find_kind
 from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import fastest_dtype
+from utils.backend import Tensor, torch_device
 from utils.settings import InputError, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
@@ -54,6 +56,8 @@ class TrainingSettings(Protocol):
     learning_rate_decay: float
     learning_rate_shape: str
     gradient_clip_norm: float | None
+    batch_size: int
+    pool_gib: float
     seed: int
 
 
@@ -67,7 +71,7 @@ class TrainingData:
         batch_size: Rows a batch.
     """
 
-    batches_from: Callable[[int], Iterator[np.ndarray]]
+    batches_from: Callable[[int], Iterator[Tensor]]
     held_out: np.ndarray
     batch_size: int
 
@@ -87,6 +91,15 @@ class TrainingData:
             f"{len(self.held_out)}.",
         )
         return self.held_out[: n_batches * size], size
+
+
+def shuffled(
+    settings: TrainingSettings, store: ActivationStore, contexts: Contexts
+) -> ShuffledBatches:
+    """Batches of the activations of contexts, on the device that trains where PyTorch does."""
+    return ShuffledBatches(
+        store, contexts, settings.batch_size, settings.seed, settings.pool_gib, torch_device()
+    )
 
 
 def check_options(settings: TrainingSettings, defaults: types.ModuleType) -> None:
