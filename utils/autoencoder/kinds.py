@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from utils.autoencoder.autoencoder import SparseAutoencoder, of_some, squared_error
-from utils.autoencoder.sparse import ChosenLatents, top_latents
+from utils.autoencoder.autoencoder import SparseAutoencoder, n_rows, of_some, squared_error
+from utils.autoencoder.sparse import ChosenLatents, constant, top_latents
 from utils.backend import Tensor
 from utils.settings import InputError
 
@@ -75,9 +75,8 @@ class DenseAutoencoder(SparseAutoencoder):
     def coefficient(self):
         """λ at the present step."""
         progress = ops.cast(self.step, "float32") / max(1, self.sparsity_warmup)
-        return self.sparsity_coefficient * ops.minimum(
-            1.0, progress if self.sparsity_warmup else 1.0
-        )
+        share = ops.minimum(progress, constant(1.0)) if self.sparsity_warmup else 1.0
+        return self.sparsity_coefficient * share
 
 
 @kind("l1")
@@ -131,7 +130,7 @@ class GatedAutoencoder(DenseAutoencoder):
         weights = (self.r_mag, self.b_enc, self.b_mag)
         r_mag, b_enc, b_mag = (of_some(weight, features) for weight in weights)
         magnitude = ops.exp(r_mag) * (pre_activations - b_enc) + b_mag
-        return ops.where(pre_activations > 0, ops.relu(magnitude), 0.0)
+        return ops.where(pre_activations > 0, ops.relu(magnitude), ops.zeros(()))
 
     def loss_terms(self, x, passed):
         gates = ops.relu(passed["pre_activations"])
@@ -188,7 +187,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
 
     def latents(self, pre_activations, features=None):
         above = pre_activations - of_some(self.threshold(), features)
-        ramp = ops.clip(above / self.bandwidth + 0.5, 0.0, 1.0)
+        ramp = ops.hard_sigmoid(6 * above / self.bandwidth)  # of above / bandwidth + 1/2
         step = ops.cast(above > 0, "float32")
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
 
@@ -291,7 +290,7 @@ class TopKAutoencoder(SparseAutoencoder):
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
             **self.reconstruct(chosen, values),
-            "l0": n_active / ops.cast(ops.shape(x)[0], "float32"),
+            "l0": n_active / n_rows(x),
             "active": chosen.is_active(values),
         }
 
@@ -337,9 +336,10 @@ class BatchTopKAutoencoder(TopKAutoencoder):
             values = self._exactly(x, indices)
         smallest = self._smallest_chosen(values)
         # A mean of all steps at first, then of the last twenty or so.
-        weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
+        weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, constant(20.0))
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        chosen = ChosenLatents(indices, self.n_latents, values >= smallest)
+        n_chosen = len(indices) * self.k
+        chosen = ChosenLatents(indices, self.n_latents, values >= smallest, n_chosen)
         return chosen, chosen.of(values)
 
     def _exactly(self, x, indices):
@@ -353,7 +353,7 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         """The k · batch-th largest of the candidates (batch, width); at least 0."""
         batch, width = ops.shape(values)
         ascending = ops.sort(ops.reshape(values, (-1,)))
-        return ops.relu(ops.take(ascending, (width - self.k) * batch))
+        return ops.relu(ascending[(width - self.k) * batch])
 
 
 @kind("matryoshka")
