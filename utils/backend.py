@@ -61,6 +61,33 @@ def peak_memory() -> dict[str, float]:
     return {"peak_memory_gb": host / 1e9, "peak_accelerator_memory_gb": _accelerator_peak() / 1e9}
 
 
+def torch_device() -> str | None:
+    """Where PyTorch computes, ``"cuda"`` or ``"cpu"``; None if Keras uses another backend."""
+    if os.environ.get("KERAS_BACKEND") != "torch":
+        return None
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory(device: str | None = None) -> int | None:
+    """Bytes that are free, on a GPU for ``"cuda"``, else on the host; None if that is unknown."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    known = Path("/proc/meminfo")
+    if not known.exists():  # not Linux
+        return None
+    return int(re.search(r"MemAvailable:\s*(\d+) kB", known.read_text())[1]) * 1024
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any framework says that memory ran out."""
+    words = ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED", "OOM when allocating")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def _accelerator_peak() -> int:
     backend = os.environ["KERAS_BACKEND"]
     if backend == "torch":

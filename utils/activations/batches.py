@@ -43,6 +43,7 @@ class ShuffledBatches:
         )
         piece_bytes = PIECE * store.d_model * store.storage_dtype.itemsize
         self._pool_pieces = max(1, pool_bytes // piece_bytes)
+        self.pool_bytes = 2 * min(self._pool_pieces, len(self._kept)) * piece_bytes
 
     def n_steps(self, n_passes: float) -> int:
         """The number of whole batches in ``n_passes`` passes over the rows."""

@@ -44,6 +44,8 @@ class SparseAutoencoder(keras.Model):
 
     loss_names: tuple[str, ...] = ("reconstruction",)  # of `loss_terms`; each is a metric
     training_aids: tuple[str, ...] = ()  # those of them that say nothing of quality
+    arrays_of_width = 5.0  # (batch, d_model), that a training step holds at once on PyTorch
+    arrays_of_latents = 0.0  # (batch, n_latents) likewise
 
     default_decoder_norm = 0.1
     default_unit_decoder = False
@@ -79,8 +81,7 @@ class SparseAutoencoder(keras.Model):
         )
         terms = map(metric_name, self.loss_names)
         self._trackers = {
-            name: Mean(name=name)
-            for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
+            name: Mean(name=name) for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
         }
         self.tokens_until_dead = 0
         self.built = True
@@ -229,9 +230,9 @@ class SparseAutoencoder(keras.Model):
         return ops.convert_to_tensor(self.idle_tokens) >= self.dead_after
 
     def look_for_dead(self) -> None:
-        """Ask how soon a latent can be dead, so that steps until then need not ask the device."""
-        longest = int(ops.convert_to_numpy(ops.max(self.idle_tokens)))
-        self.tokens_until_dead = self.dead_after - longest
+        """On PyTorch, ask how soon a latent can be dead: steps until then need not ask."""
+        if keras.backend.backend() == "torch":
+            self.tokens_until_dead = self.dead_after - int(ops.max(self.idle_tokens))
 
     def auxk_loss(self, x, error):
         """‖e − ê‖² for the error e (batch, d_model): dead latents learn what the others miss.

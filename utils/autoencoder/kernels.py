@@ -18,12 +18,13 @@ from a backup is the same.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-BLOCK_NUMBERS = 2**24  # of a matrix, that are worked on at once where float32 copies are needed
+BLOCK_NUMBERS = 2**21  # of a matrix, that are worked on at once where float32 copies are needed
 MIX, STEP_SEED = (0x7FEB352D, 0x846CA68B), 0x9E3779B9  # of the hash; the golden ratio of 2**32
 
 
@@ -169,7 +170,7 @@ def fused(trained: list[Trained], step: AdamStep, divisor: torch.Tensor | None) 
     )
 
 
-def _blocks(one: Trained, step: AdamStep, number: int):
+def _blocks(one: Trained, step: AdamStep, number: int) -> Iterator[Trained]:
     """Yield some rows at a time as dense float32; what was done with them is put back."""
     n_rows, d = one.weight.shape
     size = max(1, BLOCK_NUMBERS // d)
@@ -177,7 +178,7 @@ def _blocks(one: Trained, step: AdamStep, number: int):
     if one.gradient.is_sparse:
         numbers = one.gradient.indices()[0]
         at = torch.searchsorted(numbers, torch.tensor(edges, device=numbers.device)).tolist()
-    for i, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (first, last) in enumerate(itertools.pairwise(edges)):
         rows = slice(first, last)
         if one.gradient.is_sparse:
             gradient = one.weight.new_zeros(last - first, d)

@@ -48,6 +48,7 @@ class DenseAutoencoder(SparseAutoencoder):
     """
 
     loss_names = ("reconstruction", "sparsity")
+    arrays_of_latents = 4.0
 
     def __init__(self, sparsity_coefficient: float = 2.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
@@ -116,6 +117,7 @@ class GatedAutoencoder(DenseAutoencoder):
     """
 
     loss_names = ("reconstruction", "sparsity", "auxiliary")
+    arrays_of_latents = 7.25
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -167,6 +169,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
 
     default_sparsity_warmup, default_unit_decoder = 1.0, True
     loss_names = ("reconstruction", "sparsity", "preactivation")
+    arrays_of_latents = 9.0
 
     def __init__(
         self,
@@ -338,7 +341,7 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, constant(20.0))
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        n_chosen = len(indices) * self.k
+        n_chosen = ops.shape(indices)[0] * self.k
         chosen = ChosenLatents(indices, self.n_latents, values >= smallest, n_chosen)
         return chosen, chosen.of(values)
 

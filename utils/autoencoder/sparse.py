@@ -27,7 +27,8 @@ from utils.autoencoder.devices import (
 )
 
 CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
-CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
+CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations,
+LEAST_ROWS = 1_024  # or so many, for W_enc is read anew for each chunk
 GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
 GROUP = 8  # latents whose maximum stands for them while the largest are sought
 FEW = 2  # latents for each choice of a batch, from which on only the chosen rows have a gradient
@@ -48,14 +49,27 @@ if keras.backend.backend() == "torch":
     import torch
 
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+    torch.sparse.check_sparse_tensor_invariants.disable()  # they would be read from the device
+
+    def card_lacks_bfloat16() -> bool:
+        """Whether there is a graphics card that does not compute in bfloat16."""
+        return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
 
     def fastest_dtype() -> str:
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
         if torch.cuda.is_available():
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            fast = not card_lacks_bfloat16()
         else:  # without these instructions bfloat16 is emulated, several times slower
             fast = torch.cpu._is_avx512_bf16_supported()
         return "bfloat16" if fast else "float32"
+
+    def chunk_rows(n_latents: int) -> int:
+        """Rows whose pre-activations are held at once while the largest are sought."""
+        if ops.zeros(()).device.type == "cpu":
+            return CHUNK_ROWS
+        return max(LEAST_ROWS, CHUNK_VALUES // n_latents)
 
     @torch.no_grad()
     def top_latents(x, rows, biases, k, dtype="float32"):
@@ -69,8 +83,8 @@ if keras.backend.backend() == "torch":
         dtype = getattr(torch, dtype)
         x, biases = x.to(dtype), ops.convert_to_tensor(biases).to(dtype)
         columns = ops.convert_to_tensor(rows).to(dtype).T
-        n_rows = CHUNK_ROWS if x.device.type == "cpu" else max(1, CHUNK_VALUES // len(biases))
-        chunks = [_largest(torch.addmm(biases, c, columns), k) for c in x.split(n_rows)]
+        chunks = x.split(chunk_rows(len(biases)))
+        chunks = [_largest(torch.addmm(biases, chunk, columns), k) for chunk in chunks]
         values, indices = zip(*chunks, strict=True)
         return torch.cat(values).float(), torch.cat(indices).int()
 
@@ -262,6 +276,10 @@ if keras.backend.backend() == "torch":
             )
 
 else:
+
+    def card_lacks_bfloat16() -> bool:
+        """Whether PyTorch would be slow in bfloat16; other frameworks choose by themselves."""
+        return False
 
     def fastest_dtype() -> str:
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
