@@ -71,7 +71,6 @@ def test_the_papers_smallest_dictionary_fits_on_a_card_of_80_gb(monkeypatch):
     assert plan.weights == 2 * 2**20 * 3_072 * 4 and plan.moments == plan.weights
     assert plan.weights + plan.moments + plan.choosing <= plan.total < 76e9
     assert plan_memory(asked(*size), 3_072).total > 80e9
-    print(plan)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +97,9 @@ def test_the_largest_batch_that_fits_is_named(monkeypatch):
 
 
 def test_memory_that_runs_out_is_told_with_its_remedy():
-    with pytest.raises(InputError, match=r"The last backup stays.*lower BATCH_SIZE"):
-        with training.out_of_memory_told():
-            torch.empty(2**60, dtype=torch.uint8)
+    remedy = r"The last backup stays.*lower BATCH_SIZE"
+    with pytest.raises(InputError, match=remedy), training.out_of_memory_told():
+        torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="something else"), training.out_of_memory_told():
         raise RuntimeError("something else")
 
