@@ -1,4 +1,4 @@
-"""Adam on PyTorch in as few passes over the weights as there are: plain, and as Triton kernels.
+"""Adam on PyTorch, clipping and rows of norm 1: its plain form; `triton_kernels` do the same.
 
 A step of a matrix (n, d) with moments m, v and gradient g, whose rows w may be held at norm 1:
 
@@ -16,8 +16,6 @@ from a backup is the same.
 """
 
 import dataclasses
-import functools
-import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -68,40 +66,8 @@ class AdamStep:
         return (norm / self.clip_norm).clamp(min=1.0)
 
 
-@torch.no_grad()
-def adam_step(trained: list[Trained], step: AdamStep) -> None:
-    """Make a step with all weights, in place; gradients are overwritten."""
-    matrices = [one for one in trained if one.weight.dim() == 2]
-    if not (matrices and kernels_run(matrices[0].weight.device)):
-        return plain_step(trained, step)
-    from utils.autoencoder import triton_kernels
-
-    triton_kernels.adam_step(trained, step)
-
-
-@functools.cache
-def kernels_run(device: torch.device) -> bool:
-    """Whether Triton is there for a device, and compiles; it needs a card and a C compiler."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    from utils.autoencoder import triton_kernels
-
-    one = Trained(*(torch.zeros(1, 1, device=device) for _ in range(4)))
-    try:
-        triton_kernels.adam_step([one], AdamStep(1, 0.0, 0.9, 0.999, 1e-7, 1.0))
-        torch.cuda.synchronize(device)
-    except Exception as error:  # by card, driver and compiler these are of any class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"Triton's kernels do not run here, and plain ones take their place: {reason}")
-        return False
-    return True
-
-
-# ------------------------------------------------------------------------------------------- plain
-
-
 def plain_step(trained: list[Trained], step: AdamStep) -> None:
-    """`adam_step` by PyTorch's own kernels."""
+    """Make a step with all weights, in place, by PyTorch's own kernels; gradients are used up."""
     trained = [_coalesced(one) for one in trained]
     for one in trained:
         if one.is_unit:

@@ -274,6 +274,12 @@ class TopKAutoencoder(SparseAutoencoder):
         is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
         return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
+    def call(self, activations, training=False):
+        if training:
+            return super().call(activations, training=True)
+        chosen, values = self.encode_chosen(activations)
+        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+
     def encode_active(self, activations):
         chosen, values = self.encode_chosen(activations)
         reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
@@ -328,6 +334,9 @@ class BatchTopKAutoencoder(TopKAutoencoder):
     def encode(self, activations, features=None):
         pre_activations = self.pre_activations(self.normalise(activations), features)
         return ops.where(pre_activations > self.threshold, ops.relu(pre_activations), 0.0)
+
+    def call(self, activations, training=False):
+        return SparseAutoencoder.call(self, activations, training)
 
     def encode_active(self, activations):
         return SparseAutoencoder.encode_active(self, activations)

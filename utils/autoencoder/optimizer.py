@@ -1,6 +1,9 @@
 """Adam in one pass where a backend has it, rows held at norm 1, schedules of the rate."""
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -11,7 +14,27 @@ from utils.settings import require
 if keras.backend.backend() == "torch":
     import torch
 
-    from utils.autoencoder.kernels import AdamStep, Trained, adam_step
+    from utils.autoencoder.kernels import AdamStep, Trained, plain_step
+
+    @functools.cache
+    def step_on(device: torch.device) -> Callable[[list[Trained], AdamStep], None]:
+        """What makes a step on a device: Triton's kernels, or plain ones where these do not run.
+
+        They need a graphics card, and a C compiler when they are first used.
+        """
+        if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return plain_step
+        from utils.autoencoder import triton_kernels
+
+        one = Trained(*(torch.zeros(1, 1, device=device) for _ in range(4)))
+        try:
+            triton_kernels.adam_step([one], AdamStep(1, 0.0, 0.9, 0.999, 1e-7, 1.0))
+            torch.cuda.synchronize(device)
+        except Exception as error:  # by card, driver and compiler these are of any class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"Triton's kernels do not run here, and plain ones take their place: {reason}")
+            return plain_step
+        return triton_kernels.adam_step
 
 
 class UnitRows(keras.constraints.Constraint):
@@ -80,21 +103,13 @@ class Adam(keras.optimizers.Adam):
                 self.build(trainable_variables)
             if self._step is None:
                 self._step = int(self.iterations)
-            trained = [
-                self._trained(grad, variable)
-                for grad, variable in zip(
-                    grads, trainable_variables or self._trainable_variables, strict=True
-                )
-                if grad is not None
-            ]
+            variables = trainable_variables or self._trainable_variables
+            pairs = zip(grads, variables, strict=True)
+            trained = [self._trained(*pair) for pair in pairs if pair[0] is not None]
             rate = self._rate(self._step)
             self._step += 1
-            adam_step(
-                trained,
-                AdamStep(
-                    self._step, rate, self.beta_1, self.beta_2, self.epsilon, self.global_clipnorm
-                ),
-            )
+            numbers = rate, self.beta_1, self.beta_2, self.epsilon, self.global_clipnorm
+            step_on(variables[0].value.device)(trained, AdamStep(self._step, *numbers))
             self.iterations.value.data.add_(1)
 
         def _trained(self, grad, variable):

@@ -35,6 +35,7 @@ from utils.backend import ran_out_of_memory
 from utils.settings import InputError, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
+MOST_VALIDATED = 2**28  # latents of rows that are computed at once between rounds
 BACKUP_BYTES = 25  # at most, of each weight of W_dec: W_enc, W_dec and their two moments
 
 
@@ -75,7 +76,7 @@ class TrainingData:
     held_out: np.ndarray
     batch_size: int
 
-    def validation(self) -> tuple[np.ndarray, int]:
+    def validation(self, n_latents: int) -> tuple[np.ndarray, int]:
         """The held-out rows, cut to batches of one size, and that size.
 
         Batches are equal, for Keras averages their metrics, and such as devices can share.
@@ -83,7 +84,8 @@ class TrainingData:
         Raises:
             InputError: Too little is held out.
         """
-        n_batches = math.ceil(len(self.held_out) / self.batch_size)
+        most = min(self.batch_size, max(n_shares(), MOST_VALIDATED // n_latents))
+        n_batches = math.ceil(len(self.held_out) / most)
         size = len(self.held_out) // n_batches // n_shares() * n_shares()
         require(
             size > 0,
@@ -251,7 +253,7 @@ def train(
         InputError: Too little is held out; the loss is no longer a number; or memory ran out.
     """
     first_round = int(autoencoder.step) // rounds.steps
-    held_out, size = data.validation()
+    held_out, size = data.validation(autoencoder.n_latents)
     callbacks = [
         Progress(rounds, data.batch_size),
         StopOnNaN(),

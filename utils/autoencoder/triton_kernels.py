@@ -1,4 +1,4 @@
-"""The kernels of `utils.autoencoder.kernels` for a graphics card: a program for each row.
+"""The steps of `utils.autoencoder.kernels` on a graphics card, in Triton: a program for each row.
 
 A row of the weights, its moments and gradient are in registers from reading to writing. What the
 gradients are divided by must be known before, so that they are read once more, for their norm.
@@ -97,7 +97,7 @@ def _adam_kernel(
 
 
 def adam_step(trained: list[Trained], step: AdamStep) -> None:
-    """`kernels.adam_step`: a kernel for each matrix, PyTorch's for what is no matrix."""
+    """`kernels.plain_step`, by a kernel for each matrix; PyTorch's for what is no matrix."""
     entries = [_entries(one) for one in trained]
     squares = [
         _squares(one, entry) if one.weight.dim() == 2 else one.gradient.square().sum()
