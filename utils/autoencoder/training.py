@@ -35,7 +35,7 @@ from utils.backend import ran_out_of_memory
 from utils.settings import InputError, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
-MOST_VALIDATED = 2**28  # latents of rows that are computed at once between rounds
+MOST_VALIDATED = 2**30  # latents of rows that are computed at once between rounds
 BACKUP_BYTES = 25  # at most, of each weight of W_dec: W_enc, W_dec and their two moments
 
 
