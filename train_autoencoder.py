@@ -65,6 +65,9 @@ LEARNING_RATE_WARMUP = 0.0  # share of the steps over which it rises
 LEARNING_RATE_DECAY = 0.2  # share of the steps, at the end, over which it falls to 0
 LEARNING_RATE_SHAPE: Literal["linear", "cosine"] = "linear"  # of the fall; linear: the paper's
 GRADIENT_CLIP_NORM: float | None = 1.0  # largest norm of the gradient; None: no clipping
+MOMENTS_DTYPE: Literal["float32", "bfloat16"] = (
+    "float32"  # of Adam's two moments; bfloat16 takes half their memory (torch)
+)
 DEAD_AFTER = 10_000_000  # a latent is dead that was silent for so many training tokens
 POOL_GIB: float | None = None  # GiB shuffled together, held twice; None: 0.5, on a GPU up to 4
 SEED = 0  # of the starting weights and of the order of the data
@@ -116,6 +119,7 @@ def main() -> None:
     from utils.autoencoder.callbacks import Rounds, read_log
     from utils.autoencoder.devices import use_devices
     from utils.autoencoder.fidelity import measure_fidelity
+    from utils.autoencoder.memory import require_memory
     from utils.autoencoder.saved import metrics_of, save_autoencoder
     from utils.autoencoder.training_curves import plot_training_curves
 
@@ -142,7 +146,8 @@ def main() -> None:
         validated = spread(split.held_out, max(1, N_VALIDATION_TOKENS // store.context_length))
         rows = store.kept_rows(validated).astype("float32")
         data = training.TrainingData(batches.from_step, rows, settings.batch_size)
-        print(plan(settings, store, rounds, backend))
+        memory = require_memory(settings, store.d_model, batches.pool_bytes)
+        print(plan(settings, store, rounds, backend) + memory)
 
         # 3. Build the autoencoder on the data's scale and mean, or take the backup's.
         # Two backups must fit, for the last one goes when the next is whole.

@@ -227,7 +227,7 @@ def differentiate(function, arguments, weights):
         arguments = [torch.tensor(argument, requires_grad=True) for argument in arguments]
         value = function(*arguments)
         (value * torch.as_tensor(weights)).sum().backward()
-        return value.detach().numpy(), [argument.grad.numpy() for argument in arguments]
+        return value.detach().numpy(), [argument.grad.to_dense().numpy() for argument in arguments]
     import tensorflow as tf
 
     arguments = [tf.constant(argument) for argument in arguments]
@@ -291,7 +291,8 @@ def loss_and_gradients(autoencoder, x: np.ndarray) -> dict[str, np.ndarray]:
         value.backward()
         gradients = [w.value.grad for w in weights]
         gradients = [
-            ops.zeros(w.shape) if g is None else g for w, g in zip(weights, gradients, strict=True)
+            ops.zeros(w.shape) if g is None else g.to_dense()
+            for w, g in zip(weights, gradients, strict=True)
         ]
     else:
         import tensorflow as tf

@@ -6,20 +6,26 @@ import sys
 
 from conftest import ROOT
 
+CASES = ("torch", "million", "extraction", "folder", "measuring", "pass", "loader")
+
 
 def test_a_small_run_gives_a_table_and_its_json(tmp_path):
-    words = ["--small", "--cases", "torch", "--folder", str(tmp_path)]
+    words = ["--small", "--cases", *CASES[:-1], "--folder", str(tmp_path)]
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
-    loading, case = results["cases"]
     assert results["flops_per_token"] == 2 * 64 * 512 + 8 * 8 * 64
-    assert loading["who"] == "loader" and loading["tokens_per_second"] > 0
-    assert (case["who"], case["batch_size"]) == ("torch", 256) and "failed" not in case
-    rate = case["tokens_per_second"]
-    assert rate == case["batch_size"] / case["step_seconds_from_device"] > 0
-    last = done.stdout.splitlines()[-1].split(" | ")
-    assert last[0] == "| 256" and last[1] == "torch"
-    assert last[4] == f"{rate:,.0f}" and last[6] == "1.00"
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["gpu.json"]
+    cases = {case["who"]: case for case in results["cases"]}
+    assert tuple(cases) == CASES
+    failed = {who: case for who, case in cases.items() if "failed" in case}
+    assert not failed
+    assert all(case["tokens_per_second"] > 0 for case in cases.values())
+    torch, million = cases["torch"], cases["million"]
+    assert torch["tokens_per_second"] == 256 / torch["step_seconds_from_device"]
+    assert all("Memory: 0.0" in case["plan"] for case in (torch, million, cases["folder"]))
+    lines = [line.split(" | ") for line in done.stdout.strip().splitlines()[-len(CASES) :]]
+    assert tuple(line[1] for line in lines) == CASES
+    assert lines[0][0] == "| 256" and lines[0][6] == "1.00"
+    assert lines[0][4] == f"{torch['tokens_per_second']:,.0f}"
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]

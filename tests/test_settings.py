@@ -31,7 +31,7 @@ FLAGS = {
         --prefixes
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
-        --learning-rate-decay --learning-rate-shape --gradient-clip-norm
+        --learning-rate-decay --learning-rate-shape --gradient-clip-norm --moments-dtype
         --dead-after --pool-gib --seed --sweep-latents --sweep-steps --sweep-learning-rates
         --backend --distribution --log-every --tensorboard --backup-every --overwrite
     """,

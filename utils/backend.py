@@ -19,6 +19,10 @@ PROBES = {
     "jax": "import jax; print(jax.default_backend() != 'cpu')",
     "tensorflow": "import tensorflow as tf; print(bool(tf.config.list_physical_devices('GPU')))",
 }
+OUT_OF_MEMORY = (  # in the errors of each framework
+    "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED",
+    "OOM when allocating",
+)  # fmt: skip
 FASTEST_ON_CPU = ("torch", "tensorflow", "jax")  # first; measured by tests/benchmarks
 
 
@@ -92,6 +96,11 @@ def free_memory(device: str | None = None) -> int | None:
     if not known.exists():  # not Linux
         return None
     return int(re.search(r"MemAvailable:\s*(\d+) kB", known.read_text())[1]) * 1024
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any framework says that memory ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _accelerator_peak() -> int:

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from on_backend import STEP_KINDS, loss_and_gradients, step_inputs
 
 from utils.autoencoder import sparse
-from utils.autoencoder.sparse import top_latents
+from utils.autoencoder.kinds import KINDS
+from utils.autoencoder.sparse import ChosenLatents, top_latents
 
 
 def drawn(n_latents: int, n_rows: int = 13, largest: int = 1_000):
@@ -98,3 +100,43 @@ def test_integers_stand_for_numbers_of_either_sign(dtype):
         assert torch.equal(found, values.gather(1, indices))
         expected = values.sort(dim=1, descending=True).values[:, :k]
         assert torch.equal(found.sort(dim=1, descending=True).values, expected)
+
+
+# ------------------------------------------------------- forms for accelerators and few latents
+
+
+def step_of(kind: str) -> dict[str, np.ndarray]:
+    """Loss and gradients of a step in which AuxK is at work."""
+    given = step_inputs()
+    made = KINDS[kind](d_model=8, n_latents=32, k=3, dead_after=100)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle_tokens"):
+        getattr(made, name).assign(given[name])
+    found = loss_and_gradients(made, given["x"])
+    weights = made.W_enc.value, made.W_dec.value
+    return found | {"is_sparse": [weight.grad.is_sparse for weight in weights]}
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS)
+@pytest.mark.parametrize(("is_few", "on_cpu"), [(True, True), (False, False), (True, False)])
+def test_a_step_in_other_forms_is_the_same(monkeypatch, kind, is_few, on_cpu):
+    expected = step_of(kind)
+    assert expected.pop("is_sparse") == [False, False]
+    monkeypatch.setattr(sparse, "FEW", 0 if is_few else 2)
+    monkeypatch.setattr(sparse, "_is_on_cpu", lambda tensor: on_cpu)
+    found = step_of(kind)
+    assert found.pop("is_sparse") == [is_few, is_few]
+    for name, wanted in expected.items():
+        size = np.abs(wanted).max()
+        np.testing.assert_allclose(found[name], wanted, atol=1e-5 * size, err_msg=name)
+
+
+def test_of_an_accelerator_the_number_kept_is_not_asked(monkeypatch):
+    monkeypatch.setattr(sparse, "_is_on_cpu", lambda tensor: False)
+    indices = torch.arange(12, dtype=torch.int32).reshape(3, 4)
+    kept = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    for n_kept, latents in ((3, [1, 3, 8]), (2, [1, 3]), (5, [0, 1, 2, 3, 8])):
+        chosen = ChosenLatents(indices, 12, kept, n_kept)
+        assert chosen.latent.tolist() == latents
+        assert chosen.row.tolist() == [latent // 4 for latent in latents]
+        assert chosen.starts.tolist() == [0, *np.cumsum(np.bincount(chosen.row, minlength=3))]
+        assert chosen.of(indices).tolist() == latents

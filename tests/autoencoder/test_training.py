@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.kinds import KINDS, L1Autoencoder, kind
+from utils.autoencoder.optimizer import Adam
 from utils.settings import InputError, read_settings
 
 BATCH, D_MODEL = 32, 4
@@ -182,3 +184,25 @@ def test_a_loss_that_is_not_a_number_names_its_terms(tmp_path, more_kinds):
     with pytest.raises(InputError, match=rule):
         train("diverging", tmp_path)
     assert len(log_of(tmp_path)) == 0
+
+
+# ------------------------------------------------------------------------------------------ moments
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_that_goes_on_is_the_one_that_was_not_interrupted(tmp_path, dtype):
+    flags = ("--k", 2, "--moments-dtype", dtype)
+    whole = train("topk", tmp_path, *flags)
+    (tmp_path / "training_log.csv").unlink()
+    again = train("topk", tmp_path, *flags)  # from the backup in the middle
+    assert len(log_of(tmp_path)) == 5
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_array_equal(array(getattr(again, name)), array(getattr(whole, name)))
+    moments = again.optimizer._momentums + again.optimizer._velocities
+    assert [moment.dtype for moment in moments] == [dtype, "float32"] * 4
+
+
+def test_other_moments_need_pytorch(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(InputError, match="MOMENTS_DTYPE bfloat16 needs BACKEND torch; it is jax"):
+        Adam(0.1, moments_dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Steps of TopK training on one accelerator: ours, and two other libraries', in under 8 minutes.
+"""The whole pipeline on one accelerator, and training steps beside two other libraries', in 8 min.
 
     python -m tests.benchmarks.gpu [--peers-python PYTHON] [--jax-python PYTHON]
 
@@ -8,10 +8,13 @@ data/benchmarks/gpu.json is written after every case. ``--small``: on a CPU, to 
 - Steps on made-up float16 activations are timed with batches on the device, and with batches in the
   host's memory, as they come from a disk: in groups, the device waited for after each; medians.
 - Ours is an autoencoder and a `fit` with a callback as train_autoencoder.py has them; theirs are
-  the classes of `tests.benchmarks.peers`, with Adam. No latent is dead for anyone yet.
+  the classes of `tests.benchmarks.peers`, with Adam. No latent is dead for anyone yet. ``million``
+  is ours with 1,048,576 latents, moments in bfloat16.
+- ``extraction``, ``folder``, ``measuring`` and ``pass`` are `tests.benchmarks.gpu_pipeline`'s.
 - Share of the card's dense bfloat16 peak: of what the method needs, 2·d·n + 8·k·d FLOPs a token
   (the product that encodes; decoding, and the gradients of values, encoder, decoder, by k latents).
-- Memory is the accelerator's, allocated at most. The loader is timed alone, from the page cache.
+- Memory is the accelerator's, allocated at most, beside what `utils.autoencoder.memory` plans. The
+  loader is timed alone, from the page cache.
 """
 
 import argparse
@@ -42,14 +45,21 @@ from utils.backend import peak_memory, use_backend
 SIZES = {  # seconds: of all groups, about; contexts: of the loader's store
     "d_model": 3_072, "n_latents": 65_536, "k": 64, "batch_sizes": [4_096, 8_192, 16_384],
     "group": 5, "seconds": 4.0, "contexts": 256, "context_length": 1_024,
+    "million": 2**20, "million_batch": 8_192,
+    "tokens": 2**20, "folder_batch": 8_192, "passes": 3.0, "log_every": 50,
 }  # fmt: skip
 SMALL = {
     "d_model": 64, "n_latents": 512, "k": 8, "batch_sizes": [256],
     "group": 2, "seconds": 0.0, "contexts": 64, "context_length": 64,
+    "million": 4_096, "million_batch": 64,
+    "tokens": 2**13, "folder_batch": 256, "passes": 1.0, "log_every": 10,
 }  # fmt: skip
 SAELENS = {"sae_lens": "TopKTrainingSAEConfig", "sae_lens.config": "SAETrainerConfig"}
+PIPELINE = ("extraction", "folder", "measuring", "pass")  # in this order: each needs the earlier
 CASES = {  # a peer's name, whether it gets autocast, and what in it is to be told the device
     "torch": None,
+    "million": None,
+    **dict.fromkeys(PIPELINE),
     "jax": None,
     "sparsify": ("sparsify", False, {"sparsify": "SparseCoder"}),  # bfloat16 on CUDA by itself
     "saelens": ("saelens", False, SAELENS),
@@ -59,6 +69,7 @@ PEAKS = {  # dense bfloat16, FLOP/s; the first name that is part of the card's
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2_250e12,
     "A100": 312e12, "L40S": 362e12,
 }  # fmt: skip
+LIMITS = {"million": 130.0, "extraction": 120.0}  # seconds: weights and a model are made first
 LEAST, MOST = 3, 20  # timed groups
 N_BATCHES, N_DIRECTIONS, ACTIVE = 4, 1_024, 16  # of the data; directions in a row, on average
 STEPS, DEAD_AFTER = 10_000, 10_000_000  # of a schedule; tokens
@@ -69,21 +80,35 @@ def main() -> None:
     sizes = options.sizes = SMALL if options.small else SIZES
     options.flops = sizes["d_model"] * (2 * sizes["n_latents"] + 8 * sizes["k"])  # needed, a token
     if options.worker:
-        measure = loader if options.worker == "loader" else work
+        measure = {"loader": loader, **dict.fromkeys(PIPELINE, pipeline)}.get(options.worker, work)
         return write_json(Path(options.output), measure(options))
     path = Path(options.folder) / "gpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     results, failed = {"sizes": sizes, "flops_per_token": options.flops, "cases": []}, {}
-    cases = itertools.product(sizes["batch_sizes"], options.cases)
-    for batch_size, who in [(sizes["batch_sizes"][0], "loader"), *cases]:
-        result = failed.get(who) or run_case(options, who, batch_size, deadline)
-        if "failed" in result:
-            failed[who] = result
-        results["cases"].append({"who": who, "batch_size": batch_size, **result})
-        write_json(path, results)
-        print(f"{who}, batch {batch_size:,}: {result.get('failed', 'done')}", flush=True)
-    print(f"\n{table(results['cases'])}")
+    with tempfile.TemporaryDirectory(dir=options.folder) as options.work:
+        for who, batch_size in ordered(options.cases, sizes):
+            result = failed.get(who) or run_case(options, who, batch_size, deadline)
+            if "failed" in result:
+                failed[who] = result
+            results["cases"].append({"who": who, "batch_size": batch_size, **result})
+            write_json(path, results)
+            print(f"{who}, batch {batch_size:,}: {result.get('failed', 'done')}", flush=True)
+            print(f"\n{table(results['cases'])}\n", flush=True)
+
+
+def ordered(cases: list[str], sizes: dict) -> Iterator[tuple[str, int]]:
+    """Cases and batch sizes, the most informative first; those of steps at each size."""
+    of_one_size = {"million": sizes["million_batch"]}
+    of_one_size |= dict.fromkeys(PIPELINE, sizes["folder_batch"])
+    ours, others = (
+        sizes["batch_sizes"],
+        [who for who in cases if who not in ("torch", *of_one_size)],
+    )
+    yield from (("torch", batch_size) for batch_size in ours if "torch" in cases)
+    yield from ((who, size) for who, size in of_one_size.items() if who in cases)
+    yield "loader", ours[0]
+    yield from ((who, batch_size) for batch_size in ours for who in others)
 
 
 def parse() -> argparse.Namespace:
@@ -95,22 +120,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all cases together")
     parser.add_argument("--case-seconds", type=float, default=75.0, help="for one case")
-    for name, kind in (("--worker", str), ("--output", str), ("--batch-size", int)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    for name in ("--worker", "--output", "--work"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_case(options: argparse.Namespace, who: str, batch_size: int, deadline: float) -> dict:
     """What a case measured in a process of its own, or why it ``failed``."""
-    left = min(options.case_seconds, deadline - time.monotonic())
+    left = min(LIMITS.get(who, options.case_seconds), deadline - time.monotonic())
     if left < 10:
         return {"failed": "no time left"}
-    python = {"torch": sys.executable, "loader": sys.executable, "jax": options.jax_python}
+    python = dict.fromkeys(("torch", "million", "loader", *PIPELINE), sys.executable)
+    python["jax"] = options.jax_python
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         output = Path(folder) / "result.json"
         command = [python.get(who, options.peers_python), "-m", "tests.benchmarks.gpu"]
         command += ["--worker", who, "--batch-size", str(batch_size), "--output", str(output)]
-        command += ["--folder", folder, *(["--small"] if options.small else [])]
+        command += ["--folder", folder, "--work", options.work]
+        command += ["--small"] if options.small else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
@@ -128,7 +156,7 @@ def run_case(options: argparse.Namespace, who: str, batch_size: int, deadline: f
 def work(options: argparse.Namespace) -> dict:
     """Measure one case."""
     ours = CASES[options.worker] is None
-    backend = use_backend(options.worker) if ours else "torch"
+    backend = use_backend("jax" if options.worker == "jax" else "torch") if ours else "torch"
     os.environ["KERAS_BACKEND"] = backend  # `peak_memory` asks for it
     device = Device(backend)
     if not (options.small or device.name):
@@ -145,8 +173,14 @@ def work(options: argparse.Namespace) -> dict:
         seconds[f"step_seconds_from_{place}"] = clock.step_seconds()
     rate = options.batch_size / seconds["step_seconds_from_device"]
     peaks = [peak for name, peak in PEAKS.items() if name in device.name]
-    share = options.flops * rate / peaks[0] if peaks else None
+    flops = options.flops
+    if options.worker == "million":
+        flops += (
+            2 * options.sizes["d_model"] * (options.sizes["million"] - options.sizes["n_latents"])
+        )
+    share = flops * rate / peaks[0] if peaks else None
     facts = {"device": device.name or "CPU", "version": device.version, **peak_memory()}
+    facts |= {"plan": options.plan} if ours else {}
     return {**seconds, "tokens_per_second": rate, "share_of_peak": share, **facts}
 
 
@@ -203,10 +237,17 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
 
     import train_autoencoder
     from utils.autoencoder import training
+    from utils.autoencoder.callbacks import RoundCallbacks
+    from utils.autoencoder.memory import require_memory
     from utils.settings import read_settings
 
-    flags = f"--kind topk --n-latents {options.sizes['n_latents']} --k {options.sizes['k']}"
+    is_million = options.worker == "million"
+    n_latents = options.sizes["million" if is_million else "n_latents"]
+    flags = f"--kind topk --n-latents {n_latents} --k {options.sizes['k']}"
+    flags += f" --batch-size {options.batch_size}"
+    flags += " --moments-dtype bfloat16" if is_million else ""
     settings = read_settings(train_autoencoder, flags.split())
+    options.plan = require_memory(settings, store.d_model).strip()
     autoencoder = training.build(settings, store, STEPS)
 
     def run(batches, clock):
@@ -215,7 +256,8 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
                 self.model.stop_training = clock.is_over(batch)
 
         endless = ((batch,) for batch in itertools.cycle(batches))
-        autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=[Stop()])
+        callbacks = RoundCallbacks([Stop()], add_history=True, model=autoencoder)
+        autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=callbacks)
 
     return run
 
@@ -246,6 +288,14 @@ def peer_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devi
                 return
 
     return run
+
+
+def pipeline(options: argparse.Namespace) -> dict:
+    """Measure one script, or a part of it."""
+    use_backend("torch")
+    from tests.benchmarks import gpu_pipeline
+
+    return gpu_pipeline.CASES[options.worker](options)
 
 
 def loader(options: argparse.Namespace) -> dict:
@@ -286,22 +336,22 @@ def write_store(folder: Path, activations: np.ndarray) -> ActivationStore:
 
 def table(cases: list[dict]) -> str:
     """A line a case; speeds beside those of ours on PyTorch, at the same batch size."""
-    loading, *cases = cases
-    rate = loading.get("failed") or f"{loading['tokens_per_second']:,.0f} tokens/s"
     devices = {case["device"]: None for case in cases if "device" in case}
-    lines = [f"Loader: {rate}, {os.cpu_count()} cores. Device: {', '.join(devices) or 'none'}.\n"]
+    lines = [f"Device: {', '.join(devices) or 'none'}, {os.cpu_count()} cores.\n"]
     head = "| batch | who | step | step from host | tokens/s | of peak | torch / this | memory |"
     lines += [head, "|" + "---|" * 8]
     ours = {case["batch_size"]: case for case in cases if case["who"] == "torch"}
     for case in cases:
         cells = [case.get("failed", ""), *[""] * 5]
         if "failed" not in case:
-            rate, memory = case["tokens_per_second"], case["peak_accelerator_memory_gb"]
-            ratio = ours.get(case["batch_size"], {}).get("tokens_per_second", 0) / rate
-            steps = [case[f"step_seconds_from_{place}"] for place in ("device", "host")]
-            cells = [f"{1e3 * step:.2f} ms" for step in steps] + [f"{rate:,.0f}"]
-            cells += [f"{case['share_of_peak']:.1%}" if case["share_of_peak"] else ""]
-            cells += [f"{ratio:.2f}" if ratio else "", f"{memory:.1f} GB" if memory else ""]
+            rate, memory = case["tokens_per_second"], case.get("peak_accelerator_memory_gb")
+            compared = ours.get(case["batch_size"], {}).get("tokens_per_second", 0)
+            ratio = compared / rate if "step_seconds_from_host" in case else 0
+            steps = [case.get(f"step_seconds_from_{place}") for place in ("device", "host")]
+            cells = [f"{1e3 * step:.2f} ms" if step else "" for step in steps] + [f"{rate:,.0f}"]
+            share = case.get("share_of_peak")
+            cells += [f"{share:.1%}" if share else "", f"{ratio:.2f}" if ratio else ""]
+            cells += [f"{memory:.1f} GB" if memory else ""]
         lines.append(f"| {case['batch_size']:,} | {case['who']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

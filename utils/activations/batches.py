@@ -57,6 +57,9 @@ class ShuffledBatches:
             f"it is {batch_size:,}.",
         )
         self._pool_pieces = max(1, int(pool_gib * 2**30) // (self._piece * store.row_bytes))
+        pieces = min(self._pool_pieces, len(self._kept))
+        self._pool_rows = pieces * min(self._piece, store.context_length)
+        self.pool_bytes = POOLS * self._pool_rows * store.row_bytes
 
     def n_steps(self, n_passes: float) -> int:
         """The number of whole batches in ``n_passes`` passes over the rows."""
@@ -119,8 +122,7 @@ class ShuffledBatches:
         return pool, ordering, [readers.submit(self._read, pool, share) for share in shares]
 
     def _new_pool(self) -> HostPool:
-        rows = min(self._pool_pieces, len(self._kept)) * min(self._piece, self.store.context_length)
-        shape = (rows, self.store.d_model)
+        shape = (self._pool_rows, self.store.d_model)
         if self.device is None:
             return HostPool(shape, self.store.storage_dtype)
         from utils.activations.torch_pools import torch_pool

@@ -14,7 +14,6 @@ from utils.language_model import LanguageModel, residual_at
 CPU_SUMMED, GPU_SUMMED = 2**20, 2**24  # activations that are in float64 at a time, 8 and 134 MB
 CPU_BATCH, GPU_BATCH = 2_048, 16_384  # tokens in a batch; more were not faster
 USED_MEMORY = 0.5  # of a GPU's free memory, by a batch; others wait on it for being copied
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Capture:
     def run(self, tokens: np.ndarray, **arrays: np.ndarray) -> Captured:
         """A batch of tokens (batch, context), with ``arrays`` that go along with it.
 
-        On a GPU it returns before the batch is computed. An error for which `is_out_of_memory`
+        On a GPU it returns before the batch is computed. An error for which `ran_out_of_memory`
         holds says that the batch is too large.
         """
         on_device = self._copies.upload(tokens)
@@ -160,11 +159,6 @@ def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tens
         total += rows.sum(dim=0)
         squares += rows.square_().sum()
     return torch.cat([torch.stack([is_bos.sum(), counted.sum(), squares]), total])
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, a GPU's or the host's."""
-    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release_memory(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from utils.activations.capture import Capture, Captured, is_out_of_memory, release_memory
+from utils.activations.capture import Capture, Captured, release_memory
 from utils.activations.contexts import Context, pack_contexts
 from utils.activations.corpus import BEGINNING, Corpus, Position
 from utils.activations.manifest import Manifest, ShardEntry, SubsetNumbers
@@ -26,6 +26,7 @@ from utils.activations.shards import (
     bytes_per_token,
 )
 from utils.artifacts import SETTINGS_FILE, read_json
+from utils.backend import ran_out_of_memory
 from utils.language_model import LanguageModel
 from utils.settings import InputError, Json, require
 from utils.terminal import in_rate, in_time
@@ -241,7 +242,7 @@ class Extraction:
             try:
                 return work(self.per_batch)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not ran_out_of_memory(error):
                     raise
                 reason = str(error).split("\n")[0]
             # Not above, where the error still holds what it was raised among.
@@ -310,7 +311,7 @@ class Extraction:
             try:
                 writer = self._fill(contexts, per_batch)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not ran_out_of_memory(error):
                     raise
                 raise InputError(
                     f"Memory ran out: shard {entry.shard} must be made anew in batches of "

@@ -5,7 +5,9 @@ kinds                a class each: equations, options, terms of the loss
 training             from settings to a trained autoencoder
 callbacks            what is logged and backed up on the way; training_curves: drawn
 sparse, devices      products with the active latents alone; over several devices
-optimizer            Adam in one kernel, rows of norm 1, the schedule of the learning rate
+optimizer            Adam, rows of norm 1, the schedule of the learning rate
+kernels              Adam on PyTorch, plain; triton_kernels: the same on a graphics card
+memory               what a training will hold, computed before it starts
 fidelity, saved      variance explained, cosine, L0; autoencoders and their metrics as files
 sweep, scaling_laws  many sizes and budgets on the same batches; the laws fitted to them, drawn
 """

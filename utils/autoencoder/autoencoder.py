@@ -15,7 +15,7 @@ from keras import ops
 
 from utils.autoencoder.devices import per_device
 from utils.autoencoder.optimizer import UnitRows
-from utils.autoencoder.sparse import pre_activations, take_rows, values_at
+from utils.autoencoder.sparse import constant, pre_activations, take_rows, values_at
 from utils.backend import Tensor
 from utils.settings import require
 
@@ -44,6 +44,8 @@ class SparseAutoencoder(keras.Model):
 
     loss_names: tuple[str, ...] = ("reconstruction",)  # of `loss_terms`; each is a metric
     training_aids: tuple[str, ...] = ()  # those of them that say nothing of quality
+    arrays_of_width = 5.0  # (batch, d_model), that a training step holds at once on PyTorch
+    arrays_of_latents = 0.0  # (batch, n_latents) likewise
 
     default_decoder_norm = 0.1
     default_unit_decoder = False
@@ -79,9 +81,9 @@ class SparseAutoencoder(keras.Model):
         )
         terms = map(metric_name, self.loss_names)
         self._trackers = {
-            name: keras.metrics.Mean(name=name)
-            for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
+            name: Mean(name=name) for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
         }
+        self.tokens_until_dead = 0
         self.built = True
 
     def initialize(
@@ -204,9 +206,10 @@ class SparseAutoencoder(keras.Model):
         variance = squared_error(x, ops.mean(x, axis=0))
         values = {**terms, "loss": loss, "fvu": error / variance}
         if training:
-            self.step.assign_add(1)
-            idle = ops.minimum(self.idle_tokens + ops.shape(x)[0], LONGEST_IDLE)
-            self.idle_tokens.assign(ops.where(y_pred["active"], 0, idle))
+            self.step.assign(ops.convert_to_tensor(self.step) + 1)
+            idle = ops.convert_to_tensor(self.idle_tokens) + ops.shape(x)[0]
+            idle = ops.minimum(idle, constant(LONGEST_IDLE, "int32"))
+            self.idle_tokens.assign(ops.where(y_pred["active"], ops.zeros_like(idle), idle))
             values["l0"] = y_pred["l0"]
             values["dead_fraction"] = ops.mean(ops.cast(self.dead(), "float32"))
         for name, value in values.items():
@@ -224,7 +227,12 @@ class SparseAutoencoder(keras.Model):
 
     def dead(self):
         """Which latents were not active for ``dead_after`` training tokens, bool (n_latents,)."""
-        return self.idle_tokens >= self.dead_after
+        return ops.convert_to_tensor(self.idle_tokens) >= self.dead_after
+
+    def look_for_dead(self) -> None:
+        """On PyTorch, ask how soon a latent can be dead: steps until then need not ask."""
+        if keras.backend.backend() == "torch":
+            self.tokens_until_dead = self.dead_after - int(ops.max(self.idle_tokens))
 
     def auxk_loss(self, x, error):
         """‖e − ê‖² for the error e (batch, d_model): dead latents learn what the others miss.
@@ -235,9 +243,12 @@ class SparseAutoencoder(keras.Model):
 
         Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
         """
-        return ops.cond(
-            ops.any(self.dead()), lambda: self._auxk_loss(x, error), lambda: ops.zeros(())
-        )
+        if keras.backend.backend() != "torch":
+            any_dead = ops.any(self.dead())
+            return ops.cond(any_dead, lambda: self._auxk_loss(x, error), lambda: ops.zeros(()))
+        if self.tokens_until_dead > 0:
+            return ops.zeros(())
+        return ops.where(ops.any(self.dead()), self._auxk_loss(x, error), ops.zeros(()))
 
     def _auxk_loss(self, x, error):
         auxk = min(self.d_model // 2, self.n_latents)
@@ -245,13 +256,26 @@ class SparseAutoencoder(keras.Model):
         # As a tensor, for JAX takes no Keras variable within a traced condition.
         idle, rows = ops.top_k(ops.convert_to_tensor(self.idle_tokens), candidates)
         values = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
-        values = ops.where(idle >= self.dead_after, ops.relu(values), 0.0)
+        values = ops.relu(values) * ops.cast(idle >= self.dead_after, "float32")
         largest = per_device(
             lambda share: ops.top_k(share, auxk)[0], ("batch",), ops.stop_gradient(values)
         )
         weakest = ops.min(largest, axis=-1, keepdims=True)
-        latents = ops.where(values >= weakest, values, 0.0)
+        latents = ops.where(values >= weakest, values, ops.zeros_like(values))
         return squared_error(error, ops.matmul(latents, take_rows(self.W_dec, rows)))
+
+    if keras.backend.backend() == "torch":
+
+        def train_step(self, data):
+            """Keras' step, but that nothing in it waits for the device; gradients go at its end."""
+            x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+            loss = self.compute_loss(x=x, y_pred=self(x, training=True))
+            loss.backward()
+            weights = self.trainable_weights
+            self.optimizer.apply([weight.value.grad for weight in weights], weights)
+            self.zero_grad()
+            self.tokens_until_dead -= len(x)
+            return self.get_metrics_result()
 
     @property
     def metrics(self):
@@ -271,6 +295,14 @@ class SparseAutoencoder(keras.Model):
         return {**super().get_config(), **{name: getattr(self, name) for name in self.options()}}
 
 
+class Mean(keras.metrics.Mean):
+    """Keras' mean, of scalars; with the name of its class, by which it is found in a backup."""
+
+    def update_state(self, value):
+        self.total.assign(ops.convert_to_tensor(self.total) + value)
+        self.count.assign(ops.convert_to_tensor(self.count) + 1)
+
+
 def metric_name(term: str) -> str:
     """What a term of the loss is called among the metrics, and in training_log.csv."""
     return f"loss_{term}"
@@ -284,4 +316,10 @@ def of_some(weights, features):
 def squared_error(x, reconstruction):
     """Mean over the batch of ‖x − x̂‖², summed over d_model."""
     error = ops.reshape(x - reconstruction, (-1,))
-    return ops.vdot(error, error) / ops.cast(ops.shape(x)[0], "float32")  # stores no squares
+    return ops.vdot(error, error) / n_rows(x)  # stores no squares
+
+
+def n_rows(x):
+    """Rows of a batch, as a number or, while TensorFlow does not know it, a scalar float32."""
+    n = ops.shape(x)[0]
+    return n if isinstance(n, int) else ops.cast(n, "float32")

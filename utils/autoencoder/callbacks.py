@@ -37,6 +37,20 @@ class Rounds:
         return self.n_rounds * self.steps
 
 
+class RoundCallbacks(keras.callbacks.CallbackList):
+    """Callbacks that are given metrics at the end of a round only.
+
+    Keras hands out those of each step, as numbers: the host would wait for each step to end.
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.callbacks[0].model.look_for_dead()
+        super().on_epoch_begin(epoch, logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch)
+
+
 class Backup(keras.callbacks.Callback):
     """Saves weights, optimiser and counters every few rounds, in one atomically replaced file.
 

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from utils.autoencoder.autoencoder import SparseAutoencoder, of_some, squared_error
-from utils.autoencoder.sparse import ChosenLatents, top_latents
+from utils.autoencoder.autoencoder import SparseAutoencoder, n_rows, of_some, squared_error
+from utils.autoencoder.sparse import ChosenLatents, constant, top_latents
 from utils.backend import Tensor
 from utils.settings import InputError
 
@@ -48,6 +48,7 @@ class DenseAutoencoder(SparseAutoencoder):
     """
 
     loss_names = ("reconstruction", "sparsity")
+    arrays_of_latents = 4.0
 
     def __init__(self, sparsity_coefficient: float = 2.0, sparsity_warmup: int = 0, **kwargs):
         super().__init__(**kwargs)
@@ -75,9 +76,8 @@ class DenseAutoencoder(SparseAutoencoder):
     def coefficient(self):
         """λ at the present step."""
         progress = ops.cast(self.step, "float32") / max(1, self.sparsity_warmup)
-        return self.sparsity_coefficient * ops.minimum(
-            1.0, progress if self.sparsity_warmup else 1.0
-        )
+        share = ops.minimum(progress, constant(1.0)) if self.sparsity_warmup else 1.0
+        return self.sparsity_coefficient * share
 
 
 @kind("l1")
@@ -117,6 +117,7 @@ class GatedAutoencoder(DenseAutoencoder):
     """
 
     loss_names = ("reconstruction", "sparsity", "auxiliary")
+    arrays_of_latents = 7.25
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -131,7 +132,7 @@ class GatedAutoencoder(DenseAutoencoder):
         weights = (self.r_mag, self.b_enc, self.b_mag)
         r_mag, b_enc, b_mag = (of_some(weight, features) for weight in weights)
         magnitude = ops.exp(r_mag) * (pre_activations - b_enc) + b_mag
-        return ops.where(pre_activations > 0, ops.relu(magnitude), 0.0)
+        return ops.where(pre_activations > 0, ops.relu(magnitude), ops.zeros(()))
 
     def loss_terms(self, x, passed):
         gates = ops.relu(passed["pre_activations"])
@@ -168,6 +169,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
 
     default_sparsity_warmup, default_unit_decoder = 1.0, True
     loss_names = ("reconstruction", "sparsity", "preactivation")
+    arrays_of_latents = 9.0
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class JumpReLUAutoencoder(DenseAutoencoder):
 
     def latents(self, pre_activations, features=None):
         above = pre_activations - of_some(self.threshold(), features)
-        ramp = ops.clip(above / self.bandwidth + 0.5, 0.0, 1.0)
+        ramp = ops.hard_sigmoid(6 * above / self.bandwidth)  # of above / bandwidth + 1/2
         step = ops.cast(above > 0, "float32")
         return ops.relu(pre_activations) * (ramp + ops.stop_gradient(step - ramp))
 
@@ -272,6 +274,12 @@ class TopKAutoencoder(SparseAutoencoder):
         is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
         return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
+    def call(self, activations, training=False):
+        if training:
+            return super().call(activations, training=True)
+        chosen, values = self.encode_chosen(activations)
+        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+
     def encode_active(self, activations):
         chosen, values = self.encode_chosen(activations)
         reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
@@ -291,7 +299,7 @@ class TopKAutoencoder(SparseAutoencoder):
         n_active = ops.sum(ops.cast(values > 0, "float32"))
         return {
             **self.reconstruct(chosen, values),
-            "l0": n_active / ops.cast(ops.shape(x)[0], "float32"),
+            "l0": n_active / n_rows(x),
             "active": chosen.is_active(values),
         }
 
@@ -327,6 +335,9 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         pre_activations = self.pre_activations(self.normalise(activations), features)
         return ops.where(pre_activations > self.threshold, ops.relu(pre_activations), 0.0)
 
+    def call(self, activations, training=False):
+        return SparseAutoencoder.call(self, activations, training)
+
     def encode_active(self, activations):
         return SparseAutoencoder.encode_active(self, activations)
 
@@ -337,9 +348,10 @@ class BatchTopKAutoencoder(TopKAutoencoder):
             values = self._exactly(x, indices)
         smallest = self._smallest_chosen(values)
         # A mean of all steps at first, then of the last twenty or so.
-        weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, 20.0)
+        weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, constant(20.0))
         self.threshold.assign(self.threshold + weight * (smallest - self.threshold))
-        chosen = ChosenLatents(indices, self.n_latents, values >= smallest)
+        n_chosen = ops.shape(indices)[0] * self.k
+        chosen = ChosenLatents(indices, self.n_latents, values >= smallest, n_chosen)
         return chosen, chosen.of(values)
 
     def _exactly(self, x, indices):
@@ -353,7 +365,7 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         """The k · batch-th largest of the candidates (batch, width); at least 0."""
         batch, width = ops.shape(values)
         ascending = ops.sort(ops.reshape(values, (-1,)))
-        return ops.relu(ops.take(ascending, (width - self.k) * batch))
+        return ops.relu(ascending[(width - self.k) * batch])
 
 
 @kind("matryoshka")

@@ -1,14 +1,40 @@
-"""Adam in one kernel where a backend has it, rows held at norm 1, schedules of the rate."""
+"""Adam in one pass where a backend has it, rows held at norm 1, schedules of the rate."""
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 
 import keras
+import numpy as np
 from keras import ops
+
+from utils.settings import require
 
 if keras.backend.backend() == "torch":
     import torch
 
-    from utils.autoencoder.sparse import dot_rows
+    from utils.autoencoder.kernels import AdamStep, Trained, plain_step
+
+    @functools.cache
+    def step_on(device: torch.device) -> Callable[[list[Trained], AdamStep], None]:
+        """What makes a step on a device: Triton's kernels, or plain ones where these do not run.
+
+        They need a graphics card, and a C compiler when they are first used.
+        """
+        if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return plain_step
+        from utils.autoencoder import triton_kernels
+
+        one = Trained(*(torch.zeros(1, 1, device=device) for _ in range(4)))
+        try:
+            triton_kernels.adam_step([one], AdamStep(1, 0.0, 0.9, 0.999, 1e-7, 1.0))
+            torch.cuda.synchronize(device)
+        except Exception as error:  # by card, driver and compiler these are of any class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"Triton's kernels do not run here, and plain ones take their place: {reason}")
+            return plain_step
+        return triton_kernels.adam_step
 
 
 class UnitRows(keras.constraints.Constraint):
@@ -18,7 +44,7 @@ class UnitRows(keras.constraints.Constraint):
     """
 
     def __call__(self, rows):
-        return _unit_rows(rows)
+        return rows / ops.maximum(ops.norm(rows, axis=1, keepdims=True), 1e-7)
 
 
 @keras.saving.register_keras_serializable("scaling_monosemanticity")
@@ -28,86 +54,89 @@ class Adam(keras.optimizers.Adam):
     Its arguments, variables and results are those of `keras.optimizers.Adam`, but for those in
     ``LEFT_OUT``.
 
+    Args:
+        moments_dtype: ``"float32"``, or ``"bfloat16"`` for the moments of matrices, which are
+            rounded at random (`utils.autoencoder.kernels`); PyTorch only.
+
     Raises:
+        InputError: The backend has no such moments.
         ValueError: An argument was given that is left out.
     """
 
     LEFT_OUT = (
         "amsgrad", "clipnorm", "clipvalue", "weight_decay", "gradient_accumulation_steps",
-        "use_ema",
+        "use_ema", "loss_scale_factor",
     )  # fmt: skip
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, moments_dtype="float32", **kwargs):
         super().__init__(*args, **kwargs)
         given = [name for name in self.LEFT_OUT if getattr(self, name)]
         if given:
             raise ValueError(f"This Adam has no {', '.join(given)}. Use keras.optimizers.Adam.")
+        backend = keras.backend.backend()
+        require(
+            moments_dtype == "float32" or backend == "torch",
+            f"MOMENTS_DTYPE {moments_dtype} needs BACKEND torch; it is {backend}. Leave it out.",
+        )
+        self.moments_dtype = moments_dtype
+        self._step = None
 
-    def _backend_apply_gradients(self, grads, trainable_variables):
-        pairs = zip(grads, trainable_variables, strict=True)
-        projected = [
-            _without_parallel_part(grad, variable)
-            if isinstance(variable.constraint, UnitRows)
-            else grad
-            for grad, variable in pairs
-        ]
-        super()._backend_apply_gradients(projected, trainable_variables)
+    def get_config(self):
+        return {**super().get_config(), "moments_dtype": self.moments_dtype}
+
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+        if self.moments_dtype == "float32" or len(reference_variable.shape) < 2:
+            return super().add_variable_from_reference(reference_variable, name, initializer)
+        return self.add_variable(
+            reference_variable.shape,
+            initializer,
+            self.moments_dtype,
+            name=f"{reference_variable.path.replace('/', '_')}_{name}",
+        )
 
     if keras.backend.backend() == "torch":
 
-        def _clip_gradients(self, grads):
-            return grads  # left to the kernel, which saves a pass over the gradients
-
         @torch.no_grad()
-        def _backend_update_step(self, grads, trainable_variables, learning_rate):
-            numbers = [self._get_variable_index(variable) for variable in trainable_variables]
-            step = int(self.iterations) + 1
-            steps = torch.full((), step, dtype=torch.float32, device=grads[0].device)
-            scale = None
-            if self.global_clipnorm:
-                norm = torch.stack(torch._foreach_norm(grads)).norm()
-                scale = (norm / self.global_clipnorm).clamp(min=1.0)
-            torch._fused_adam_(
-                [variable.value.data for variable in trainable_variables],
-                grads,
-                [self._momentums[i].value.data for i in numbers],
-                [self._velocities[i].value.data for i in numbers],
-                [],
-                [steps.clone() for _ in trainable_variables],
-                lr=float(learning_rate),
-                beta1=self.beta_1,
-                beta2=self.beta_2,
-                weight_decay=0.0,
-                # Keras adds ε before the second moments are corrected for their start, PyTorch
-                # after.
-                eps=self.epsilon / math.sqrt(1 - self.beta_2**step),
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-                found_inf=None,
+        def apply(self, grads, trainable_variables=None):
+            """A step with all variables. Step and rate are known here: the device is not asked."""
+            if not self.built:
+                self.build(trainable_variables)
+            if self._step is None:
+                self._step = int(self.iterations)
+            variables = trainable_variables or self._trainable_variables
+            pairs = zip(grads, variables, strict=True)
+            trained = [self._trained(*pair) for pair in pairs if pair[0] is not None]
+            rate = self._rate(self._step)
+            self._step += 1
+            numbers = rate, self.beta_1, self.beta_2, self.epsilon, self.global_clipnorm
+            step_on(variables[0].value.device)(trained, AdamStep(self._step, *numbers))
+            self.iterations.value.data.add_(1)
+
+        def _trained(self, grad, variable):
+            number = self._get_variable_index(variable)
+            moments = (self._momentums[number], self._velocities[number])
+            return Trained(
+                variable.value.data,
+                grad,
+                *(moment.value.data for moment in moments),
+                isinstance(variable.constraint, UnitRows),
             )
 
+        def _rate(self, step):
+            schedule = self._learning_rate
+            return float(schedule(step, np) if isinstance(schedule, Schedule) else schedule)
 
-if keras.backend.backend() == "torch":  # in place: half of the time is in allocating otherwise
+    else:
 
-    @torch.no_grad()
-    def _unit_rows(rows):
-        rows = ops.convert_to_tensor(rows)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return rows.div_(norms.clamp_(min=1e-7))
-
-    @torch.no_grad()
-    def _without_parallel_part(grad, rows):
-        rows = ops.convert_to_tensor(rows)
-        return grad.addcmul_(dot_rows(grad, rows)[:, None], rows, value=-1)
-
-else:
-
-    def _unit_rows(rows):
-        return rows / ops.maximum(ops.norm(rows, axis=1, keepdims=True), 1e-7)
-
-    def _without_parallel_part(grad, rows):
-        return grad - ops.sum(grad * rows, axis=1, keepdims=True) * rows
+        def _backend_apply_gradients(self, grads, trainable_variables):
+            pairs = zip(grads, trainable_variables, strict=True)
+            projected = [
+                grad - ops.sum(grad * variable, axis=1, keepdims=True) * variable
+                if isinstance(variable.constraint, UnitRows)
+                else grad
+                for grad, variable in pairs
+            ]
+            super()._backend_apply_gradients(projected, trainable_variables)
 
 
 @keras.saving.register_keras_serializable("scaling_monosemanticity")
@@ -128,13 +157,14 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         self.peak, self.total_steps, self.decay = peak, total_steps, decay
         self.warmup_share, self.decay_share = warmup_share, decay_share
 
-    def __call__(self, step):
-        step = ops.cast(step, "float32")
+    def __call__(self, step, numbers=ops):
+        """The rate of a step, counted from 0; ``numbers``: `numpy` where the step is one."""
+        step = step if numbers is np else ops.cast(step, "float32")
         rise = (step + 1) / max(1.0, self.warmup_share * self.total_steps)
         fall = (self.total_steps - step) / max(1.0, self.decay_share * self.total_steps)
         if self.decay == "cosine":
-            fall = (1 - ops.cos(math.pi * ops.clip(fall, 0.0, 1.0))) / 2
-        return self.peak * ops.clip(ops.minimum(rise, fall), 0.0, 1.0)
+            fall = (1 - numbers.cos(math.pi * numbers.clip(fall, 0.0, 1.0))) / 2
+        return self.peak * numbers.clip(numbers.minimum(rise, fall), 0.0, 1.0)
 
     def get_config(self):
         return {

@@ -8,10 +8,12 @@ products are each other's gradient:
     sum   out[b] = Σ values[p] rows[i]         over the choices for row b
 
 so that three primitives (dot, sum, and sum over the choices of a latent, which is the gradient of
-the rows) make both products and all their gradients. On PyTorch they are embedding-bag kernels that
-never store a gathered (batch, m, d_model); elsewhere they gather at most ``GATHERED`` numbers at a
-time. No tensor of shape (batch, n_latents) is kept for the gradient.
+the rows) make both products and all their gradients. On PyTorch they are sparse products and
+embedding-bag kernels that never store a gathered (batch, m, d_model); elsewhere they gather at most
+``GATHERED`` numbers at a time. No tensor of shape (batch, n_latents) is kept for the gradient.
 """
+
+import warnings
 
 import keras
 from keras import ops
@@ -26,9 +28,11 @@ from utils.autoencoder.devices import (
 from utils.backend import cpu_computes_bfloat16
 
 CHUNK_ROWS = 512  # rows whose pre-activations are held at once on a CPU: they stay in its cache
-CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations
+CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-activations,
+LEAST_ROWS = 1_024  # or so many, for W_enc is read anew for each chunk
 GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
 GROUP = 8  # latents whose maximum stands for them while the largest are sought
+FEW = 2  # latents for each choice of a batch, from which on only the chosen rows have a gradient
 
 
 def pre_activations(x, rows, biases, dtype="float32"):
@@ -37,16 +41,36 @@ def pre_activations(x, rows, biases, dtype="float32"):
     return product + ops.cast(biases, dtype)
 
 
+def constant(value, dtype="float32"):
+    """A scalar made on the device; the host would wait while one of its own is brought there."""
+    return ops.ones((), dtype) * value
+
+
 if keras.backend.backend() == "torch":
     import torch
 
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+    torch.sparse.check_sparse_tensor_invariants.disable()  # they would be read from the device
+
+    def card_lacks_bfloat16() -> bool:
+        """Whether there is a graphics card that does not compute in bfloat16."""
+        return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+
     def fastest_dtype() -> str:
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
-        if torch.cuda.is_available():
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = cpu_computes_bfloat16()
+        fast = not card_lacks_bfloat16() if torch.cuda.is_available() else cpu_computes_bfloat16()
         return "bfloat16" if fast else "float32"
+
+    def _is_on_cpu(tensor):
+        return tensor.device.type == "cpu"
+
+    def chunk_rows(n_latents: int) -> int:
+        """Rows whose pre-activations are held at once while the largest are sought."""
+        if _is_on_cpu(ops.zeros(())):
+            return CHUNK_ROWS
+        return max(LEAST_ROWS, CHUNK_VALUES // n_latents)
 
     @torch.no_grad()
     def top_latents(x, rows, biases, k, dtype="float32"):
@@ -60,8 +84,8 @@ if keras.backend.backend() == "torch":
         dtype = getattr(torch, dtype)
         x, biases = x.to(dtype), ops.convert_to_tensor(biases).to(dtype)
         columns = ops.convert_to_tensor(rows).to(dtype).T
-        n_rows = CHUNK_ROWS if x.device.type == "cpu" else max(1, CHUNK_VALUES // len(biases))
-        chunks = [_largest(torch.addmm(biases, c, columns), k) for c in x.split(n_rows)]
+        chunks = x.split(chunk_rows(len(biases)))
+        chunks = [_largest(torch.addmm(biases, chunk, columns), k) for chunk in chunks]
         values, indices = zip(*chunks, strict=True)
         return torch.cat(values).float(), torch.cat(indices).int()
 
@@ -81,7 +105,7 @@ if keras.backend.backend() == "torch":
 
     def _topk(values, k):
         """`torch.topk` along rows, in any order; on a CPU by integers, which compare faster."""
-        if values.device.type != "cpu":
+        if not _is_on_cpu(values):
             return values.topk(k, sorted=False)
         keys = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
         limits = torch.iinfo(keys.dtype)
@@ -97,24 +121,26 @@ if keras.backend.backend() == "torch":
             indices: Latent numbers, int32, shape (batch, m).
             n_latents: Size of the dictionary.
             kept: Which of them are chosen, bool (batch, m); all of them if None.
+            n_kept: The most that are; their number is then known without asking the device, and
+                where they are fewer, some that are not kept count as chosen.
         """
 
-        def __init__(self, indices, n_latents, kept=None):
+        def __init__(self, indices, n_latents, kept=None, n_kept=None):
             batch, m = indices.shape
-            self.n_latents, self.batch, self.kept = n_latents, batch, kept
+            self.n_latents, self.batch = n_latents, batch
             options = {"dtype": torch.int32, "device": indices.device}
             if kept is None:
-                self.latent = indices.reshape(-1)
+                self.places = None
                 self.starts = torch.arange(0, batch * m + 1, m, **options)
+                self.row = torch.arange(batch, **options).repeat_interleave(m)
             else:
-                self.latent = indices[kept]
-                self.starts = torch.zeros(batch + 1, **options)
-                torch.cumsum(kept.sum(1), 0, out=self.starts[1:])
-            self.row = torch.repeat_interleave(
-                torch.arange(batch, **options),
-                self.starts.diff(),
-                output_size=len(self.latent),
-            )
+                self.places = _places(kept.reshape(-1), n_kept)
+                self.row = (self.places // m).int()
+                edges = torch.arange(batch + 1, **options)
+                self.starts = torch.searchsorted(self.row, edges, out_int32=True)
+            self.latent = self.of(indices)
+            # Where there are many more latents than choices, most rows' gradients are zero.
+            self.is_few = FEW * len(self.latent) <= n_latents
             self._by_latent = None
 
         def take(self, biases):
@@ -123,7 +149,8 @@ if keras.backend.backend() == "torch":
 
         def of(self, values):
             """Of values (batch, m), those that are chosen."""
-            return values.reshape(-1) if self.kept is None else values[self.kept]
+            values = values.reshape(-1)
+            return values if self.places is None else values[self.places]
 
         def dot(self, queries, rows, known=None):
             """The product of each choice's query and row; not computed again where it is known."""
@@ -135,9 +162,8 @@ if keras.backend.backend() == "torch":
 
         def is_active(self, values):
             """Whether a latent has a positive value in some row, bool (n_latents,)."""
-            active = torch.zeros(self.n_latents, dtype=torch.bool, device=values.device)
-            active[self.latent[values > 0]] = True
-            return active
+            counts = torch.zeros(self.n_latents, dtype=torch.int32, device=values.device)
+            return counts.index_add_(0, self.latent, (values > 0).int()) > 0
 
         def dense(self, values):
             """The values in a (batch, n_latents) of zeros."""
@@ -152,13 +178,32 @@ if keras.backend.backend() == "torch":
             return tuple(ops.convert_to_numpy(array) for array in arrays)
 
         def by_latent(self):
-            """Choices in order of latent, their rows, where each latent's begin; made once."""
+            """Choices in order of latent, their rows, where each latent's begin; made once.
+
+            Where they are few, only of latents that are chosen, whose numbers come last: as many
+            as there are choices, so that the device need not be asked. Latents that fill up have
+            no choices here; their numbers are any.
+            """
             if self._by_latent is None:
                 latent, order = self.latent.sort()
-                edges = torch.arange(self.n_latents + 1, dtype=torch.int32, device=latent.device)
-                starts = torch.searchsorted(latent, edges, out_int32=True)
-                self._by_latent = order, self.row[order], starts
+                numbers, slot, n_slots = None, latent, self.n_latents
+                if self.is_few:
+                    n_slots = len(latent)
+                    is_new = torch.ones_like(latent)
+                    is_new[1:] = latent[1:] != latent[:-1]
+                    slot = is_new.cumsum(0) - 1
+                    numbers = torch.arange(n_slots, device=latent.device)
+                    numbers.scatter_(0, slot, latent.long())
+                edges = torch.arange(n_slots + 1, dtype=slot.dtype, device=slot.device)
+                starts = torch.searchsorted(slot, edges, out_int32=True)
+                self._by_latent = order, self.row[order], starts, numbers
             return self._by_latent
+
+    def _places(kept, n_kept):
+        """Where a flat mask is true; on an accelerator ``n_kept`` places, without asking it."""
+        if n_kept is None or _is_on_cpu(kept):
+            return kept.nonzero().squeeze(1)
+        return (~kept).byte().sort(stable=True).indices[:n_kept].sort().values
 
     def _dot(queries, rows, chosen):
         # The gradient of an embedding bag's weights is just this product, without the gather.
@@ -174,16 +219,25 @@ if keras.backend.backend() == "torch":
         )
 
     def _sum(values, rows, chosen):
-        return torch.nn.functional.embedding_bag(
-            chosen.latent, rows, chosen.starts, mode="sum",
-            per_sample_weights=values, include_last_offset=True,
-        )  # fmt: skip
+        return _weighted_sums(values, chosen.latent, chosen.starts, rows)
 
     def _sum_by_latent(values, queries, chosen):
-        order, row, starts = chosen.by_latent()
+        """The gradient of the rows; a sparse tensor where the choices are few."""
+        order, row, starts, numbers = chosen.by_latent()
+        sums = _weighted_sums(values[order], row, starts, queries)
+        if numbers is None:
+            return sums
+        shape = (chosen.n_latents, queries.shape[1])
+        return torch.sparse_coo_tensor(numbers[None], sums, shape, check_invariants=False)
+
+    def _weighted_sums(weights, numbers, starts, rows):
+        """For each of ``starts``, the sum of the rows that are numbered from there to the next."""
+        if not _is_on_cpu(rows):  # a third of the time on an H100; on a CPU two to three times it
+            shape = (len(starts) - 1, len(rows))
+            return torch.sparse_csr_tensor(starts, numbers, weights, shape) @ rows
         return torch.nn.functional.embedding_bag(
-            row, queries, starts, mode="sum",
-            per_sample_weights=values[order], include_last_offset=True,
+            numbers, rows, starts, mode="sum",
+            per_sample_weights=weights, include_last_offset=True,
         )  # fmt: skip
 
     class _Dot(torch.autograd.Function):
@@ -224,6 +278,10 @@ if keras.backend.backend() == "torch":
 
 else:
 
+    def card_lacks_bfloat16() -> bool:
+        """Whether PyTorch would be slow in bfloat16; other frameworks choose by themselves."""
+        return False
+
     def fastest_dtype() -> str:
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
         # XLA and TensorFlow are slower in bfloat16 on CPUs, even those that compute in it.
@@ -262,9 +320,10 @@ else:
             n_latents: Size of the dictionary.
             kept: Which of them are chosen, bool (batch, m); all of them if None. The values of the
                 others are zero.
+            n_kept: Not needed here.
         """
 
-        def __init__(self, indices, n_latents, kept=None):
+        def __init__(self, indices, n_latents, kept=None, n_kept=None):
             self.latent, self.n_latents = indices, n_latents
             self.kept = None if kept is None else ops.cast(kept, "float32")
 
@@ -393,6 +452,9 @@ else:
 
     def take_rows(rows, indices):
         """Rows by number."""
+        if keras.backend.backend() == "torch" and len(rows.shape) == 2:
+            # Their gradient is of these rows alone, and is added to that of all in place.
+            return torch.nn.functional.embedding(indices, _tensor(rows), sparse=True)
         return ops.take(rows, indices, axis=0)
 
     def values_at(array, places):

@@ -221,6 +221,7 @@ class Sweep:
         for live in self.live.values():
             if live.step == step:  # one whose backup is newer waits
                 begun = time.perf_counter()
+                live.autoencoder.look_for_dead()
                 live.autoencoder.train_on_batch(batch)
                 live.seconds += time.perf_counter() - begun
                 live.n_timed += 1

@@ -4,6 +4,7 @@ The loss is the kind's (`loss_terms` in `utils.autoencoder.kinds`); Keras' `fit`
 `SparseAutoencoder.compute_loss`.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -21,6 +22,7 @@ from utils.autoencoder.autoencoder import LONGEST_IDLE, SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
     Progress,
+    RoundCallbacks,
     Rounds,
     StopOnNaN,
     TensorBoard,
@@ -29,12 +31,13 @@ from utils.autoencoder.callbacks import (
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.kinds import KINDS, find_kind
 from utils.autoencoder.optimizer import Adam, Schedule
-from utils.autoencoder.sparse import fastest_dtype
-from utils.backend import Tensor, torch_device
+from utils.autoencoder.sparse import card_lacks_bfloat16, fastest_dtype
+from utils.backend import Tensor, ran_out_of_memory, torch_device
 from utils.settings import InputError, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
-BACKUP_BYTES = 25  # of each weight of W_dec: W_enc, W_dec and their two moments, float32
+MOST_VALIDATED = 2**30  # latents of rows that are computed at once between rounds
+BACKUP_BYTES = 25  # at most, of each weight of W_dec: W_enc, W_dec and their two moments
 
 
 class TrainingSettings(Protocol):
@@ -58,6 +61,7 @@ class TrainingSettings(Protocol):
     gradient_clip_norm: float | None
     batch_size: int
     pool_gib: float
+    moments_dtype: str
     seed: int
 
 
@@ -75,7 +79,7 @@ class TrainingData:
     held_out: np.ndarray
     batch_size: int
 
-    def validation(self) -> tuple[np.ndarray, int]:
+    def validation(self, n_latents: int) -> tuple[np.ndarray, int]:
         """The held-out rows, cut to batches of one size, and that size.
 
         Batches are equal, for Keras averages their metrics, and such as devices can share.
@@ -83,7 +87,8 @@ class TrainingData:
         Raises:
             InputError: Too little is held out.
         """
-        n_batches = math.ceil(len(self.held_out) / self.batch_size)
+        most = min(self.batch_size, max(n_shares(), MOST_VALIDATED // n_latents))
+        n_batches = math.ceil(len(self.held_out) / most)
         size = len(self.held_out) // n_batches // n_shares() * n_shares()
         require(
             size > 0,
@@ -135,6 +140,11 @@ def check_options(settings: TrainingSettings, defaults: types.ModuleType) -> Non
     require(
         "k" not in options or settings.k <= settings.n_latents,
         f"K must be at most N_LATENTS, {settings.n_latents:,}; it is {settings.k:,}.",
+    )
+    require(
+        settings.selection_dtype != "bfloat16" or not card_lacks_bfloat16(),
+        "SELECTION_DTYPE bfloat16 needs a graphics card that computes in it, and this one does "
+        "not. Leave it at auto.",
     )
     require(
         settings.dead_after <= LONGEST_IDLE,
@@ -229,6 +239,7 @@ def optimizer(settings: TrainingSettings, cls: type[SparseAutoencoder], total_st
             settings.learning_rate_shape,
         ),
         global_clipnorm=settings.gradient_clip_norm,
+        moments_dtype=settings.moments_dtype,
     )
 
 
@@ -251,10 +262,10 @@ def train(
         tensorboard: Write the metrics for TensorBoard too, into the folder.
 
     Raises:
-        InputError: Too little is held out; or the loss is no longer a number.
+        InputError: Too little is held out; the loss is no longer a number; or memory ran out.
     """
     first_round = int(autoencoder.step) // rounds.steps
-    held_out, size = data.validation()
+    held_out, size = data.validation(autoencoder.n_latents)
     callbacks = [
         Progress(rounds, data.batch_size),
         StopOnNaN(),
@@ -262,18 +273,41 @@ def train(
         *([TensorBoard(folder, rounds)] if tensorboard else []),
         Backup(folder, backup_every, rounds),
     ]
-    autoencoder.fit(
-        ((batch,) for batch in data.batches_from(first_round * rounds.steps)),
-        initial_epoch=first_round,
-        epochs=rounds.n_rounds,
-        steps_per_epoch=rounds.steps,
-        validation_data=(held_out,),
-        shuffle=False,
-        validation_batch_size=size,
-        callbacks=callbacks,
-        verbose=0,
-    )
+    batches = data.batches_from(first_round * rounds.steps)
+    with out_of_memory_told():
+        autoencoder.fit(
+            ((batch,) for batch in batches),
+            initial_epoch=first_round,
+            epochs=rounds.n_rounds,
+            steps_per_epoch=rounds.steps,
+            validation_data=(held_out,),
+            shuffle=False,
+            validation_batch_size=size,
+            callbacks=RoundCallbacks(
+                callbacks, add_history=True, model=autoencoder, epochs=rounds.n_rounds
+            ),
+            verbose=0,
+        )
     return autoencoder
+
+
+@contextlib.contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Say what to do about an error of a framework that means that memory ran out.
+
+    Raises:
+        InputError: It did.
+    """
+    try:
+        yield
+    except Exception as error:  # of a class of the framework's own
+        if not ran_out_of_memory(error):
+            raise
+        raise InputError(
+            "Memory ran out while training. The last backup stays: once others have left the "
+            "device, the same command goes on from it. Or train anew into another folder, with a "
+            "lower BATCH_SIZE or N_LATENTS, or MOMENTS_DTYPE bfloat16 (torch)."
+        ) from error
 
 
 def restore_backup(folder: Path) -> SparseAutoencoder | None:

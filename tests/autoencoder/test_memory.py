@@ -1,0 +1,113 @@
+"""What a training is said to hold in memory is what it holds; what cannot fit is refused."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from on_backend import stand_in_for_store
+from tensor_memory import TensorMemory
+
+import train_autoencoder
+from utils.autoencoder import memory, sparse, training
+from utils.autoencoder.memory import plan_memory, require_memory
+from utils.settings import InputError, Settings, read_settings
+
+
+def asked(*flags: object) -> Settings:
+    return read_settings(train_autoencoder, [str(flag) for flag in flags])
+
+
+def held(settings: Settings, d_model: int) -> int:
+    """The most that is held in two steps, AuxK at work from the first."""
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(settings.batch_size, d_model)).astype(np.float32)
+    with TensorMemory() as counted:
+        autoencoder = training.build(settings, stand_in_for_store(rows), 100)
+        for _ in range(2):
+            autoencoder.train_on_batch(rows)
+    return counted.peak
+
+
+def test_memory_is_counted_while_it_is_held():
+    with TensorMemory() as counted:
+        first = torch.zeros(1_000)
+        view, copy = first[:10], first + 1
+        assert counted.held == 8_000
+        del first, copy
+        assert counted.held == 4_000 and len(view) == 10
+        torch.zeros(250)
+    assert counted.peak == 8_000 and counted.held == 4_000
+
+
+LARGE = ("--n-latents", 16_384, "--batch-size", 512)
+SMALL = ("--n-latents", 4_096, "--batch-size", 2_048)
+
+
+@pytest.mark.parametrize(
+    ("flags", "d_model"),
+    [
+        (("--k", 32, *LARGE), 256),
+        (("--k", 8, *LARGE), 256),  # few latents a batch: sparse gradients
+        (("--k", 8, "--moments-dtype", "bfloat16", *LARGE), 256),
+        (("--k", 32, "--selection-dtype", "float32", *SMALL), 128),
+        (("--kind", "batch_topk", "--k", 16, *SMALL), 128),
+        (("--kind", "matryoshka", "--k", 16, *SMALL), 128),
+        (("--kind", "l1", *SMALL), 64),
+        (("--kind", "gated", *SMALL), 64),
+        (("--kind", "jumprelu", *SMALL), 64),
+    ],
+)
+def test_a_training_holds_what_its_plan_says(flags, d_model):
+    settings = asked("--dead-after", 1, *flags)
+    assert plan_memory(settings, d_model).total == pytest.approx(held(settings, d_model), rel=0.1)
+
+
+def test_the_papers_smallest_dictionary_fits_on_a_card_of_80_gb(monkeypatch):
+    monkeypatch.setattr(sparse, "chunk_rows", lambda n: max(sparse.LEAST_ROWS, 2**27 // n))
+    size = ("--n-latents", 2**20, "--batch-size", 8_192, "--selection-dtype", "bfloat16")
+    plan = plan_memory(asked(*size, "--moments-dtype", "bfloat16"), 3_072)
+    assert plan.weights == 2 * 2**20 * 3_072 * 4 and plan.moments == plan.weights
+    assert plan.weights + plan.moments + plan.choosing <= plan.total < 76e9
+    assert plan_memory(asked(*size), 3_072).total > 80e9
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "remedies"), [(0.2, ["BATCH_SIZE", "N_LATENTS"]), (0.1, ["N_LATENTS"])]
+)
+def test_what_cannot_fit_is_refused_and_what_is_named_fits(monkeypatch, free_gb, remedies):
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free_gb * 1e9))
+    asked_for = ("--kind", "l1", "--n-latents", 4_096, "--batch-size", 1_024)
+    with pytest.raises(InputError, match=r"must fit into the 0\.\d0 GB that are free") as refused:
+        require_memory(asked(*asked_for), 1_024)
+    named = re.findall(r"(BATCH_SIZE|N_LATENTS) ([\d,]+\d)", str(refused.value))
+    assert [name for name, _ in named] == remedies
+    for name, size in named:
+        flags = [*asked_for, f"--{name.lower().replace('_', '-')}", size.replace(",", "")]
+        assert require_memory(asked(*flags), 1_024).startswith("\nMemory: ")
+
+
+def test_the_largest_batch_that_fits_is_named(monkeypatch):
+    settings = asked("--kind", "l1", "--n-latents", 16_384, "--batch-size", 4_096)
+    most = plan_memory(asked("--kind", "l1", "--n-latents", 16_384, "--batch-size", 640), 64).total
+    monkeypatch.setattr(memory, "free_memory", lambda device: most)
+    with pytest.raises(InputError, match="BATCH_SIZE 640, or N_LATENTS"):
+        require_memory(settings, 64)
+
+
+def test_memory_that_runs_out_is_told_with_its_remedy():
+    remedy = r"The last backup stays.*lower BATCH_SIZE"
+    with pytest.raises(InputError, match=remedy), training.out_of_memory_told():
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="something else"), training.out_of_memory_told():
+        raise RuntimeError("something else")
+
+
+def test_bfloat16_is_refused_on_a_card_without_it(monkeypatch):
+    card = SimpleNamespace(is_available=lambda: True, is_bf16_supported=lambda **_: False)
+    monkeypatch.setattr(torch, "cuda", card)
+    training.check_options(asked(), train_autoencoder)
+    assert sparse.fastest_dtype() == "float32"
+    with pytest.raises(InputError, match="SELECTION_DTYPE bfloat16 needs a graphics card"):
+        training.check_options(asked("--selection-dtype", "bfloat16"), train_autoencoder)
