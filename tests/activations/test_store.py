@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, excluded_of, write_activations
+from conftest import BOS, ROOT, excluded_of, write_activations
 from keras import ops
 
 from tests.benchmarks import data_path
@@ -503,6 +505,18 @@ def test_a_larger_pool_is_read_in_larger_pieces(tmp_path):
     large = ShuffledBatches(ActivationStore(tmp_path), range(10), 7, seed=0, pool_gib=1)
     rows = numbers(itertools.islice(large.from_step(0), large.n_steps(1)))
     assert len(set(rows)) == len(rows) > large.n_rows - 7
+
+
+def test_a_process_ends_in_silence_in_the_middle_of_the_data(store):
+    code = (
+        "from utils.activations.batches import ShuffledBatches\n"
+        "from utils.activations.store import ActivationStore\n"
+        f"store = ActivationStore({str(store.folder)!r})\n"
+        "source = ShuffledBatches(store, range(10), 7, 0, 600 / 2**30).from_step(0)\n"
+        "print(next(source).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == (f"(7, {D_MODEL})\n", "")
 
 
 def test_the_loader_is_measured(tmp_path, monkeypatch):

@@ -73,38 +73,39 @@ class ShuffledBatches:
 
     def from_step(self, step: int) -> Iterator[Tensor]:
         """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
-        readers = ThreadPoolExecutor(READERS)
-        try:
-            filled = 0
-            for pool, order in self._filled_pools(readers, step * self.batch_size):
-                while len(order):
-                    if not filled:
-                        batch = pool.new_batch(self.batch_size)
-                    n_rows = min(len(order), self.batch_size - filled)
-                    pool.take(order[:n_rows], batch[filled : filled + n_rows])
-                    order, filled = order[n_rows:], filled + n_rows
-                    if filled == self.batch_size:
-                        yield batch
-                        filled = 0
-        finally:
-            readers.shutdown(cancel_futures=True)
+        filled = 0
+        for pool, order in self._filled_pools(step * self.batch_size):
+            while len(order):
+                if not filled:
+                    batch = pool.new_batch(self.batch_size)
+                n_rows = min(len(order), self.batch_size - filled)
+                pool.take(order[:n_rows], batch[filled : filled + n_rows])
+                order, filled = order[n_rows:], filled + n_rows
+                if filled == self.batch_size:
+                    yield batch
+                    filled = 0
 
-    def _filled_pools(
-        self, readers: ThreadPoolExecutor, skip: int
-    ) -> Iterator[tuple[HostPool, Tensor]]:
+    def _filled_pools(self, skip: int) -> Iterator[tuple[HostPool, Tensor]]:
         """Pools in turn, from row ``skip`` of the run on, each with the order of its rows.
 
         A pool is filled anew when the one after it is asked for.
         """
         pools = itertools.cycle([self._new_pool() for _ in range(POOLS)])
         begun = None
-        for seed, pieces, skipped in self._contents_from(skip):
-            earlier, begun = begun, self._begin(readers, next(pools), seed, pieces, skipped)
-            if earlier is not None:
+        with ThreadPoolExecutor(READERS) as readers:
+            for seed, pieces, skipped in self._contents_from(skip):
+                earlier, begun = begun, self._begin(readers, next(pools), seed, pieces, skipped)
+                if earlier is None:
+                    continue
                 pool, ordering, reading = earlier
-                for share in reading:
-                    share.result()  # raises a reader's error
-                yield pool, ordering.result()
+                try:
+                    for share in reading:
+                        share.result()  # raises a reader's error
+                    yield pool, ordering.result()
+                except BaseException:  # nothing more is wanted, or can be had
+                    for share in (*reading, *begun[2]):
+                        share.cancel()
+                    raise
 
     def _begin(
         self,
