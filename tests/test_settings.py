@@ -158,8 +158,9 @@ class Finder(PathFinder):
 sys.argv = sys.argv[1:]
 sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
 runpy.run_path(sys.argv[0], run_name="__main__")
+left_out = ("utils.influence.playground", "utils.autoencoder.triton_kernels")  # slow; optional
 for module in pkgutil.walk_packages(["utils"], "utils."):
-    if module.name != "utils.influence.playground":  # Gradio takes seconds
+    if module.name not in left_out:
         importlib.import_module(module.name)
 from utils.backend import use_backend
 use_backend("tensorflow")
