@@ -93,7 +93,7 @@ def test_outliers_are_left_out_and_counted(run_here, tiny_run, tmp_path, tokeniz
     assert 0.01 < outliers.mean() < 0.5
     assert (array(store, "kept") == ~(bos | outliers))[clear].all()
     assert store.excluded["outlier_norm"] == pytest.approx(outliers.sum(), abs=int((~clear).sum()))
-    assert f"{store.excluded['outlier_norm']:,} of norm above" in printed
+    assert f"{store.excluded['outlier_norm']:,} outliers (norm above" in printed
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
