@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,7 @@ SPANS_MAPPED = 1_024  # spans read before their pages are unmapped
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
 Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
+Item = TypeVar("Item")
 
 
 class Split(NamedTuple):
@@ -45,6 +46,16 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while one is used."""
+    remaining, end = iter(items), object()
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, remaining, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = reader.submit(next, remaining, end)
+            yield item
 
 
 class ContextBatch:
@@ -247,9 +258,16 @@ class ActivationStore:
         Positions beyond the end of a context are −1.
         """
         values = np.full((len(contexts), width), -1, np.int32)
-        for i in np.argsort(contexts, kind="stable"):
-            window = self._row(array, contexts[i])[starts[i] : starts[i] + width]
-            values[i, : len(window)] = window
+        index = np.searchsorted(self._ends, contexts, side="right")
+        for number in np.unique(index):
+            chosen, shard = np.flatnonzero(index == number), self.shards[number]
+            row = np.asarray(contexts)[chosen] - (self._ends[number] - shard.contexts)
+            position = starts[chosen, None] + np.arange(width)
+            inside = position < self.context_length
+            window = shard[array][row[:, None], np.where(inside, position, 0)]
+            if array == "subsets":
+                window = self._subset_numbers[shard.number][window]
+            values[chosen] = np.where(inside, window, -1)
         return values
 
     def kept_counts(self, contexts: Contexts, starts: np.ndarray) -> np.ndarray:

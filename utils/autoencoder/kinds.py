@@ -272,10 +272,17 @@ class TopKAutoencoder(SparseAutoencoder):
         is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
         return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
-    def encode_active(self, activations):
+    def active_latents(self, activations):
         chosen, values = self.encode_chosen(activations)
-        reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
-        return *chosen.positive(values), ops.convert_to_numpy(reconstruction)
+        return *chosen.positive(values), self._decode_chosen(chosen, values)
+
+    def reconstruct_and_count(self, activations):
+        chosen, values = self.encode_chosen(activations)
+        n_active = ops.sum(ops.cast(ops.reshape(values, (-1, self.k)) > 0, "int32"), axis=-1)
+        return self._decode_chosen(chosen, values), n_active
+
+    def _decode_chosen(self, chosen: ChosenLatents, values: Tensor) -> Tensor:
+        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
 
     def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""
@@ -327,8 +334,11 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         pre_activations = self.pre_activations(self.normalise(activations), features)
         return ops.where(pre_activations > self.threshold, ops.relu(pre_activations), 0.0)
 
-    def encode_active(self, activations):
-        return SparseAutoencoder.encode_active(self, activations)
+    def active_latents(self, activations):
+        return SparseAutoencoder.active_latents(self, activations)
+
+    def reconstruct_and_count(self, activations):
+        return SparseAutoencoder.reconstruct_and_count(self, activations)
 
     def choose(self, x):
         width = min(4 * self.k, self.n_latents)

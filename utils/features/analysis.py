@@ -124,9 +124,11 @@ class Analysis:
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
             feature_pass.run(self.contexts, self.settings.batch_size)
             texts = token_texts(self.language_model.tokenizer)
-            examples = catalogue.example_table(feature_pass.examples(), self.store)
-            catalogue.save_tables(self.folder, examples, texts)
-            features = catalogue.feature_table(feature_pass.statistics(), examples, texts)
+            blocks = feature_pass.example_blocks()
+            tables = (catalogue.example_table(block, self.store) for block in blocks)
+            peaks = catalogue.PeakTokens(texts)
+            catalogue.save_tables(self.folder, peaks.counted(tables), texts)
+            features = catalogue.feature_table(feature_pass.statistics(), peaks)
             catalogue.save_features(self.folder / "pass.parquet", features)
             share = len(self.contexts) / self.store.n_contexts
             summary = summarise(feature_pass, self.store, self.trained)
@@ -134,8 +136,7 @@ class Analysis:
         self.summary = read_json(done, REMEDY)
         self.words += missing_in_words(self.summary)
         self.subset_shares = self.summary["subset_shares"]
-        with reading(self.folder / "pass.parquet", REMEDY) as path:
-            self.features = pd.read_parquet(path)
+        self.features = catalogue.read_features(self.folder / "pass.parquet")
         with reading(self.folder / catalogue.EXAMPLES_FILE, REMEDY) as path:
             self.examples = pyarrow.parquet.read_table(path)
         self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE, REMEDY)
@@ -152,8 +153,8 @@ class Analysis:
             for table, rows in findings.tables.items():
                 with replacing(self.folder / f"{table}.csv") as partial:
                     rows.to_csv(partial, index=False)
-            with replacing(columns) as partial:
-                pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
+            table = pd.DataFrame(findings.columns, index=self.features.index)
+            catalogue.save_features(columns, table)
             content = {"summary": findings.summary, "words": findings.words}
             if self.judge is not None and self.judge.asked:
                 content["judge"] = self.judge.summary()
@@ -167,9 +168,7 @@ class Analysis:
         if "judge" in findings:
             self.summary.setdefault("judge", {})[name] = findings["judge"]
         self.words += [findings["words"]] if findings["words"] else []
-        with reading(columns, REMEDY) as path:
-            table = pd.read_parquet(path)
-        for column, values in table.items():
+        for column, values in catalogue.read_features(columns).items():
             self.features[column] = values
 
     def save(self) -> dict[str, Json]:
@@ -196,7 +195,8 @@ def missing_in_words(summary: dict[str, Json]) -> list[str]:
 
 def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Json]:
     """The results of the pass as a whole, and the model, data and autoencoder they are from."""
-    alive, fidelity = feature_pass.uses > 0, feature_pass.fidelity
+    alive, fidelity = feature_pass.uses.cpu().numpy() > 0, feature_pass.fidelity
+    l0_counts = feature_pass.l0_counts.cpu().numpy()
     of_store = ("model_name", "revision", "layer", "dtype", "dataset", "outlier_norm", "excluded")
     return {
         **{name: getattr(store, name) for name in of_store},
@@ -210,6 +210,6 @@ def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) 
         "held_out_fvu": trained["fvu"],
         "cosine": fidelity.cosine,
         "l0": fidelity.l0,
-        "l0_counts": fidelity.l0_counts.tolist(),
+        "l0_counts": np.trim_zeros(l0_counts, "b").tolist(),
         "subset_shares": feature_pass.subset_shares(),
     }
