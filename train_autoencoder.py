@@ -160,8 +160,9 @@ def main() -> None:
         )
 
         # 5. Measure on tokens held out, and save.
-        held_out_batches = store.batches(split.held_out, settings.batch_size)
-        fidelity = measure_fidelity(autoencoder, (batch.rows for batch in held_out_batches))
+        held_out = store.batches(split.held_out, settings.batch_size)
+        stored = (store.kept_rows(batch.contexts) for batch in held_out)
+        fidelity = measure_fidelity(autoencoder, stored)
         save_autoencoder(autoencoder, folder / artifacts.AUTOENCODER_FILE)
         log = read_log(folder / artifacts.LOG_FILE)
         plot_training_curves(log, folder / "training_curves.png")

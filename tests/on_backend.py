@@ -206,7 +206,8 @@ def products(given: dict[str, np.ndarray], kept: np.ndarray | None) -> dict[str,
     row, latent, positive = chosen().positive(ops.convert_to_tensor(values))
     dense = chosen().dense(ops.convert_to_tensor(values))
     active = chosen().is_active(ops.convert_to_tensor(values))
-    computed |= {"row": row, "latent": latent, "positive": positive}
+    names = ("row", "latent", "positive")
+    computed |= dict(zip(names, map(ops.convert_to_numpy, (row, latent, positive)), strict=True))
     return computed | {"dense": ops.convert_to_numpy(dense), "active": ops.convert_to_numpy(active)}
 
 

@@ -70,7 +70,7 @@ def test_the_vocabulary_keeps_its_bytes_and_not_the_name_of_bos(byte_level, tmp_
     import pyarrow
 
     texts = token_texts(byte_level)
-    save_tables(tmp_path, pyarrow.table({"feature": [0]}), texts)
+    save_tables(tmp_path, [pyarrow.table({"feature": [0]})], texts)
     assert json.loads((tmp_path / "vocabulary.json").read_text("utf-8")) == texts
     assert texts[byte_level.bos_token_id] == "\n" and texts[byte_level.eos_token_id] == "<eos>"
     plain = byte_level("rose tulip", add_special_tokens=False)["input_ids"]

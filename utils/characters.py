@@ -35,9 +35,22 @@ def whole_characters(pieces: Sequence[str], weights: Sequence[float] | None = No
     A split character goes to that of its tokens with the largest of ``weights``, or to the last of
     them, for only there the model knows it. Parts of characters at both ends are left out.
     """
+    whole = list(pieces)
+    if not _ESCAPE.search("".join(pieces)):
+        return whole
+    # From the first to the last token with a part, and a text beside them that is no edge.
+    shown = [place for place, piece in enumerate(pieces) if piece]
+    parts = [place for place, piece in enumerate(shown) if _ESCAPE.search(pieces[piece])]
+    first, last = shown[max(0, parts[0] - 1)], shown[min(parts[-1] + 1, len(shown) - 1)] + 1
+    whole[first:last] = _joined(
+        pieces[first:last], None if weights is None else weights[first:last]
+    )
+    return whole
+
+
+def _joined(pieces: Sequence[str], weights: Sequence[float] | None) -> list[str]:
+    """`whole_characters`, a character at a time."""
     text = "".join(pieces)
-    if not _ESCAPE.search(text):
-        return list(pieces)
     token = [place for place, piece in enumerate(pieces) for _ in piece]
     whole = [""] * len(pieces)
     for found in _CHARACTER.finditer(text):

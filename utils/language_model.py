@@ -364,6 +364,15 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+def tokens_together(device: torch.device, bytes_per_token: int, elsewhere: int) -> int:
+    """Tokens to run at once: what half of a GPU's free memory holds; else ``elsewhere``."""
+    if device.type != "cuda":
+        return elsewhere
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return max(1, free // 2 // bytes_per_token)
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name; ``"auto"`` is bfloat16 if the device computes in it."""
     if dtype != "auto":

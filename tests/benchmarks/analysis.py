@@ -8,14 +8,22 @@ encode, throw away) take turns, so that the machine's own drift falls on both.
 """
 
 import argparse
+import functools
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tests.benchmarks.gpu import write_store
 from utils.backend import peak_memory, use_backend
+
+use_backend("torch")
+
+from utils.autoencoder.kinds import TopKAutoencoder  # noqa: E402
+from utils.features.feature_pass import FeaturePass  # noqa: E402
+from utils.steering.feature_model import ActiveFeatures, FeatureEncoder  # noqa: E402
 
 CONTEXT_LENGTH = 128
 N_TURNS = 16
@@ -30,11 +38,6 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8_192)
     options = parser.parse_args()
-    use_backend("torch")
-    from utils.autoencoder.kinds import TopKAutoencoder
-    from utils.features.feature_pass import FeaturePass
-    from utils.steering.feature_model import FeatureEncoder
-
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         shape = (options.n_tokens // CONTEXT_LENGTH, CONTEXT_LENGTH, options.d_model)
@@ -68,6 +71,60 @@ def main() -> None:
         f"{rates['pass'] / rates['encoding']:.2f} of it. {n_examples:,} examples kept; "
         f"most memory {peak_memory()['peak_memory_gb']:.1f} GB, {before:.1f} GB before the pass."
     )
+
+
+class MadeUp:
+    """Active features that are made up, in place of an encoder.
+
+    Feature i is drawn as often as i^(−1/3), which makes some a hundred times as frequent as others.
+    """
+
+    n_latents, k = 65_536, 64
+
+    def __init__(self, n_rows: int):
+        self.draw, self.shape = np.random.default_rng(0), (n_rows, self.k)
+        self.batches: list[ActiveFeatures] = []
+
+    def prepare(self, n_batches: int) -> None:
+        row = torch.arange(self.shape[0], dtype=torch.int32).repeat_interleave(self.k)
+        for _ in range(n_batches):
+            feature = self.n_latents * self.draw.random(len(row), np.float32) ** 1.5
+            activation = 1e-3 + self.draw.standard_exponential(len(row), np.float32)
+            found = torch.from_numpy(feature).int(), torch.from_numpy(activation)
+            self.batches.append(ActiveFeatures(row, *found, None))
+
+    def active_tensors(self, activations: torch.Tensor) -> ActiveFeatures:
+        return self.batches.pop()._replace(reconstruction=activations)
+
+
+class Bookkeeping:
+    """What the pass does with features that are ready, once most examples are filled."""
+
+    n_batches, batch_size, context_length = 16, 8_192, 1_024
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        shape = (self.n_batches * self.batch_size // self.context_length, self.context_length, 4)
+        rows = np.random.default_rng(0).standard_normal(shape, np.float32)
+        self.store = write_store(Path(self.folder.name), rows)
+        self.encoder = MadeUp(self.batch_size)
+        self.feature_pass = FeaturePass(self.encoder, self.store, seed=0)
+        for _ in range(2):
+            self.us_per_token()
+
+    def us_per_token(self) -> float:
+        """Microseconds for each of 131,072 further tokens."""
+        self.encoder.prepare(self.n_batches)
+        start = time.perf_counter()
+        self.feature_pass.run(range(self.store.n_contexts), self.batch_size)
+        seconds = time.perf_counter() - start
+        return 1e6 * seconds / (self.store.n_contexts * self.context_length)
+
+
+@functools.cache
+def bookkeeping() -> Bookkeeping:
+    """The one of this process."""
+    return Bookkeeping()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ drift falls on both; the medians are printed as one JSON object.
     writer_share            the shard writer, fed with ready arrays (statistics apart), as a share
                             of one thread that writes the same bytes and computes their checksum
     loader_share            the loader, as a share of one thread that reads the bytes by `readinto`
-    analysis_us_per_token   what the analysis keeps of a token of 65,536 latents, 64 active
+    analysis_us_per_token   the analysis' pass without encoding: 65,536 latents, 64 of them active
+                            on a token, after the first 262,144 tokens
 
     python -m tests.benchmarks.data_path
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.benchmarks.analysis import bookkeeping
 from utils.activations.batches import ShuffledBatches
 from utils.activations.capture import Captured, sums_of
 from utils.activations.manifest import Manifest, ShardEntry
@@ -145,7 +147,7 @@ def made_up_store(folder: Path) -> ActivationStore:
 
 def analysis_us_per_token() -> float:
     """Microseconds a token of the analysis' pass, without encoding."""
-    raise NotImplementedError
+    return bookkeeping().us_per_token()
 
 
 if __name__ == "__main__":

@@ -15,17 +15,17 @@ from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.autoencoder.saved import load_autoencoder, save_autoencoder
-from utils.features import catalogue
+from utils.features import catalogue, feature_pass, geometry
+from utils.features.best import BestPerGroup
 from utils.features.examples import (
     AROUND,
     N_BUCKETS,
     N_PER_BUCKET,
     N_TOP,
     WINDOW,
-    BestPerGroup,
     text_around,
 )
-from utils.features.feature_pass import N_BINS, FeaturePass, Histograms
+from utils.features.feature_pass import N_BINS, FeaturePass, Histograms, SubsetSums, order_of
 from utils.features.geometry import map_directions
 from utils.features.labels import make_label
 from utils.features.studies.cross_entropy import measure_losses
@@ -124,20 +124,46 @@ def test_histograms_count_every_active_token(found, reported):
         assert not len(active) or span / 2 < active.max() <= span
 
 
+def test_sums_of_many_subsets_are_those_of_few(monkeypatch):
+    draw = np.random.default_rng(0)
+    sums = [SubsetSums(50, 7)]
+    monkeypatch.setattr(feature_pass, "DENSE_SUMS", 0)
+    sums.append(SubsetSums(50, 7))
+    total = np.zeros((50, 7))
+    for n in (300, 0, 500):
+        feature, subset = draw.integers(0, 49, n), draw.integers(0, 7, n)
+        activation = draw.random(n).astype(np.float32)
+        np.add.at(total, (feature, subset), activation.astype(float))
+        for one in sums:
+            one.add(*map(torch.from_numpy, (feature, subset, activation)))
+        sums[1]._merge()
+    share = total.max(axis=1) / np.maximum(total.sum(axis=1), 1e-9)
+    for one in sums:
+        assert one.leading()[0].tolist() == total.argmax(axis=1).tolist()
+        np.testing.assert_allclose(one.leading()[1], share, rtol=1e-12)
+
+
+def test_active_features_are_sorted_by_counting():
+    feature = torch.from_numpy(np.random.default_rng(0).integers(0, 90, 4_000).astype(np.int32))
+    expected = feature.sort(stable=True).indices
+    assert order_of(feature, 100).tolist() == expected.tolist()
+    assert order_of(feature[:0], 100).tolist() == []
+
+
 def test_histograms_widen_as_larger_values_come():
     draw = np.random.default_rng(0)
     histograms, seen = Histograms(3), [[], [], []]
     for scale in (1e-6, 0.3, 0.1, 40):  # the first below the smallest range
         group = draw.integers(0, 2, 5_000)
         values = (scale * (1 - draw.random(5_000))).astype(np.float32)
-        histograms.add(group, values)
+        histograms.add(torch.from_numpy(group), torch.from_numpy(values))
         for i in range(2):
             seen[i] += values[group == i].tolist()
     assert histograms.ranges.tolist() == [64, 64, 2**-16]
     for i, values in enumerate(seen):
-        expected, _ = np.histogram(values, N_BINS, (0, histograms.ranges[i]))
+        expected, _ = np.histogram(values, N_BINS, (0, histograms.ranges[i].item()))
         assert histograms.counts[i].tolist() == expected.tolist()
-    histograms.add(np.array([2]), np.array([8.0]))  # a power of two is in the last bin
+    histograms.add(torch.tensor([2]), torch.tensor([8.0]))  # a power of two is in the last bin
     assert histograms.ranges[2] == 8 and histograms.counts[2].tolist() == [0] * 31 + [1]
 
 
@@ -211,11 +237,11 @@ def test_best_per_group_against_brute_force():
     offered = []
     for n in (1_000, 0, 120_000, 7, 5_000):  # the third is more than is held unsorted
         group, priority = draw.integers(0, 45, n), draw.random(n).astype(np.float32)
-        wanted = best.wants(group, priority)
+        wanted = best.wants(torch.from_numpy(group), torch.from_numpy(priority)).numpy()
         entries = {"group": group, "priority": priority, "own": draw.integers(0, 10**9, n)}
         offered.append(pd.DataFrame(entries))
         best.add({name: values[wanted] for name, values in entries.items()})
-    assert not wanted.all()  # what cannot be among the best any more is not wanted
+    assert len(wanted) < n  # what cannot be among the best any more is not wanted
     everything = pd.concat(offered).sort_values(["group", "priority"], ascending=[True, False])
     expected = everything.groupby("group").head(3)
     kept = best.best()
@@ -228,7 +254,8 @@ def test_of_entries_with_one_text_the_best_is_kept():
     best = BestPerGroup(n_groups=2, size=2)
     for priority in ([1.0, 5.0, 3.0, 2.0], [4.0, 0.5, 6.0, 1.0]):
         text = np.array([7, 7, 8, 9], np.uint64)
-        entries = {"group": np.array([0, 0, 0, 1]), "priority": np.array(priority), "text": text}
+        priority = np.float32(priority)
+        entries = {"group": np.array([0, 0, 0, 1]), "priority": priority, "text": text}
         best.add(entries)
         kept = best.best()
     assert kept["group"].tolist() == [0, 0, 1] and kept["rank"].tolist() == [0, 1, 0]
@@ -253,9 +280,21 @@ def test_fidelity_known_answer():
     for part in (slice(0, 3), slice(3, 4)):  # sums over batches
         fidelity.add(rows[part], reconstruction[part], np.array([0, 1, 2, 3])[part])
     assert fidelity.fvu == pytest.approx(2 / 32)
-    assert fidelity.l0 == 1.5 and fidelity.l0_counts.tolist() == [1, 1, 1, 1]
+    assert fidelity.l0 == 1.5
     cosines = [0, 1, 4 / np.sqrt(17), 36 / np.sqrt(32 * 41)]
     assert fidelity.cosine == pytest.approx(np.mean(cosines))
+
+
+def test_fidelity_loses_nothing_over_many_batches():
+    """Float32 alone would stop to grow: 2^24 + 1 is 2^24."""
+    fidelity = Fidelity(2)
+    rows = np.float32([[4096, 0], [-4096, 0]])
+    fidelity.add(rows, rows, np.array([1, 0]))
+    small = np.float32([[0.5, 0], [-0.5, 0]])
+    for _ in range(1_000):
+        fidelity.add(small, 0.5 * small, np.array([1, 1]))
+    assert fidelity.fvu == pytest.approx(1_000 * 0.125 / (2 * 4096**2 + 1_000 * 0.5), rel=1e-9)
+    assert fidelity.l0 == pytest.approx(2_001 / 2_002, rel=1e-12)
 
 
 class Identity(SparseAutoencoder):
@@ -324,8 +363,9 @@ def saved(found, store, tmp_path_factory) -> catalogue.Catalogue:
             "suppressed_tokens": [[" x"]] * 6,
         }
     )
-    features = catalogue.feature_table(found.statistics(), examples, PIECES).join(promoted)
-    catalogue.save_tables(folder, examples, PIECES)
+    peaks = catalogue.PeakTokens(PIECES)
+    catalogue.save_tables(folder, peaks.counted([examples]), PIECES)
+    features = catalogue.feature_table(found.statistics(), peaks).join(promoted)
     catalogue.save_features(folder / "features.parquet", features)
     write_json(folder / "summary.json", {"n_latents": N_FEATURES})
     return catalogue.Catalogue(folder)
@@ -391,6 +431,15 @@ def test_the_map_leaves_out_dead_features():
     assert np.ptp(places[alive], axis=0).min() > 0.1
     for few, wanted in ((np.arange(40) < 3, True), (alive, False)):  # too few to have neighbours
         assert np.isnan(map_directions(directions, few, 0, wanted)).all()
+
+
+def test_the_map_of_many_features_is_of_a_sample(monkeypatch, capsys):
+    monkeypatch.setattr(geometry, "MOST_MAPPED", 20)
+    directions = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    alive = np.arange(40) > 3
+    mapped = np.isfinite(map_directions(directions, alive, seed=0)[:, 0])
+    assert mapped.sum() == 20 and not mapped[~alive].any() and mapped[20:].any()
+    assert "Mapping 20 features of 36, drawn at random, with UMAP." in capsys.readouterr().out
 
 
 def test_an_autoencoder_that_is_silent(tiny_run, run_here, tmp_path):

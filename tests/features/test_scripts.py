@@ -1,5 +1,6 @@
 """An analysis of text outside ASCII: characters split between tokens are whole in all it shows."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.features import catalogue
-from utils.features.browser import _runs
+from utils.features.browser import _escaped, _runs
 from utils.features.examples import draw_examples
 from utils.features.feature_pass import FeaturePass
 from utils.features.labels import explain
@@ -63,9 +64,10 @@ def analysed(tmp_path_factory) -> SimpleNamespace:
     done = FeaturePass(encoder, store, seed=0)
     done.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
     examples = catalogue.example_table(done.examples(), store)
-    features = catalogue.feature_table(done.statistics(), examples, texts)
+    peaks = catalogue.PeakTokens(texts)
+    catalogue.save_tables(folder, peaks.counted([examples]), texts)
+    features = catalogue.feature_table(done.statistics(), peaks)
     features["promoted_tokens"] = [["x"]] * 5
-    catalogue.save_tables(folder, examples, texts)
     catalogue.save_features(folder / "features.parquet", features)
     write_json(folder / "summary.json", {"n_latents": 5})
     saved = catalogue.Catalogue(folder)
@@ -88,18 +90,18 @@ def test_peaks_labels_and_examples_are_whole(analysed):
         assert example.token_texts[example.peak].strip() == "中ह👍あ"[example.feature]
         shown = show(example.token_texts, marked_tokens(example.activations))
         assert shown.count("\ufdd0") == shown.count("\ufdd1") >= 1 and "\ufdd0\ufdd1" not in shown
-        runs = _runs(example)
+        places = np.flatnonzero(example.activations)
+        marked = zip(places, example.activations[places], strict=True)
+        pieces = list(map(_escaped, example.token_texts))
+        runs = map(json.loads, _runs(pieces, marked, example.peak))
         assert all(run and (isinstance(run, str) or run[0]) for run in runs)
     printed = show_feature(saved, 0, 80)
     assert "«中»" in printed and "\ufffd" not in printed
 
 
 def test_text_before_a_split_character_is_shown_once():
-    example = SimpleNamespace(
-        token_texts=["The ", "sign ", "", "好", " is"], peak=3,
-        activations=np.array([0, 0, 0.5, 1, 0]),
-    )  # fmt: skip
-    assert _runs(example) == ["The sign ", ["好", 1.0, 1], " is"]
+    runs = _runs(["The ", "sign ", "", "好", " is"], [(2, 0.5), (3, 1.0)], peak=3)
+    assert runs == ['"The sign "', '["好",1,1]', '" is"']
 
 
 def test_searching_finds_the_feature_and_no_other(analysed):

@@ -2,30 +2,32 @@
 
 import collections
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from utils.activations.capture import Captured
 from utils.activations.manifest import ShardEntry
 from utils.activations.shards import ShardWriter
+
+if TYPE_CHECKING:  # a training has no language model, and reads ahead too
+    from utils.activations.capture import Captured
 
 QUEUED = 8  # batches between the model and the disk, in the host's memory
 
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterator[T], n: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], n: int = 1) -> Iterator[T]:
     """Yield ``items`` in their order, while a thread of its own takes up to ``n`` in advance.
 
     What they raise is raised here, in its place. Closing this iterator ends the thread.
     """
-    end = object()
+    remaining, end = iter(items), object()
     with ThreadPoolExecutor(1, "reading") as thread:
-        upcoming = collections.deque(thread.submit(next, items, end) for _ in range(n))
+        upcoming = collections.deque(thread.submit(next, remaining, end) for _ in range(n))
         try:
             while (item := upcoming.popleft().result()) is not end:
-                upcoming.append(thread.submit(next, items, end))
+                upcoming.append(thread.submit(next, remaining, end))
                 yield item
         finally:
             thread.shutdown(cancel_futures=True)
@@ -82,7 +84,7 @@ class ShardQueue:
         self._unfinished.append(writer)
         return writer
 
-    def append(self, writer: ShardWriter, batch: Captured) -> None:
+    def append(self, writer: ShardWriter, batch: "Captured") -> None:
         """Add a batch to a shard, after waiting while too many are in the queue."""
         self._room.acquire()
         self._raise_failure()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ SHARE_BYTES = 2**21  # about what a thread reads before it takes the next: much 
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
 Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
+Item = TypeVar("Item")
 
 
 class Split(NamedTuple):
@@ -275,9 +276,16 @@ class ActivationStore:
         Positions beyond the end of a context are −1.
         """
         values = np.full((len(contexts), width), -1, np.int32)
-        for i in np.argsort(contexts, kind="stable"):
-            window = self._row(array, contexts[i])[starts[i] : starts[i] + width]
-            values[i, : len(window)] = window
+        index = np.searchsorted(self._ends, contexts, side="right")
+        for number in np.unique(index):
+            chosen, shard = np.flatnonzero(index == number), self.shards[number]
+            row = np.asarray(contexts)[chosen] - (self._ends[number] - shard.contexts)
+            position = starts[chosen, None] + np.arange(width)
+            inside = position < self.context_length
+            window = shard[array][row[:, None], np.where(inside, position, 0)]
+            if array == "subsets":
+                window = self._subset_numbers[shard.number][window]
+            values[chosen] = np.where(inside, window, -1)
         return values
 
     def kept_bits(self, contexts: Contexts, size: int) -> np.ndarray:

@@ -146,18 +146,25 @@ class SparseAutoencoder(keras.Model):
         """The decoder rows as a NumPy array, shape (n_latents, d_model)."""
         return ops.convert_to_numpy(self.W_dec)
 
-    def encode_active(self, activations):
-        """The active latents of raw activations, as NumPy arrays.
+    def active_latents(self, activations):
+        """The active latents of raw activations, as tensors of the backend.
 
         Returns:
-            row, latent number and value of each active latent, three arrays of one length in order
-            of row; and the raw reconstruction, shape (batch, d_model).
+            row, latent number and value of each active latent, three of one length in order of row;
+            and the raw reconstruction, shape (batch, d_model).
         """
         latents = self.encode(activations)
-        reconstruction = ops.convert_to_numpy(self.decode(latents))
-        places = tuple(ops.nonzero(latents))  # before they are brought home: few are active
-        row, feature = (ops.convert_to_numpy(place) for place in places)
-        return row, feature, ops.convert_to_numpy(values_at(latents, places)), reconstruction
+        places = tuple(ops.nonzero(latents))
+        return *places, values_at(latents, places), self.decode(latents)
+
+    def encode_active(self, activations):
+        """`active_latents` as NumPy arrays."""
+        return tuple(map(ops.convert_to_numpy, self.active_latents(activations)))
+
+    def reconstruct_and_count(self, activations):
+        """The raw reconstruction (batch, d_model), and how many latents a row uses, (batch,)."""
+        latents = self.encode(activations)
+        return self.decode(latents), ops.sum(ops.cast(latents > 0, "int32"), axis=-1)
 
     def call(self, activations, training=False):
         """Raw reconstruction, shape (batch, d_model); while training, what `loss_terms` needs."""

@@ -3,69 +3,90 @@
 from collections.abc import Iterable
 
 import numpy as np
+from keras import ops
 from tqdm import tqdm
 
+from utils.activations.queues import read_ahead
 from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.backend import Tensor
 
 
 class Fidelity:
-    """Running sums for FVU, cosine, L0, over batches of raw activations.
+    """Running sums for FVU, cosine, L0, over batches of raw activations, on their device.
 
     FVU, the fraction of variance unexplained, is Σ‖x − x̂‖² / Σ‖x − mean‖²; the variance explained
-    is 1 − FVU. Sums over rows are float64, those within a row the rows' own float32, which is five
-    times as fast; the mean is that of the very rows that are measured. The variance is summed about
+    is 1 − FVU. The mean is that of the very rows that are measured. The variance is summed about
     the mean of the first batch: where the mean is large, its square would drown it in rounding.
+    Sums over batches carry along what float32 loses of them, since not every device has float64.
+    Nothing is read from the device before a result is asked for.
     """
 
     def __init__(self, d_model: int):
-        self.n_rows = 0
-        self.l0_counts = np.zeros(0, np.int64)
-        self._error = self._squares = self._cosines = 0.0
-        self._origin: np.ndarray | None = None
-        self._sum = np.zeros(d_model)
+        self.n_rows, self.d_model = 0, d_model
+        self._origin: Tensor | None = None
+        self._sums: Tensor | float = 0.0
+        self._lost: Tensor | float = 0.0
 
-    def add(self, rows: np.ndarray, reconstruction: np.ndarray, active_per_row: np.ndarray) -> None:
-        """Add raw activations and reconstructions (batch, d_model), active counts (batch,)."""
+    def add(self, rows: Tensor, reconstruction: Tensor, active_per_row: Tensor) -> None:
+        """Add raw activations and reconstructions (batch, d_model), active counts (batch,).
+
+        Tensors of the backend, or NumPy arrays; float32.
+        """
         self.n_rows += len(rows)
+        rows, reconstruction = map(ops.stop_gradient, map(_tensor, (rows, reconstruction)))
         if self._origin is None:
-            self._origin = rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
-        centred = rows - self._origin
-        self._sum += np.ones(len(rows), rows.dtype) @ centred
-        self._squares += float(_dots(centred, centred).sum())
-        squares, across = _dots(rows, rows), _dots(rows, reconstruction)
-        norms = np.sqrt(squares * _dots(reconstruction, reconstruction))
-        self._cosines += float((across[norms > 0] / norms[norms > 0]).sum())
-        error = rows - reconstruction
-        self._error += float(_dots(error, error).sum())
-        counts = np.bincount(active_per_row)
-        longer = max(len(counts), len(self.l0_counts))
-        self.l0_counts = np.pad(self.l0_counts, (0, longer - len(self.l0_counts)))
-        self.l0_counts[: len(counts)] += counts
+            self._origin = ops.mean(rows, axis=0)
+        centred, error = rows - self._origin, rows - reconstruction
+        lengths = ops.sqrt(_dots(rows, rows)) * ops.sqrt(_dots(reconstruction, reconstruction))
+        cosines = _dots(rows, reconstruction) / ops.where(lengths > 0, lengths, 1.0)
+        n_active = ops.cast(_tensor(active_per_row), "float32")
+        scalars = _dots(centred, centred), _dots(error, error), cosines, n_active
+        scalars = ops.stack([ops.sum(values) for values in scalars])
+        self._add(ops.concatenate([ops.sum(centred, axis=0), scalars]))
+
+    def _add(self, values: Tensor) -> None:
+        """Knuth's exact sum of two numbers: what rounding takes from it is added up apart."""
+        total = values + self._sums
+        kept = total - values
+        self._lost = self._lost + ((values - (total - kept)) + (self._sums - kept))
+        self._sums = total
+
+    def _total(self) -> np.ndarray:
+        sums, lost = (ops.convert_to_numpy(part).astype(float) for part in (self._sums, self._lost))
+        return sums + lost
 
     @property
     def fvu(self) -> float:
-        variance = self._squares - float(self._sum @ self._sum) / self.n_rows
-        return self._error / variance
+        total = self._total()
+        centred, (squares, error, *_) = total[: self.d_model], total[self.d_model :]
+        return float(error / (squares - centred @ centred / self.n_rows))
 
     @property
     def cosine(self) -> float:
-        return self._cosines / self.n_rows
+        return float(self._total()[-2] / self.n_rows)
 
     @property
     def l0(self) -> float:
-        return float(np.arange(len(self.l0_counts)) @ self.l0_counts) / self.n_rows
+        return float(self._total()[-1] / self.n_rows)
 
 
-def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("rd,rd->r", a, b).astype(np.float64)
+def _tensor(values: Tensor) -> Tensor:
+    return ops.convert_to_tensor(values)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return ops.sum(a * b, axis=1)
 
 
 def measure_fidelity(autoencoder: SparseAutoencoder, batches: Iterable[np.ndarray]) -> Fidelity:
-    """FVU, cosine and L0 of an autoencoder over batches of raw activations (batch, d_model)."""
+    """FVU, cosine and L0 of an autoencoder over batches of raw activations (batch, d_model).
+
+    The next batch is read while one is measured.
+    """
     fidelity = Fidelity(autoencoder.d_model)
-    for rows in tqdm(batches, desc="measuring", unit="batch", leave=False):
-        row, _, _, reconstruction = autoencoder.encode_active(rows)
-        fidelity.add(rows, reconstruction, np.bincount(row, minlength=len(rows)))
+    for rows in tqdm(read_ahead(batches), desc="measuring", unit="batch", leave=False):
+        rows = ops.cast(_tensor(rows), "float32")  # on the device, where that is quick
+        fidelity.add(rows, *autoencoder.reconstruct_and_count(rows))
     return fidelity
 
 

@@ -277,13 +277,19 @@ class TopKAutoencoder(SparseAutoencoder):
     def call(self, activations, training=False):
         if training:
             return super().call(activations, training=True)
-        chosen, values = self.encode_chosen(activations)
-        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+        return self._decode_chosen(*self.encode_chosen(activations))
 
-    def encode_active(self, activations):
+    def active_latents(self, activations):
         chosen, values = self.encode_chosen(activations)
-        reconstruction = self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
-        return *chosen.positive(values), ops.convert_to_numpy(reconstruction)
+        return *chosen.positive(values), self._decode_chosen(chosen, values)
+
+    def reconstruct_and_count(self, activations):
+        chosen, values = self.encode_chosen(activations)
+        n_active = ops.sum(ops.cast(ops.reshape(values, (-1, self.k)) > 0, "int32"), axis=-1)
+        return self._decode_chosen(chosen, values), n_active
+
+    def _decode_chosen(self, chosen: ChosenLatents, values: Tensor) -> Tensor:
+        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
 
     def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""
@@ -338,8 +344,11 @@ class BatchTopKAutoencoder(TopKAutoencoder):
     def call(self, activations, training=False):
         return SparseAutoencoder.call(self, activations, training)
 
-    def encode_active(self, activations):
-        return SparseAutoencoder.encode_active(self, activations)
+    def active_latents(self, activations):
+        return SparseAutoencoder.active_latents(self, activations)
+
+    def reconstruct_and_count(self, activations):
+        return SparseAutoencoder.reconstruct_and_count(self, activations)
 
     def choose(self, x):
         width = min(4 * self.k, self.n_latents)

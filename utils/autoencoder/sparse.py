@@ -172,10 +172,9 @@ if keras.backend.backend() == "torch":
             return dense
 
         def positive(self, values):
-            """Row, latent and value where the value is positive, as NumPy arrays."""
+            """Row, latent and value where the value is positive, as tensors."""
             positive = values > 0
-            arrays = self.row[positive], self.latent[positive], values[positive]
-            return tuple(ops.convert_to_numpy(array) for array in arrays)
+            return self.row[positive], self.latent[positive], values[positive]
 
         def by_latent(self):
             """Choices in order of latent, their rows, where each latent's begin; made once.

@@ -1,6 +1,7 @@
 """The meaning of each feature, for analyze_features.py. Read in this order:
 
 feature_pass, examples   one pass over the activations: statistics, examples of every feature
+best                     the best entries of each group of a stream
 catalogue                the tables of features, written, read and searched
 analysis, studies/       an analysis under way; the paper's studies, a file each
 labels, concepts         a feature's meaning without a judge; lists of words of one kind

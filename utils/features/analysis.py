@@ -26,7 +26,6 @@ from utils.artifacts import (
     RunRecord,
     read_json,
     reading,
-    replacing,
     write_csv,
     write_json,
 )
@@ -146,9 +145,11 @@ class Analysis:
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
             feature_pass.run(self.contexts, self.settings.batch_size)
             texts = token_texts(self.language_model.tokenizer)
-            examples = catalogue.example_table(feature_pass.examples(), self.store)
-            catalogue.save_tables(self.folder, examples, texts)
-            features = catalogue.feature_table(feature_pass.statistics(), examples, texts)
+            blocks = feature_pass.example_blocks()
+            tables = (catalogue.example_table(block, self.store) for block in blocks)
+            peaks = catalogue.PeakTokens(texts)
+            catalogue.save_tables(self.folder, peaks.counted(tables), texts)
+            features = catalogue.feature_table(feature_pass.statistics(), peaks)
             catalogue.save_features(self.folder / "pass.parquet", features)
             share = len(self.contexts) / self.store.n_contexts
             summary = summarise(feature_pass, self.store, self.trained)
@@ -156,8 +157,7 @@ class Analysis:
         self.summary = read_json(done, REMEDY)
         self.words += missing_in_words(self.summary)
         self.subset_shares = self.summary["subset_shares"]
-        with reading(self.folder / "pass.parquet", REMEDY) as path:
-            self.features = pd.read_parquet(path)
+        self.features = catalogue.read_features(self.folder / "pass.parquet")
         with reading(self.folder / catalogue.EXAMPLES_FILE, REMEDY) as path:
             self.examples = pyarrow.parquet.read_table(path)
         self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE, REMEDY)
@@ -241,8 +241,8 @@ class Analysis:
         for table, rows in findings.tables.items():
             write_csv(self.folder / f"{table}.csv", rows)
         kept = self._kept(name)
-        with replacing(kept.with_suffix(".parquet")) as partial:
-            pd.DataFrame(findings.columns, index=self.features.index).to_parquet(partial)
+        table = pd.DataFrame(findings.columns, index=self.features.index)
+        catalogue.save_features(kept.with_suffix(".parquet"), table)
         words = findings.words
         if not words and findings.summary is not None and not findings.summary:
             words = f"{name.capitalize()}: there is nothing to study, for no feature is active "
@@ -264,8 +264,7 @@ class Analysis:
         if "judge" in findings:
             self.summary.setdefault("judge", {})[name] = findings["judge"]
         self.words += [findings["words"]] if findings["words"] else []
-        with reading(kept.with_suffix(".parquet"), self._remedy(name)) as path:
-            table = pd.read_parquet(path)
+        table = catalogue.read_features(kept.with_suffix(".parquet"), self._remedy(name))
         for column, values in table.items():
             self.features[column] = values
 
@@ -295,7 +294,8 @@ def missing_in_words(summary: dict[str, Json]) -> list[str]:
 
 def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) -> dict[str, Json]:
     """The results of the pass as a whole, and the model, data and autoencoder they are from."""
-    alive, fidelity = feature_pass.uses > 0, feature_pass.fidelity
+    alive, fidelity = feature_pass.uses.cpu().numpy() > 0, feature_pass.fidelity
+    l0_counts = feature_pass.l0_counts.cpu().numpy()
     of_store = ("model_name", "revision", "layer", "dtype", "dataset", "outlier_norm", "excluded")
     return {
         **{name: getattr(store, name) for name in of_store},
@@ -309,6 +309,6 @@ def summarise(feature_pass: FeaturePass, store: ActivationStore, trained: dict) 
         "held_out_fvu": trained["fvu"],
         "cosine": fidelity.cosine,
         "l0": fidelity.l0,
-        "l0_counts": fidelity.l0_counts.tolist(),
+        "l0_counts": np.trim_zeros(l0_counts, "b").tolist(),
         "subset_shares": feature_pass.subset_shares(),
     }

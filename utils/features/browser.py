@@ -10,25 +10,32 @@ Pages from the file system may not fetch, but may load scripts: each file of dat
 `receive` with a name and JSON. The page inserts text as text, never as HTML.
 """
 
+import functools
 import json
 import math
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from utils.artifacts import replacing
+from utils.characters import readable
 from utils.features.catalogue import Catalogue
 from utils.settings import Json
 
 PAGE = Path(__file__).parent / "browser_page"
 PER_FILE = 32  # features whose details are in one file: some 250 kB
-FILES_TOGETHER = 16  # files whose examples are in memory at once
+FILES_TOGETHER = 64  # files whose examples are in memory at once
+DETAILED = (
+    "promoted_tokens", "suppressed_tokens", "neighbours", "neighbour_cosines", "histogram",
+    "histogram_range", "explanation",
+)  # fmt: skip
 # All other columns of numbers of features.parquet are scores.
 STATISTICS = ("frequency", "max_activation", "mean_activation", "top_subset_share")
 PLACES = ("umap_x", "umap_y")
@@ -93,9 +100,22 @@ def _write(folder: Path, name: str, content: Json) -> None:
 
     "<" and all that is not ASCII are escaped: no text can end a script, or depend on an encoding.
     """
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    _write_text(folder, name, _as_json(content))
+
+
+def _write_text(folder: Path, name: str, text: str) -> None:
     path = folder / "data" / f"{name}.js"
     path.write_text(f"receive({json.dumps(name)}, {text});\n", "ascii")
+
+
+def _as_json(content: Json) -> str:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+@functools.lru_cache(2**18)
+def _escaped(text: str) -> str | None:
+    """A text as between the quotes of its JSON; None where it holds a part of a character."""
+    return json.dumps(text)[1:-1].replace("<", "\\u003c") if readable(text) == text else None
 
 
 def _columns(features: pd.DataFrame) -> dict[str, Json]:
@@ -130,60 +150,89 @@ def _searched(features: pd.DataFrame) -> list[str]:
 
 
 def _write_details(folder: Path, catalogue: Catalogue) -> None:
+    """The details of every feature, written as text: a JSON encoder takes ten times as long."""
     features = catalogue.features
-    together = PER_FILE * FILES_TOGETHER
+    escaped = np.array([_escaped(text) for text in catalogue.token_texts], dtype=object)
     with tqdm(total=len(features), desc="browser", unit="feature", unit_scale=True) as progress:
-        for start in range(0, len(features), together):
-            batch = features.iloc[start : start + together]
-            examples = catalogue.examples_of(batch["feature"].tolist())
-            groups = dict(list(examples.sort_values(["bucket", "rank"]).groupby("feature")))
-            details = [_details(row, groups.get(row.feature)) for row in batch.itertuples()]
-            for first in range(0, len(details), PER_FILE):
-                number = (start + first) // PER_FILE
-                _write(folder, f"{number:05d}", details[first : first + PER_FILE])
+        blocks = catalogue.example_blocks(PER_FILE * FILES_TOGETHER)
+        for start, examples in blocks:
+            batch = features.iloc[start : start + PER_FILE * FILES_TOGETHER]
+            texts = _example_texts(examples, catalogue, escaped)
+            numbers = examples["feature"].to_numpy()
+            ends = np.searchsorted(numbers, batch["feature"].to_numpy(), side="right")
+            columns = {name: batch[name].tolist() for name in DETAILED if name in batch}
+            details, first = [], 0
+            for i, end in enumerate(ends.tolist()):
+                row = {name: values[i] for name, values in columns.items()}
+                details.append(_details(row, texts[first:end]))
+                first = end
+            for at in range(0, len(details), PER_FILE):
+                name = f"{(start + at) // PER_FILE:05d}"
+                _write_text(folder, name, f"[{','.join(details[at : at + PER_FILE])}]")
             progress.update(len(batch))
 
 
-def _details(row: NamedTuple, examples: pd.DataFrame | None) -> dict[str, Json]:
-    """The details of one feature, besides its columns."""
-    shown = [] if examples is None else examples.itertuples()
-    return {
-        "promoted": _as_list(row.promoted_tokens),
-        "suppressed": _as_list(row.suppressed_tokens),
-        "neighbours": _as_list(row.neighbours),
-        "cosines": _rounded(_as_list(row.neighbour_cosines), 3),
-        "histogram": _as_list(row.histogram),
-        "range": row.histogram_range,
-        "explanation": getattr(row, "explanation", None) or "",
-        "examples": [
-            {
-                "bucket": example.bucket,
-                "peak": float(f"{example.activation:.4g}"),
-                "source": f"{example.subset} · document {example.document}",
-                "runs": _runs(example),
-            }
-            for example in shown
-        ],
+def _details(row: dict[str, Json], examples: list[str]) -> str:
+    """The details of one feature, besides its columns; JSON, with that of its examples."""
+    about = {
+        "promoted": _as_list(row["promoted_tokens"]),
+        "suppressed": _as_list(row["suppressed_tokens"]),
+        "neighbours": _as_list(row["neighbours"]),
+        "cosines": _rounded(_as_list(row["neighbour_cosines"]), 3),
+        "histogram": _as_list(row["histogram"]),
+        "range": row["histogram_range"],
+        "explanation": row.get("explanation") or "",
     }
+    return f'{_as_json(about)[:-1]},"examples":[{",".join(examples)}]}}'
 
 
-def _runs(example: NamedTuple) -> list[str | list]:
-    """An example's text: strings where the feature is silent, [token, activation] where active.
+def _example_texts(examples: pyarrow.Table, catalogue: Catalogue, escaped: np.ndarray) -> list[str]:
+    """The JSON of each example: bucket, peak, source, and its text in runs.
 
-    The token at the peak has a third entry.
+    Runs are strings where the feature is silent and [token, activation] where it is active; the
+    token at the peak has a third entry. ``escaped`` are the JSON of the tokens' texts.
     """
-    runs: list[str | list] = []
-    end = 0
-    active = np.flatnonzero(example.activations > 0).tolist()
-    for position in sorted({*active, example.peak}):
-        if not example.token_texts[position] and position != example.peak:
+    flat = (examples[name].combine_chunks().flatten() for name in ("tokens", "activations"))
+    shape = len(examples), -1 if len(examples) else 0
+    tokens, activations = (values.to_numpy().reshape(shape) for values in flat)
+    pieces = escaped[tokens]
+    for i in np.flatnonzero((pieces == None).any(axis=1)):  # noqa: E711, elementwise
+        pieces[i] = [_escaped(text) for text in catalogue.texts_of(tokens[i], activations[i])]
+    names = ("bucket", "activation", "subset", "document", "peak")
+    columns = [examples[name].to_pylist() for name in names]
+    source = {subset: _escaped(f"{subset} · document ") for subset in set(columns[2])}
+    marked = activations > 0
+    marked[np.arange(len(marked)), columns[-1]] = True
+    values = activations[marked].tolist()
+    positions, ends = np.nonzero(marked)[1].tolist(), marked.sum(axis=1).cumsum().tolist()
+    texts, start = [], 0
+    for row, end, bucket, activation, subset, document, peak in zip(
+        pieces.tolist(), ends, *columns, strict=True
+    ):
+        runs = _runs(row, zip(positions[start:end], values[start:end], strict=True), peak)
+        start = end
+        texts.append(
+            f'{{"bucket":{bucket},"peak":{activation:.4g},"source":"{source[subset]}{document}",'
+            f'"runs":[{",".join(runs)}]}}'
+        )
+    return texts
+
+
+def _runs(pieces: list[str], marked: Iterable[tuple[int, float]], peak: int) -> list[str]:
+    """The runs of one example, of `_example_texts`; of the active positions with their values."""
+    runs, end = [], 0
+    for position, value in marked:
+        piece = pieces[position]
+        if not piece and position != peak:
             continue  # its character is another token's
-        runs += ["".join(example.token_texts[end:position])] if position > end else []
-        run = [example.token_texts[position], float(f"{example.activations[position]:.3g}")]
-        runs.append([*run, 1] if position == example.peak else run)
+        if position > end:
+            runs.append(f'"{"".join(pieces[end:position])}"')
+        runs.append(
+            f'["{piece}",{value:.3g},1]' if position == peak else f'["{piece}",{value:.3g}]'
+        )
         end = position + 1
-    rest = "".join(example.token_texts[end:])
-    return [*runs, rest] if rest else runs
+    rest = "".join(pieces[end:])
+    return [*runs, f'"{rest}"'] if rest else runs
 
 
 def _picture(caption: str, file: Path) -> dict[str, Json]:
@@ -192,8 +241,8 @@ def _picture(caption: str, file: Path) -> dict[str, Json]:
 
 
 def _as_list(values: object) -> list:
-    """A cell of a list column; dead features may have None or NaN there."""
-    return np.asarray(values).tolist() if isinstance(values, list | np.ndarray) else []
+    """A cell of a list column; dead features may have none there."""
+    return values if isinstance(values, list) else []
 
 
 def facts(summary: dict[str, Json]) -> list[tuple[str, str, str]]:

@@ -7,9 +7,9 @@ summary.json        results of the analysis as a whole, and the model and data i
 """
 
 import functools
+import itertools
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.compute
+import pyarrow.dataset
 import pyarrow.parquet
 
 from utils import artifacts
 from utils.activations.store import ActivationStore
-from utils.characters import is_word, whole_characters, words_in
+from utils.characters import is_word, readable, whole_characters, words_in
 from utils.features.examples import WINDOW, text_at, window_start
 from utils.features.labels import make_label
 from utils.settings import require
@@ -55,8 +56,7 @@ class Catalogue:
         if not (self.folder / SUMMARY_FILE).exists():
             raise artifacts.missing_stage(self.folder, "analysis", "analyze_features.py")
         self.summary = artifacts.read_json(self.folder / SUMMARY_FILE, REMEDY)
-        with artifacts.reading(self.folder / FEATURES_FILE, REMEDY) as path:
-            self.features = pd.read_parquet(path)
+        self.features = read_features(self.folder / FEATURES_FILE)
         self.features.index = self.features["feature"]
 
     def verify(self) -> None:
@@ -84,6 +84,15 @@ class Catalogue:
             examples = pd.read_parquet(path, filters=wanted)
         windows = zip(examples["tokens"], examples["activations"], strict=True)
         return examples.assign(token_texts=[self.texts_of(*window) for window in windows])
+
+    def example_blocks(self, n_features: int) -> Iterator[tuple[int, pyarrow.Table]]:
+        """The examples of so many features at a time, by feature, with the first one's number."""
+        with artifacts.reading(self.folder / EXAMPLES_FILE, REMEDY) as path:
+            examples = pyarrow.dataset.dataset(path)
+            feature = pyarrow.dataset.field("feature")
+            for start in range(0, len(self.features), n_features):
+                some = (feature >= start) & (feature < start + n_features)
+                yield start, examples.to_table(filter=some)
 
     def texts_of(self, tokens: np.ndarray, activations: np.ndarray | None = None) -> list[str]:
         """The texts of tokens that follow one another; see `whole_characters`."""
@@ -176,11 +185,17 @@ def summed_where(
     if tokens.empty:
         return np.zeros(0)
     feature = np.repeat(np.arange(len(tokens)), tokens.map(len))
-    number, texts = pd.factorize(np.concatenate(tokens.to_list()))
-    is_wanted = np.array([is_of(text.strip().lower(), wanted) for text in texts], float)[number]
+    texts = _flattened(tokens).dictionary_encode().combine_chunks()
+    is_wanted = [is_of(text.strip().lower(), wanted) for text in texts.dictionary.to_pylist()]
+    values = np.array(is_wanted, float)[texts.indices.to_numpy()]
     if weights is not None:
-        is_wanted *= np.concatenate(weights.to_list())
-    return np.bincount(feature, is_wanted, minlength=len(tokens))
+        values *= _flattened(weights).to_numpy()
+    return np.bincount(feature, values, minlength=len(tokens))
+
+
+def _flattened(lists: pd.Series) -> pyarrow.ChunkedArray:
+    """The values of a column of lists, one after another."""
+    return pyarrow.compute.list_flatten(pyarrow.chunked_array(pyarrow.array(lists)))
 
 
 def is_of(text: str, wanted: set[str]) -> bool:
@@ -233,45 +248,105 @@ def _lists(values: np.ndarray) -> pyarrow.Array:
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
 
 
-def feature_table(
-    statistics: dict[str, np.ndarray | list], examples: pyarrow.Table, token_texts: list[str]
-) -> pd.DataFrame:
+def list_column(
+    values: pyarrow.Array | np.ndarray, lengths: np.ndarray
+) -> pd.arrays.ArrowExtensionArray:
+    """A column of lists of these lengths, from the values of all of them.
+
+    Arrow's, for Python's lists of a million features would take gigabytes. A cell reads as a list.
+    """
+    starts = pyarrow.array(np.r_[0, np.cumsum(lengths)].astype(np.int32))
+    lists = pyarrow.ListArray.from_arrays(starts, pyarrow.array(values))
+    return pd.arrays.ArrowExtensionArray(pyarrow.chunked_array([lists]))
+
+
+def feature_table(statistics: dict[str, np.ndarray], peaks: "PeakTokens") -> pd.DataFrame:
     """A row a feature: `FeaturePass.statistics`, the tokens at its peaks, its label."""
-    features = pd.DataFrame(statistics)
-    features.insert(0, "feature", np.arange(len(features)))
-    counts = _count_peak_tokens(examples, len(features), token_texts)
-    peaks = [count.most_common(N_PROMOTED) for count in counts]
-    features["peak_tokens"] = [[token for token, _ in pairs] for pairs in peaks]
-    features["peak_shares"] = [
-        [n / count.total() for _, n in pairs] for pairs, count in zip(peaks, counts, strict=True)
-    ]
+    n = len(statistics["dead"])
+    columns = {
+        name: values if values.ndim == 1 else list_column(values.ravel(), [values.shape[1]] * n)
+        for name, values in statistics.items()
+    }
+    features = pd.DataFrame({"feature": np.arange(n), **columns, **peaks.columns(n)})
     features["label"] = features["peak_tokens"].map(make_label)
     return features
 
 
-def _count_peak_tokens(
-    examples: pyarrow.Table, n_features: int, token_texts: list[str]
-) -> list[Counter]:
-    """How often each text is at the peak of a feature's highest examples, by feature."""
-    top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
-    feature, peak = top["feature"].to_numpy(), top["peak"].to_numpy()
-    tokens = top["tokens"].combine_chunks().flatten().to_numpy()
-    counts = [Counter() for _ in range(n_features)]
-    for number, window, place in zip(feature, tokens.reshape(-1, WINDOW), peak, strict=True):
-        counts[number][text_at(token_texts, window, place)] += 1
-    return counts
+class PeakTokens:
+    """The commonest texts at the peaks of features' highest examples."""
+
+    def __init__(self, token_texts: list[str]):
+        self._token_texts = token_texts
+        self._numbers: dict[str, int] = {}  # of the texts
+        known = [self._number_of(text) if readable(text) == text else -1 for text in token_texts]
+        self._known = np.array(known)  # −1 where a token's text depends on those around it
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def _number_of(self, text: str) -> int:
+        return self._numbers.setdefault(text, len(self._numbers))
+
+    def counted(self, tables: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
+        """Pass on tables of `example_table`, each with all examples of the features it is of."""
+        for table in tables:
+            self._add(table)
+            yield table
+
+    def _add(self, examples: pyarrow.Table) -> None:
+        top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
+        peak = top["peak"].to_numpy()
+        windows = top["tokens"].combine_chunks().flatten().to_numpy().reshape(len(peak), -1)
+        text = self._known[windows[np.arange(len(peak)), peak]]
+        for i in np.flatnonzero(text < 0):
+            text[i] = self._number_of(text_at(self._token_texts, windows[i], peak[i]))
+        pair = top["feature"].to_numpy().astype(np.int64) << 32 | text
+        pair, first, count = np.unique(pair, return_index=True, return_counts=True)
+        feature = pair >> 32
+        order = np.lexsort((first, -count, feature))
+        feature, pair, count = feature[order], pair[order], count[order]
+        rank = np.arange(len(feature)) - np.searchsorted(feature, feature)
+        total = np.bincount(feature, count)[feature]
+        listed = rank < N_PROMOTED
+        self._parts.append((feature[listed], pair[listed] & 0xFFFFFFFF, (count / total)[listed]))
+
+    def columns(self, n_features: int) -> dict[str, pd.arrays.ArrowExtensionArray]:
+        """``peak_tokens`` and ``peak_shares`` of every feature, the commonest first."""
+        feature, text, share = map(np.concatenate, zip(*self._parts, strict=True))
+        lengths = np.bincount(feature, minlength=n_features)
+        texts = pyarrow.array(list(self._numbers), pyarrow.string()).take(pyarrow.array(text))
+        return {
+            "peak_tokens": list_column(texts, lengths),
+            "peak_shares": list_column(share, lengths),
+        }
 
 
-def save_tables(folder: Path, examples: pyarrow.Table, token_texts: list[str]) -> None:
-    """Write the table of examples, and the text of each token."""
+def save_tables(folder: Path, examples: Iterable[pyarrow.Table], token_texts: list[str]) -> None:
+    """Write tables of examples into one file as they come, then the text of each token."""
     with artifacts.replacing(folder / EXAMPLES_FILE) as partial:
-        pyarrow.parquet.write_table(examples, partial, row_group_size=ROWS_PER_GROUP)
+        first = next(examples := iter(examples))
+        with pyarrow.parquet.ParquetWriter(partial, first.schema) as writer:
+            for table in itertools.chain([first], examples):
+                writer.write_table(table, ROWS_PER_GROUP)
     content = json.dumps(token_texts, indent=1, ensure_ascii=False) + "\n"
     with artifacts.replacing(folder / TOKEN_TEXTS_FILE) as partial:
         partial.write_text(content, "utf-8", "backslashreplace")  # JSON's form too
 
 
 def save_features(path: Path, features: pd.DataFrame) -> None:
-    """Write a table of features."""
+    """Write a table of features, without pandas' notes, which do not know lists."""
+    table = pyarrow.Table.from_pandas(features, preserve_index=False)
     with artifacts.replacing(path) as partial:
-        features.to_parquet(partial, index=False)
+        pyarrow.parquet.write_table(table.replace_schema_metadata(None), partial)
+
+
+def read_features(path: Path, remedy: str = REMEDY) -> pd.DataFrame:
+    """A table of `save_features`, or of pandas; columns of lists are those of `list_column`.
+
+    If it is damaged, the `InputError` says to do what ``remedy`` says.
+    """
+    with artifacts.reading(path, remedy):
+        table = pyarrow.parquet.read_table(path)
+        return table.to_pandas(types_mapper=_list_type, ignore_metadata=True)
+
+
+def _list_type(kind: pyarrow.DataType) -> pd.ArrowDtype | None:
+    return pd.ArrowDtype(kind) if pyarrow.types.is_list(kind) else None

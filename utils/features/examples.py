@@ -4,6 +4,8 @@ A feature's examples are its `N_TOP` highest, bucket 0, and a few random ones of
 equal parts between its maximum and 0. An example is a window of `WINDOW` tokens around a peak.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import pandas as pd
 import pyarrow
@@ -21,65 +23,12 @@ PER_HALF_OCTAVE = 4
 AROUND = 12  # tokens to each side of a peak; examples that agree in all of them are the same text
 
 
-def window_start(position: np.ndarray, context_length: int) -> np.ndarray:
+Array = TypeVar("Array")  # of NumPy or PyTorch
+
+
+def window_start(position: Array, context_length: int) -> Array:
     """Where the window around a peak begins in its context."""
-    return np.clip(position - WINDOW_BEFORE, 0, max(0, context_length - WINDOW))
-
-
-class BestPerGroup:
-    """Of a stream of entries, the ``size`` of highest priority in each group.
-
-    Entries are dictionaries of arrays of equal length, among them ``group`` and ``priority``. If
-    they have a ``text``, only the best of a group's entries with the same one is kept.
-    """
-
-    def __init__(self, n_groups: int, size: int):
-        self.size = size
-        self.threshold = np.full(n_groups, -np.inf, np.float32)
-        self._parts: list[dict[str, np.ndarray]] = []
-        self._pending = 0
-
-    def wants(self, group: np.ndarray, priority: np.ndarray) -> np.ndarray:
-        """Which entries could still be among the best, bool, of the entries' length."""
-        return priority > self.threshold[group]
-
-    def add(self, entries: dict[str, np.ndarray]) -> None:
-        self._parts.append(entries)
-        self._pending += len(entries["group"])
-        if self._pending > max(100_000, self.size * len(self.threshold) // 4):
-            self.best()
-
-    def best(self) -> dict[str, np.ndarray]:
-        """The best entries so far, by group and falling priority, with their ``rank``."""
-        parts, self._parts = self._parts, []
-        names = [name for name in parts[0] if name != "rank"]
-
-        def join(name):  # a column at a time, for the largest are most of the memory
-            return np.concatenate([part.pop(name) for part in parts])
-
-        columns = {name: join(name) for name in ("group", "priority")}
-        order = np.lexsort((-columns["priority"], columns["group"]))
-        if "text" in names:
-            columns["text"] = join("text")
-            order = order[_first_of_each(columns["group"][order], columns["text"][order])]
-        group = columns["group"][order]
-        starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else order
-        lengths = np.diff(np.r_[starts, len(group)])
-        rank = np.arange(len(group)) - np.repeat(starts, lengths)
-        last = rank == self.size - 1
-        self.threshold[group[last]] = columns["priority"][order][last]
-        kept = order[rank < self.size]
-        best = {name: (columns[name] if name in columns else join(name))[kept] for name in names}
-        best["rank"] = rank[rank < self.size]
-        self._parts, self._pending = [best], 0
-        return dict(best)
-
-
-def _first_of_each(*keys: np.ndarray) -> np.ndarray:
-    """The indices, rising, at which combinations of keys occur for the first time."""
-    order = np.lexsort(keys)  # stable: of equal keys the first stays first
-    changes = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
-    return np.sort(order[np.r_[True, changes]]) if len(order) else order
+    return (position - WINDOW_BEFORE).clip(0, max(0, context_length - WINDOW))
 
 
 def text_around(tokens: np.ndarray) -> np.ndarray:

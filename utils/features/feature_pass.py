@@ -3,14 +3,23 @@
 While streaming, `BestPerGroup` keeps the highest examples of each feature, and a random few of each
 half octave of its activation. From these, evenly spaced buckets between the maximum and 0 are drawn
 at the end. Memory is bounded by the number of features, not by the data.
+
+All that grows with the number of active features stays on the device that encodes. What comes home
+of a batch are the examples that beat those kept so far.
 """
 
-from typing import Protocol
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import scipy.sparse
+import torch
 
+from utils.activations.queues import read_ahead
 from utils.activations.store import ActivationStore, ContextBatch, Contexts
 from utils.autoencoder.fidelity import Fidelity
+from utils.features.best import BestPerGroup
 from utils.features.examples import (
     HALF_OCTAVES,
     N_BUCKETS,
@@ -18,15 +27,17 @@ from utils.features.examples import (
     N_TOP,
     PER_HALF_OCTAVE,
     WINDOW,
-    BestPerGroup,
     text_around,
     window_start,
 )
+from utils.language_model import pick_device
 from utils.steering.feature_model import ActiveFeatures
 
 N_BINS = 32  # of a feature's histogram, at least half of them up to its maximum
-EMPTY_RANGE = -16  # exponent of 2: where the bins of a histogram without values end
+EMPTY_RANGE = 2.0**-16  # where the bins of a histogram without values end
 HEADROOM = 14  # exponent of 2: windows are kept in float16 with their peaks scaled to here
+FEATURES_TOGETHER = 2_048  # whose examples are put together at once
+DENSE_SUMS = 2**27  # pairs of a feature and a subset that have a place each: 1 GiB
 
 
 class Histograms:
@@ -37,36 +48,84 @@ class Histograms:
 
     Attributes:
         counts: Shape (n_groups, `N_BINS`).
+        ranges: The upper edge of each group's last bin, shape (n_groups,).
+        maxima: The largest value of each group, 0 if it has none.
     """
 
-    def __init__(self, n_groups: int):
-        self.counts = np.zeros((n_groups, N_BINS), np.int32)
-        self._exponents = np.full(n_groups, EMPTY_RANGE)
+    def __init__(self, n_groups: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros((n_groups, N_BINS), dtype=torch.int32, device=device)
+        self.ranges = torch.full((n_groups,), EMPTY_RANGE, device=device)
+        self.maxima = torch.zeros(n_groups, device=device)
 
-    @property
-    def ranges(self) -> np.ndarray:
-        """The upper edge of each group's last bin, shape (n_groups,)."""
-        return np.exp2(self._exponents)
-
-    def add(self, group: np.ndarray, values: np.ndarray) -> None:
-        is_empty = ~self.counts.any(axis=1)
-        self._exponents[group[is_empty[group]]] = np.iinfo(int).min
-        needed = self._exponents.copy()
-        np.maximum.at(needed, group, np.ceil(np.log2(values)).astype(int))
-        self._exponents[is_empty] = needed[is_empty]
-        while len(narrow := np.flatnonzero(self._exponents < needed)):
-            pairs = self.counts[narrow].reshape(-1, N_BINS // 2, 2).sum(axis=2)
-            self.counts[narrow] = np.pad(pairs, ((0, 0), (0, N_BINS // 2)))
-            self._exponents[narrow] += 1
-        bins = (values * (N_BINS / self.ranges[group])).astype(int)
-        bins = group * N_BINS + np.minimum(bins, N_BINS - 1)  # the upper edge is in the last
-        counts = np.bincount(bins, minlength=self.counts.size)
-        self.counts += counts.reshape(self.counts.shape).astype(np.int32)
+    def add(self, group: torch.Tensor, values: torch.Tensor) -> None:
+        is_empty = self.maxima == 0
+        self.maxima.scatter_reduce_(0, group.long(), values, "amax")
+        mantissa = torch.frexp(self.maxima).mantissa  # 1/2 of a power of two
+        needed = torch.where(mantissa == 0.5, self.maxima, self.maxima / mantissa)
+        self.ranges = torch.where(is_empty & (self.maxima > 0), needed, self.ranges)
+        narrow = torch.nonzero(self.ranges < needed)[:, 0]
+        if len(narrow):
+            factors = (needed[narrow] / self.ranges[narrow]).clamp_max(N_BINS).int()
+            bins = torch.arange(N_BINS, device=factors.device) // factors[:, None]
+            merged = torch.zeros_like(self.counts[narrow])
+            self.counts[narrow] = merged.scatter_add_(1, bins, self.counts[narrow])
+            self.ranges[narrow] = needed[narrow]
+        bins = (values * (N_BINS / self.ranges)[group]).int().clamp_max_(N_BINS - 1)
+        ones = torch.ones_like(bins)  # the upper edge is in the last bin
+        self.counts.view(-1).index_add_(0, group.long() * N_BINS + bins, ones)
 
 
-def _exponents(peaks: np.ndarray) -> np.ndarray:
-    """The powers of 2 by which windows with these peaks are divided."""
-    return np.frexp(peaks)[1] - HEADROOM
+class SubsetSums:
+    """Sums of a stream of activations by feature and corpus subset.
+
+    Where features times subsets are many, only the sums that are not 0 are kept.
+    """
+
+    def __init__(self, n_features: int, n_subsets: int, device: torch.device | str = "cpu"):
+        self.shape = n_features, n_subsets
+        self._dense = n_features * n_subsets <= DENSE_SUMS
+        n = n_features * n_subsets if self._dense else 0
+        options = {"device": device}
+        self._sums = torch.zeros(n, dtype=torch.float64, **options)
+        self._pairs = torch.arange(n, **options)  # feature · n_subsets + subset, of each sum
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, feature: torch.Tensor, subset: torch.Tensor, activation: torch.Tensor) -> None:
+        pair = feature.long() * self.shape[1] + subset
+        if self._dense:
+            self._sums.index_add_(0, pair, activation.double())
+            return
+        self._pending.append((pair, activation.double()))
+        if sum(len(pair) for pair, _ in self._pending) > max(2**24, len(self._pairs)):
+            self._merge()
+
+    def _merge(self) -> None:
+        pairs, sums = zip((self._pairs, self._sums), *self._pending, strict=True)
+        self._pairs, place = torch.cat(pairs).unique(return_inverse=True)
+        self._sums = torch.zeros(len(self._pairs), dtype=torch.float64, device=place.device)
+        self._sums.index_add_(0, place, torch.cat(sums))
+        self._pending = []
+
+    def leading(self) -> tuple[np.ndarray, np.ndarray]:
+        """The subset with most of each feature's activation, and its share; 0 of a dead one."""
+        if self._pending:
+            self._merge()
+        feature, subset = np.divmod(self._pairs.cpu().numpy(), self.shape[1])
+        sums = self._sums.cpu().numpy()
+        total, largest = (
+            np.bincount(feature, sums, minlength=self.shape[0]),
+            np.zeros(self.shape[0]),
+        )
+        np.maximum.at(largest, feature, sums)
+        at = np.flatnonzero(sums == largest[feature])[::-1]  # of equal ones the first stays
+        leading = np.zeros(self.shape[0], np.int64)
+        leading[feature[at]] = subset[at]
+        return leading, largest / np.where(total > 0, total, 1.0)
+
+
+def _scales(peaks: np.ndarray) -> np.ndarray:
+    """The powers of 2 by which windows with these peaks are divided, float32."""
+    return np.ldexp(np.float32(1), np.frexp(peaks)[1] - HEADROOM)
 
 
 class Encoder(Protocol):
@@ -74,7 +133,33 @@ class Encoder(Protocol):
 
     n_latents: int
 
+    def active_tensors(self, activations: torch.Tensor) -> ActiveFeatures: ...
+
     def active(self, activations: np.ndarray) -> ActiveFeatures: ...
+
+
+class Active(NamedTuple):
+    """A batch's active features in order of feature, then of row; tensors of one length.
+
+    ``group`` numbers the pairs of a feature and a context, ``start`` is where each of them begins.
+    """
+
+    feature: torch.Tensor
+    context: torch.Tensor
+    position: torch.Tensor
+    activation: torch.Tensor
+    group: torch.Tensor
+    start: torch.Tensor
+
+
+def order_of(feature: torch.Tensor, n_features: int) -> torch.Tensor:
+    """Indices that sort features, of `ActiveFeatures`, and leave those of one in their order."""
+    if feature.device.type != "cpu":
+        return feature.sort(stable=True).indices
+    # Turning rows into columns is a sort by counting, many times faster than others on a CPU.
+    index = np.arange(len(feature), dtype=np.int32)
+    rows = scipy.sparse.csr_array((index, feature.numpy(), [0, len(feature)]), (1, n_features))
+    return torch.from_numpy(rows.tocsc().data)
 
 
 class FeaturePass:
@@ -85,97 +170,125 @@ class FeaturePass:
 
     def __init__(self, encoder: Encoder, store: ActivationStore, seed: int):
         self.encoder, self.store = encoder, store
-        n = encoder.n_latents
+        n, n_subsets = encoder.n_latents, len(store.subset_names)
+        encoding = pick_device()
+        device = "cpu" if encoding.type == "mps" else encoding  # which has no float64
+        self._encoding, self._device = encoding, device
         self.fidelity = Fidelity(store.d_model)
-        self.uses = np.zeros(n, np.int64)
-        self.sums = np.zeros(n)
-        self.maxima = np.zeros(n)
-        self.histograms = Histograms(n)
-        self.subset_sums = np.zeros((n, len(store.subset_names)))
-        self.subset_tokens = np.zeros(len(store.subset_names), np.int64)
-        self.top = BestPerGroup(n, N_TOP)
-        self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE)
+        self.l0_counts = torch.zeros(n + 1, dtype=torch.int64, device=device)
+        self.uses = torch.zeros(n, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(n, dtype=torch.float64, device=device)
+        self.histograms = Histograms(n, device)
+        self.subset_sums = SubsetSums(n, n_subsets, device)
+        self.subset_tokens = np.zeros(n_subsets, np.int64)
+        self.top = BestPerGroup(n, N_TOP, device)
+        self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE, device)
         self.random = np.random.default_rng(seed)
         self._unit: int | None = None  # exponent of 2 in the middle of the half octaves
 
+    @property
+    def maxima(self) -> np.ndarray:
+        """The largest activation of each feature, float64, shape (n_latents,)."""
+        return self.histograms.maxima.cpu().numpy().astype(np.float64)
+
     def run(self, contexts: Contexts, batch_size: int) -> None:
         """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
+        for batch, rows in read_ahead(self._read(contexts, batch_size)):
+            self._add(batch, rows)
+
+    def _read(
+        self, contexts: Contexts, batch_size: int
+    ) -> Iterator[tuple[ContextBatch, torch.Tensor]]:
+        """Batches, and their rows on the device that encodes."""
         for batch in self.store.batches(contexts, batch_size, "analysing"):
-            self._add(batch)
+            stored = torch.from_numpy(self.store.kept_rows(batch.contexts))
+            yield batch, stored.to(self._encoding).float()
 
-    def _add(self, batch: ContextBatch) -> None:
-        rows = batch.rows
-        row, feature, activation, reconstruction = self.encoder.active(rows)
-        self.fidelity.add(rows, reconstruction, np.bincount(row, minlength=len(rows)))
-        context, position = batch.places(row)
-        n = len(self.uses)
-        self.uses += np.bincount(feature, minlength=n)
-        self.sums += np.bincount(feature, activation, minlength=n)
-        self.histograms.add(feature, activation)
-        self._add_subsets(batch.subsets, batch.subsets[context, position], feature, activation)
-        text = text_around(batch.tokens)
-        self._add_examples(np.asarray(batch.contexts), text, feature, context, position, activation)
+    def _add(self, batch: ContextBatch, rows: torch.Tensor) -> None:
+        found = self.encoder.active_tensors(rows)
+        row, feature, activation = (values.to(self._device) for values in found[:3])
+        n_active = torch.bincount(row, minlength=len(rows))
+        self.fidelity.add(rows, found.reconstruction, n_active.to(rows.device))
+        self.l0_counts.index_add_(0, n_active, torch.ones_like(n_active))
+        self.subset_tokens += np.bincount(batch.subsets.ravel(), minlength=len(self.subset_tokens))
 
-    def _add_subsets(self, subsets, subset, feature, activation) -> None:
-        """Add the subsets of all positions, and those of the places where features are active."""
-        n = len(self.subset_tokens)
-        self.subset_tokens += np.bincount(subsets.ravel(), minlength=n)
-        group = feature * n + subset
-        sums = np.bincount(group, activation, minlength=self.subset_sums.size)
-        self.subset_sums += sums.reshape(self.subset_sums.shape)
-
-    def _add_examples(self, numbers, text, feature, context, position, activation) -> None:
-        """Offer the peak of each feature in each context to the kept examples."""
-        key = feature.astype(np.int64) * (context.max() + 1 if len(context) else 1) + context
-        order = np.argsort(key, kind="stable")
-        feature, context, position, activation = (
-            values[order] for values in (feature, context, position, activation)
+        order = order_of(feature, len(self.uses))
+        row, feature, activation = (values[order] for values in (row, feature, activation))
+        context, position = batch.places(np.arange(len(rows)))
+        places = context, position, batch.subsets[context, position]
+        context, position, subset = (
+            torch.from_numpy(values.astype(np.int32)).to(self._device)[row] for values in places
         )
-        key = key[order]
-        starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else order
-        peaks = np.maximum.reduceat(activation, starts) if len(key) else activation
-        group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
-        is_peak = np.flatnonzero(activation == peaks[group])
-        first_peak = is_peak[np.unique(group[is_peak], return_index=True)[1]]
-        np.maximum.at(self.maxima, feature[starts], peaks)
+        self.uses.index_add_(0, feature, torch.ones_like(feature, dtype=torch.int64))
+        self.sums.index_add_(0, feature, activation.double())
+        self.subset_sums.add(feature, subset, activation)
+        self.histograms.add(feature, activation)
+        is_first = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
+        is_first[1:] = (feature[1:] != feature[:-1]) | (context[1:] != context[:-1])
+        group, start = is_first.cumsum(0) - 1, torch.nonzero(is_first)[:, 0]
+        self._add_examples(batch, Active(feature, context, position, activation, group, start))
 
-        if self._unit is None and len(peaks):
-            highest = int(np.floor(np.log2(peaks.max())))
+    def _add_examples(self, batch: ContextBatch, active: Active) -> None:
+        """Offer the peak of each feature in each context to the kept examples."""
+        n_groups, n = len(active.start), len(active.group)
+        peak = active.activation.new_zeros(n_groups)
+        peak.scatter_reduce_(0, active.group, active.activation, "amax")
+        place = torch.arange(n, device=peak.device)
+        place = torch.where(active.activation == peak[active.group], place, n)
+        first = torch.full_like(active.start, n).scatter_reduce_(0, active.group, place, "amin")
+        feature = active.feature[active.start]
+        chance = torch.from_numpy(self.random.random(n_groups, np.float32)).to(peak.device)
+        text = text_around(batch.tokens)
+        for best, group, priority in (
+            (self.top, feature, peak),
+            (self.sampled, feature.long() * HALF_OCTAVES + self._half_octave(peak), chance),
+        ):
+            wanted = best.wants(group, priority)
+            entries = {
+                "group": group[wanted],
+                "priority": priority[wanted],
+                "feature": feature[wanted],
+                "activation": peak[wanted],
+                "context": active.context[active.start[wanted]],
+                "position": active.position[first[wanted]],
+            }
+            entries["window"] = self._windows(active, wanted, entries)
+            home = {name: values.cpu().numpy() for name, values in entries.items()}
+            if best is self.top:
+                home["text"] = text[home["context"], home["position"]]
+            home["context"] = np.asarray(batch.contexts)[home["context"]].astype(np.int32)
+            best.add(home)
+
+    def _half_octave(self, peak: torch.Tensor) -> torch.Tensor:
+        """The bin of activation of each peak, 0 to `HALF_OCTAVES` − 1; mostly about the middle."""
+        if self._unit is None and len(peak):
+            highest = math.frexp(float(peak.max()))[1] - 1
             usual = range(-HALF_OCTAVES // 8, HALF_OCTAVES // 4)
             self._unit = 0 if highest in usual else highest - HALF_OCTAVES // 8
-        octave = np.clip(2 * (np.log2(peaks) - (self._unit or 0)) + HALF_OCTAVES / 2, 0, None)
-        bins = feature[starts] * HALF_OCTAVES + np.minimum(octave, HALF_OCTAVES - 1).astype(int)
-        chance = self.random.random(len(starts), np.float32)
-        entries = {
-            "feature": feature[starts],
-            "activation": peaks,
-            "context": numbers[context[starts]].astype(np.int32),
-            "position": position[first_peak].astype(np.int32),
-        }
-        top = {"group": feature[starts], "priority": peaks}
-        top["text"] = text[context[starts], position[first_peak]]
-        sampled = {"group": bins, "priority": chance}
-        for best, keys in ((self.top, top), (self.sampled, sampled)):
-            wanted = np.flatnonzero(best.wants(keys["group"], keys["priority"]))
-            columns = {name: values[wanted] for name, values in {**keys, **entries}.items()}
-            columns["window"] = self._windows(wanted, entries, starts, position, activation)
-            best.add(columns)
+        mantissa, exponent = torch.frexp(peak)  # ½ ≤ mantissa < 1
+        octave = 2 * (exponent - 1 - (self._unit or 0)) + (mantissa >= math.sqrt(0.5))
+        return (octave + HALF_OCTAVES // 2).clamp(0, HALF_OCTAVES - 1)
 
-    def _windows(self, wanted, entries, starts, position, activation) -> np.ndarray:
-        """Activations of some groups around their peaks, shape (groups, WINDOW), float16.
+    def _windows(
+        self, active: Active, wanted: torch.Tensor, entries: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Activations of the wanted groups around their peaks, (wanted, WINDOW), float16.
 
-        Scaled as `_exponents` says, for float16 ends at 65,504 and holds nothing below 6e-8.
+        Divided by `_scales`, for float16 ends at 65,504 and holds nothing below 6e-8.
         """
-        begins = window_start(entries["position"][wanted], self.store.context_length)
-        lengths = np.diff(np.r_[starts, len(position)])[wanted]
-        group = np.repeat(np.arange(len(wanted)), lengths)
-        first = np.repeat(starts[wanted] - np.r_[0, np.cumsum(lengths)[:-1]], lengths)
-        entry = first + np.arange(len(group))
-        offset = position[entry] - begins[group]
+        begins = window_start(entries["position"], self.store.context_length)
+        ends = torch.cat([active.start[1:], active.start.new_tensor([len(active.group)])])
+        lengths = (ends - active.start)[wanted]
+        group = torch.repeat_interleave(lengths)
+        skipped = lengths.cumsum(0) - lengths
+        entry = torch.arange(len(group), device=group.device)
+        entry += (active.start[wanted] - skipped)[group]
+        offset = active.position[entry] - begins[group]
         inside = (offset >= 0) & (offset < WINDOW)
-        windows = np.zeros((len(wanted), WINDOW), np.float16)
-        scaled = np.ldexp(activation[entry], -_exponents(entries["activation"][wanted])[group])
-        windows[group[inside], offset[inside]] = scaled[inside]
+        group, entry, offset = group[inside], entry[inside], offset[inside]
+        scale = torch.from_numpy(_scales(entries["activation"].cpu().numpy())).to(group.device)
+        windows = torch.zeros((len(wanted), WINDOW), dtype=torch.float16, device=group.device)
+        windows[group, offset] = (active.activation[entry] / scale[group]).half()
         return windows
 
     # ---- results
@@ -191,17 +304,17 @@ class FeaturePass:
         ``histogram`` counts the tokens, of those on which the feature is active, in `N_BINS` equal
         bins of activation from 0 to ``histogram_range``.
         """
-        uses = np.maximum(self.uses, 1)
-        total = np.where(self.uses, self.subset_sums.sum(axis=1), 1.0)
+        uses, sums = self.uses.cpu().numpy(), self.sums.cpu().numpy()
+        subset, share = self.subset_sums.leading()
         return {
-            "frequency": self.uses / self.fidelity.n_rows,
+            "frequency": uses / self.fidelity.n_rows,
             "max_activation": self.maxima,
-            "mean_activation": self.sums / uses,
-            "dead": self.uses == 0,
-            "top_subset": np.array(self.store.subset_names)[self.subset_sums.argmax(axis=1)],
-            "top_subset_share": self.subset_sums.max(axis=1) / total,
-            "histogram": list(self.histograms.counts),
-            "histogram_range": self.histograms.ranges,
+            "mean_activation": sums / np.maximum(uses, 1),
+            "dead": uses == 0,
+            "top_subset": np.array(self.store.subset_names)[subset],
+            "top_subset_share": share,
+            "histogram": self.histograms.counts.cpu().numpy(),
+            "histogram_range": self.histograms.ranges.cpu().numpy().astype(np.float64),
         }
 
     def examples(self) -> dict[str, np.ndarray]:
@@ -210,18 +323,35 @@ class FeaturePass:
         Bucket 0 holds the `N_TOP` highest of different texts; bucket b up to `N_PER_BUCKET` random
         ones whose peak lies in the b-th of `N_BUCKETS` equal parts between the maximum and 0.
         """
-        top = dict(self.top.best())
-        top["bucket"] = np.zeros(len(top["feature"]), np.int64)
-        sampled = dict(self.sampled.best())
-        below = 1 - sampled["activation"] / self.maxima[sampled["feature"]]
-        sampled["bucket"] = 1 + np.minimum((below * N_BUCKETS).astype(int), N_BUCKETS - 1)
-        chosen = BestPerGroup(len(self.uses) * (N_BUCKETS + 1), N_PER_BUCKET)
-        sampled["group"] = sampled["feature"] * (N_BUCKETS + 1) + sampled["bucket"]
-        chosen.add(sampled)
-        sampled = chosen.best()
-        names = ("feature", "bucket", "rank", "activation", "context", "position", "window")
-        columns = {name: np.concatenate([top[name], sampled[name]]) for name in names}
-        exponents = _exponents(columns["activation"])[:, None]
-        columns["window"] = np.ldexp(columns["window"].astype(np.float32), exponents)
-        order = np.lexsort([columns[name] for name in ("rank", "bucket", "feature")])
-        return {name: values[order] for name, values in columns.items()}
+        blocks = list(self.example_blocks())
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+    def example_blocks(self) -> Iterator[dict[str, np.ndarray]]:
+        """`examples` of `FEATURES_TOGETHER` features at a time."""
+        maxima = self.maxima
+        kept = self.top.best(), self.sampled.best()
+        for first in range(0, len(maxima), FEATURES_TOGETHER):
+            some = range(first, first + FEATURES_TOGETHER)
+            edges = [np.searchsorted(one["feature"], [some.start, some.stop]) for one in kept]
+            top, sampled = (
+                {name: values[slice(*edge)] for name, values in one.items()}
+                for one, edge in zip(kept, edges, strict=True)
+            )
+            top["bucket"] = np.zeros(len(top["feature"]), np.int64)
+            sampled = _draw(sampled, first, maxima)
+            names = ("feature", "bucket", "rank", "activation", "context", "position", "window")
+            columns = {name: np.concatenate([top[name], sampled[name]]) for name in names}
+            scales = _scales(columns["activation"])[:, None]
+            columns["window"] = columns["window"].astype(np.float32) * scales
+            order = np.lexsort([columns[name] for name in ("rank", "bucket", "feature")])
+            yield {name: values[order] for name, values in columns.items()}
+
+
+def _draw(sampled: dict[str, np.ndarray], first: int, maxima: np.ndarray) -> dict[str, np.ndarray]:
+    """Of examples sampled from half octaves, those of each bucket; features are ``first`` on."""
+    below = 1 - sampled["activation"] / maxima[sampled["feature"]]
+    sampled["bucket"] = 1 + np.minimum((below * N_BUCKETS).astype(int), N_BUCKETS - 1)
+    chosen = BestPerGroup(FEATURES_TOGETHER * (N_BUCKETS + 1), N_PER_BUCKET)
+    sampled["group"] = (sampled["feature"] - first) * (N_BUCKETS + 1) + sampled["bucket"]
+    chosen.add(sampled)
+    return chosen.best()

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from utils.language_model import pick_device
 
 PAIRS_TOGETHER = 2**26  # cosines in memory: 256 MiB
+MOST_MAPPED = 65_536  # features on a map; a larger one takes an hour and shows no more
 
 
 @torch.inference_mode()
@@ -44,15 +45,20 @@ def map_directions(
 ) -> np.ndarray:
     """UMAP of the decoder rows of living features, by cosine, shape (n_latents, 2).
 
-    NaN for dead features, and for all if no map is ``wanted`` or too few are alive.
+    NaN for dead features, for those that are left out where more than `MOST_MAPPED` are alive, and
+    for all if no map is ``wanted`` or too few are alive.
     """
     places = np.full((len(directions), 2), np.nan)
-    n_alive = int(alive.sum())
-    if wanted and n_alive > 3:
+    mapped = np.flatnonzero(alive)
+    if wanted and len(mapped) > 3:
         import umap  # compiles for seconds when imported
 
-        print(f"Mapping {n_alive:,} features with UMAP.")
+        sample = ""
+        if len(mapped) > MOST_MAPPED:
+            sample = f" of {len(mapped):,}, drawn at random,"
+            mapped = np.sort(np.random.default_rng(seed).permutation(mapped)[:MOST_MAPPED])
+        print(f"Mapping {len(mapped):,} features{sample} with UMAP.")
         settings = {"metric": "cosine", "min_dist": 0.05, "random_state": seed, "n_jobs": 1}
-        reducer = umap.UMAP(n_neighbors=min(15, n_alive - 1), **settings)
-        places[alive] = reducer.fit_transform(directions[alive])
+        reducer = umap.UMAP(n_neighbors=min(15, len(mapped) - 1), **settings)
+        places[mapped] = reducer.fit_transform(directions[mapped])
     return places

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from utils.activations.store import ActivationStore, Contexts
-from utils.language_model import LanguageModel, replaced_output, residual_at, watched_passes
+from utils.language_model import (
+    LanguageModel,
+    replaced_output,
+    residual_at,
+    tokens_together,
+    watched_passes,
+)
 from utils.settings import InputError
 from utils.steering.feature_model import ActiveFeatures
-
-N_TOGETHER = 2_048  # tokens whose neurons, up to the layer, are in memory
 
 
 class NoNeurons(InputError):
@@ -120,6 +124,13 @@ def draw_neurons(
     return np.random.default_rng(seed).permutation(neurons[-1].shape[-1])[:n_neurons]
 
 
+def neurons_together(language_model: LanguageModel, n_blocks: int) -> int:
+    """Tokens to run at once, so that their neurons of the first blocks are in memory, twice."""
+    matrices = _last_matrices(language_model, n_blocks)
+    width = sum(matrix.weight.numel() for matrix in matrices) // language_model.d_model
+    return tokens_together(language_model.device, 16 * width, elsewhere=2_048)
+
+
 @torch.inference_mode()
 def neuron_values(
     language_model: LanguageModel,
@@ -132,9 +143,9 @@ def neuron_values(
 
     They are 0 where negative, or not among the block's ``k`` largest on the token.
     """
-    values = []
+    values, together = [], neurons_together(language_model, store.layer + 1)
     with neurons_of(language_model, store.layer + 1) as neurons:
-        for batch in store.batches(contexts, N_TOGETHER, "neurons"):
+        for batch in store.batches(contexts, together, "neurons"):
             residual_at(language_model, torch.from_numpy(batch.tokens), store.layer)
             block = neurons[-1].float()
             smallest = block.topk(k, dim=-1).values[..., -1:]
@@ -167,6 +178,9 @@ class TopNeurons:
     def __init__(self, n_neurons: int):
         self.n_latents = n_neurons
 
-    def active(self, activations: np.ndarray) -> ActiveFeatures:
-        row, neuron = np.nonzero(activations > 0)
+    def active_tensors(self, activations: torch.Tensor) -> ActiveFeatures:
+        row, neuron = torch.nonzero(activations > 0, as_tuple=True)
         return ActiveFeatures(row, neuron, activations[row, neuron], activations)
+
+    def active(self, activations: np.ndarray) -> ActiveFeatures:
+        return self.active_tensors(torch.from_numpy(activations)).numpy()

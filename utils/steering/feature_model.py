@@ -36,10 +36,14 @@ class ActiveFeatures(NamedTuple):
         reconstruction: Of every row, raw, shape (rows, d_model).
     """
 
-    row: np.ndarray
-    feature: np.ndarray
-    activation: np.ndarray
-    reconstruction: np.ndarray
+    row: np.ndarray | torch.Tensor
+    feature: np.ndarray | torch.Tensor
+    activation: np.ndarray | torch.Tensor
+    reconstruction: np.ndarray | torch.Tensor
+
+    def numpy(self) -> Self:
+        """The same as NumPy arrays."""
+        return ActiveFeatures(*map(ops.convert_to_numpy, self))
 
 
 class FeatureEncoder:
@@ -53,12 +57,14 @@ class FeatureEncoder:
         self.scale = float(autoencoder.scale)
 
     @torch.no_grad()
-    def active(self, activations: np.ndarray) -> ActiveFeatures:
-        """The active features of raw activations, shape (rows, d_model)."""
-        row, feature, latents, reconstruction = self.autoencoder.encode_active(activations)
-        norms = self.norms.cpu().numpy()
-        activation = (latents * norms[feature]).astype(np.float32)
-        return ActiveFeatures(row, feature, activation, reconstruction)
+    def active_tensors(self, activations: np.ndarray | torch.Tensor) -> ActiveFeatures:
+        """The active features of raw activations, shape (rows, d_model), on the device."""
+        row, feature, latents, reconstruction = self.autoencoder.active_latents(activations)
+        return ActiveFeatures(row, feature, latents * self.norms[feature], reconstruction)
+
+    def active(self, activations: np.ndarray | torch.Tensor) -> ActiveFeatures:
+        """`active_tensors` as NumPy arrays."""
+        return self.active_tensors(activations).numpy()
 
     @torch.no_grad()
     def encode(self, residual: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from utils.activations.store import ActivationStore, Contexts, spread
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
+from utils.language_model import LanguageModel, tokens_together
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 LEAST_SHOWN = 200  # tokens of a subset; the losses of one with fewer may be chance
@@ -30,7 +31,7 @@ def measure_losses(
     store: ActivationStore,
     contexts: Contexts,
     n_tokens: int,
-    batch_size: int = 1_024,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """The model's loss when its residual stream is replaced, in all text and by corpus subset.
 
@@ -40,7 +41,7 @@ def measure_losses(
     Args:
         contexts: Contexts of the store to spread over, best those held out of training.
         n_tokens: Tokens to run, if ``contexts`` have so many.
-        batch_size: Tokens run together; each takes a row of logits over the whole vocabulary.
+        batch_size: Tokens run together; None for `logits_together`.
 
     Returns:
         A row for ``"all"`` and for each subset: mean cross-entropy of the next token in nats,
@@ -55,6 +56,7 @@ def measure_losses(
         "zero_ablated": torch.zeros_like,
     }
     names = np.array(store.subset_names)
+    batch_size = batch_size or logits_together(model.language_model)
     rows = []
     fidelities = collections.defaultdict(lambda: Fidelity(store.d_model))
     for batch in store.batches(contexts, batch_size, "cross-entropy"):
@@ -78,6 +80,12 @@ def measure_losses(
     return table
 
 
+def logits_together(language_model: LanguageModel) -> int:
+    """Tokens to run at once; each takes rows over the whole vocabulary: logits, probabilities."""
+    n_words = language_model.model.get_output_embeddings().weight.shape[0]
+    return tokens_together(language_model.device, 32 * n_words, elsewhere=1_024)
+
+
 def _add_fidelity(
     fidelities: dict[str, Fidelity],
     encoder: FeatureEncoder,
@@ -85,10 +93,12 @@ def _add_fidelity(
     subsets: np.ndarray,
 ) -> None:
     """Add raw activations (rows, d_model) to the sums of their subset, and to those of all."""
-    row, _, _, reconstruction = encoder.active(activations)
-    n_active = np.bincount(row, minlength=len(activations))
+    activations = torch.from_numpy(activations).to(encoder.norms.device)
+    row, _, _, reconstruction = encoder.active_tensors(activations)
+    n_active = torch.bincount(row, minlength=len(activations))
     for name in ("all", *np.unique(subsets)):
-        rows = slice(None) if name == "all" else subsets == name
+        rows = np.flatnonzero((subsets == name) | (name == "all"))
+        rows = torch.from_numpy(rows).to(row.device)
         fidelities[name].add(activations[rows], reconstruction[rows], n_active[rows])
 
 

@@ -22,6 +22,7 @@ from utils.activations.store import ActivationStore, ContextBatch, Contexts, spr
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
 from utils.features.sampling import draw_features, mean_and_interval, p_positive
+from utils.features.studies.cross_entropy import logits_together
 from utils.language_model import load_language_model
 from utils.settings import Json
 from utils.steering.feature_model import FeatureModel
@@ -30,7 +31,6 @@ DIRECTIONS = ("feature", "covariance", "random")
 FACTORS = {"ablated": -1.0, "doubled": 1.0}  # times the feature's part, added to the stream
 N_FEATURES = 50
 N_CONTEXTS = 64  # held out, to look for places where a feature is active
-TOKENS_TOGETHER = 1_024  # each takes a row of logits over the whole vocabulary
 
 
 def draw_directions(
@@ -71,7 +71,8 @@ def measure_directions(
     tokens = torch.from_numpy(store_batch.tokens).long().to(device)
     lengths = torch.zeros(*tokens.shape, len(features), device=device)  # of a feature's part, raw
     rows = torch.from_numpy(store_batch.rows).to(device)
-    parts = [model.encode(batch, numbers) for batch in rows.split(TOKENS_TOGETHER)]
+    together = logits_together(model.language_model)
+    parts = [model.encode(batch, numbers) for batch in rows.split(together)]
     lengths[torch.from_numpy(store_batch.kept).to(device)] = torch.cat(parts) / model.scale
     drawn = draw_directions(store_batch.rows, len(features), seed)
     units = [torch.nn.functional.normalize(model.directions(numbers))]
@@ -86,7 +87,7 @@ def measure_directions(
         if not n:
             continue
         change = changes[:, i, None] * length[:, None]  # (variants, context_length, d_model)
-        effects = zip(variants, *_measure(model, tokens[row], change), strict=True)
+        effects = zip(variants, *_measure(model, tokens[row], change, together), strict=True)
         for (direction, name), rise, kl in effects:
             table.append((feature, contexts[row], direction, name, n, rise / n, kl / n))
     columns = ["feature", "context", "direction", "change", "n", "rise", "kl"]
@@ -94,17 +95,17 @@ def measure_directions(
 
 
 def _measure(
-    model: FeatureModel, tokens: torch.Tensor, change: torch.Tensor
+    model: FeatureModel, tokens: torch.Tensor, change: torch.Tensor, together: int
 ) -> tuple[list[float], list[float]]:
     """The rise in loss, and the divergence from the untouched predictions, summed over a context.
 
-    ``change``, (changes, context, d_model), is added to the stream. Two lists, in nats, an entry a
-    change.
+    ``change``, (changes, context, d_model), is added to the stream, ``together`` positions at a
+    time. Two lists, in nats, an entry a change.
     """
     rises, divergences, untouched = [], [], None
     counted = tokens[1:] != model.language_model.bos
     change = torch.cat([torch.zeros_like(change[:1]), change])
-    for batch in change.split(max(1, TOKENS_TOGETHER // len(tokens))):
+    for batch in change.split(max(1, together // len(tokens))):
         # One context goes in; adding the changes makes one of each.
         with model.replaced(lambda residual, batch=batch: residual + batch.to(residual)):
             outputs = model.language_model.model(tokens[None], use_cache=False)

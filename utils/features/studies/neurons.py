@@ -18,7 +18,7 @@ from utils import plots
 from utils.activations.store import ActivationStore, Contexts
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.features.neurons import N_TOGETHER, NoNeurons, neurons_of
+from utils.features.neurons import NoNeurons, neurons_of, neurons_together
 from utils.features.sampling import LEAST_ACTIVE, draw_features
 from utils.steering.feature_model import FeatureModel
 
@@ -82,17 +82,19 @@ def correlate_with_neurons(
     store: ActivationStore,
     contexts: Contexts,
     features: np.ndarray,
-    batch_size: int = N_TOGETHER,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """For each feature the neuron that it correlates with most, of blocks up to the layer.
 
-    The contexts run through the model again, ``batch_size`` tokens together. Memory is 4 bytes for
+    The contexts run through the model again, ``batch_size`` tokens together; None for
+    `neurons_together`. Memory is 4 bytes for
     each pair of a feature and a neuron, whatever the number of tokens.
 
     Returns:
         A row a feature: ``feature, block, neuron, correlation``, the largest.
     """
     numbers = torch.as_tensor(np.array(features), device=model.language_model.device)
+    batch_size = batch_size or neurons_together(model.language_model, store.layer + 1)
     correlations = None
     with neurons_of(model.language_model, store.layer + 1) as neurons:
         for batch in store.batches(contexts, batch_size, "neurons"):

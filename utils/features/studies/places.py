@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import torch
 from adjustText import adjust_text
 from matplotlib import font_manager
@@ -20,7 +21,7 @@ from matplotlib.lines import Line2D
 from utils import plots
 from utils.characters import readable
 from utils.features.analysis import Analysis, Findings
-from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue
+from utils.features.catalogue import N_NEIGHBOURS, N_PROMOTED, Catalogue, list_column
 from utils.features.geometry import map_directions, nearest
 from utils.language_model import LanguageModel, read_out
 
@@ -54,14 +55,21 @@ def promoted_tokens(
     covariance = rows.T @ rows / len(rows)
     deviation = (unembedding @ covariance).mul(unembedding).sum(dim=1).sqrt()
     unembedding = unembedding / deviation.clamp_min(1e-9)[:, None]
-    text = np.array([*map(readable, token_texts)], dtype=object)
-    text[language_model.bos] = language_model.tokenizer.decode([language_model.bos])
-    promoted, suppressed = [], []
+    bos = language_model.bos
+    readable_texts = [*map(readable, token_texts)]
+    readable_texts[bos] = language_model.tokenizer.decode([bos])
+    texts = pyarrow.array(readable_texts)
+    n = min(N_PROMOTED, len(unembedding))
+    found = {"promoted_tokens": [], "suppressed_tokens": []}
     for block in rows.split(batch):
         scores = block @ unembedding.T
-        promoted += text[scores.topk(N_PROMOTED).indices.cpu()].tolist()
-        suppressed += text[(-scores).topk(N_PROMOTED).indices.cpu()].tolist()
-    return pd.DataFrame({"promoted_tokens": promoted, "suppressed_tokens": suppressed})
+        for tokens, signed in zip(found.values(), (scores, -scores), strict=True):
+            tokens.append(signed.topk(n).indices.int().cpu())
+    columns = {
+        name: list_column(texts.take(torch.cat(tokens).flatten().numpy()), [n] * len(rows))
+        for name, tokens in found.items()
+    }
+    return pd.DataFrame(columns)
 
 
 def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
@@ -77,12 +85,17 @@ def neighbour_table(directions: np.ndarray, alive: np.ndarray) -> pd.DataFrame:
     """
     numbers = np.flatnonzero(alive)
     indices, cosines = nearest(directions[numbers], directions[numbers], N_NEIGHBOURS + 1)
-    neighbours, neighbour_cosines = [[] for _ in alive], [[] for _ in alive]
-    for i, feature in enumerate(numbers):
-        nearby = np.flatnonzero(indices[i] != i)[:N_NEIGHBOURS]  # of equals i need not be the first
-        neighbours[feature] = numbers[indices[i, nearby]].tolist()
-        neighbour_cosines[feature] = cosines[i, nearby].round(4).tolist()
-    return pd.DataFrame({"neighbours": neighbours, "neighbour_cosines": neighbour_cosines})
+    others = indices != np.arange(len(numbers))[:, None]  # of equals itself need not be the first
+    others &= others.cumsum(axis=1) <= N_NEIGHBOURS
+    lengths = np.zeros(len(alive), np.int64)
+    lengths[numbers] = others.sum(axis=1)
+    rounded = cosines[others].round(4).astype(np.float64)
+    return pd.DataFrame(
+        {
+            "neighbours": list_column(numbers[indices[others]], lengths),
+            "neighbour_cosines": list_column(rounded, lengths),
+        }
+    )
 
 
 def study(analysis: Analysis) -> Findings:
@@ -93,7 +106,9 @@ def study(analysis: Analysis) -> Findings:
     columns |= dict(neighbour_table(directions, alive))
     places = map_directions(directions, alive, settings.seed, settings.map_features)
     columns["umap_x"], columns["umap_y"] = places.T
-    return Findings(None, columns=columns)
+    n_mapped, n_alive = int(np.isfinite(places[:, 0]).sum()), int(alive.sum())
+    sample = {"mapped": n_mapped, "alive": n_alive} if 0 < n_mapped < n_alive else None
+    return Findings(sample, columns=columns)
 
 
 def draw(catalogue: Catalogue) -> dict[str, Path]:
@@ -101,7 +116,10 @@ def draw(catalogue: Catalogue) -> dict[str, Path]:
     if not catalogue.features["umap_x"].notna().any():
         return {}
     plot_umap(catalogue.features, catalogue.folder / "umap.png")
-    return {"Features by the direction they write": catalogue.folder / "umap.png"}
+    caption, sample = "Features by the direction they write", catalogue.summary.get("places")
+    if sample:
+        caption += f" (a random sample of {sample['mapped']:,} of {sample['alive']:,})"
+    return {caption: catalogue.folder / "umap.png"}
 
 
 def plot_umap(features: pd.DataFrame, path: Path, n_labels: int = 25) -> None:

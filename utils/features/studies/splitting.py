@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from keras import ops
 
 from utils import plots
 from utils.activations.store import ActivationStore, Contexts, spread
 from utils.characters import is_word
 from utils.features.analysis import Analysis, Findings
+from utils.features.best import BestPerGroup
 from utils.features.catalogue import Catalogue
-from utils.features.examples import BestPerGroup, text_at
+from utils.features.examples import text_at
 from utils.features.feature_pass import Encoder
 from utils.features.geometry import map_directions, nearest
 from utils.features.labels import BESIDE, make_label
@@ -78,7 +80,7 @@ def label_features(
     peaks = BestPerGroup(encoder.n_latents, N_PEAKS)
     for batch in store.batches(contexts, batch_size, "labelling"):
         row, feature, activation, _ = encoder.active(batch.rows)
-        wanted = peaks.wants(feature, activation)
+        wanted = peaks.wants(torch.from_numpy(feature), torch.from_numpy(activation)).numpy()
         entries = {"group": feature, "priority": activation}
         context, position = batch.places(row)
         padded = np.pad(batch.tokens, ((0, 0), (BESIDE, BESIDE)), constant_values=-1)
