@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +22,6 @@ SHARE_BYTES = 2**21  # about what a thread reads before it takes the next: much 
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 
 Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
-Item = TypeVar("Item")
 
 
 class Split(NamedTuple):

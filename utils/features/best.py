@@ -32,7 +32,7 @@ class BestPerGroup:
         # One number that is smaller the better: bits of floats not negative are in their order.
         bits = entries["priority"].astype(np.float32).view(np.uint32)
         key = entries["group"].astype(np.uint64) << np.uint64(32) | ~bits
-        if len(self._free) < len(key):
+        if len(self._free) < len(key) or not self._columns:
             self._grow(len(key), entries)
         rows, self._free = np.split(self._free, [len(key)])
         for name, column in self._columns.items():
@@ -71,7 +71,7 @@ class BestPerGroup:
         """To the last entry of each group that is full."""
         group = (self._keys >> np.uint64(32)).astype(np.int64)
         before = self.size - 1
-        last = np.flatnonzero(group[before:] == group[: len(group) - before]) + before
+        last = np.flatnonzero(group[before:] == group[: max(0, len(group) - before)]) + before
         bits = ~self._keys[last].astype(np.uint32)
         device = self.threshold.device
         priority = torch.from_numpy(bits.view(np.float32)).to(device)

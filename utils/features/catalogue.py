@@ -294,7 +294,7 @@ class PeakTokens:
     def _add(self, examples: pyarrow.Table) -> None:
         top = examples.filter(pyarrow.compute.equal(examples["bucket"], 0))
         peak = top["peak"].to_numpy()
-        windows = top["tokens"].combine_chunks().flatten().to_numpy().reshape(len(peak), -1)
+        windows = top["tokens"].combine_chunks().flatten().to_numpy().reshape(-1, WINDOW)
         text = self._known[windows[np.arange(len(peak)), peak]]
         for i in np.flatnonzero(text < 0):
             text[i] = self._number_of(text_at(self._token_texts, windows[i], peak[i]))
