@@ -88,24 +88,14 @@ OVERWRITE = False  # delete an earlier run in AUTOENCODER_DIR that had other set
 # --- not settings
 # A sweep may be widened by more latents and learning rates.
 NOT_RECORDED = (
-    "activations_dir",
-    "autoencoder_dir",
-    "distribution",
-    "backup_every",
-    "tensorboard",
-    "overwrite",
-    "sweep_latents",
-    "sweep_learning_rates",
-)
+    "activations_dir", "autoencoder_dir", "distribution", "backup_every", "tensorboard",
+    "overwrite", "sweep_latents", "sweep_learning_rates",
+)  # fmt: skip
 N_VALIDATION_TOKENS = 8_192
 OUTPUTS = (
-    "*.keras",
-    "*.tfevents.*",
-    artifacts.METRICS_FILE,
-    artifacts.LOG_FILE,
-    "training_curves.png",
+    "*.keras", "*.tfevents.*", artifacts.METRICS_FILE, artifacts.LOG_FILE, "training_curves.png",
     "scaling_laws.*",
-)
+)  # fmt: skip
 
 
 def main() -> None:
@@ -119,7 +109,6 @@ def main() -> None:
     from utils.autoencoder.callbacks import Rounds, read_log
     from utils.autoencoder.devices import use_devices
     from utils.autoencoder.fidelity import measure_fidelity
-    from utils.autoencoder.memory import require_memory
     from utils.autoencoder.saved import metrics_of, save_autoencoder
     from utils.autoencoder.training_curves import plot_training_curves
 
@@ -146,8 +135,7 @@ def main() -> None:
         validated = spread(split.held_out, max(1, N_VALIDATION_TOKENS // store.context_length))
         rows = store.kept_rows(validated).astype("float32")
         data = training.TrainingData(batches.from_step, rows, settings.batch_size)
-        memory = require_memory(settings, store.d_model, batches.pool_bytes)
-        print(plan(settings, store, rounds, backend) + memory)
+        print(plan(settings, store, batches, rounds, backend))
 
         # 3. Build the autoencoder on the data's scale and mean, or take the backup's.
         # Two backups must fit, for the last one goes when the next is whole.
@@ -236,8 +224,15 @@ def is_finished(folder: Path) -> bool:
     return True
 
 
-def plan(settings, store, rounds, backend: str) -> str:
-    """What is about to be done, in words."""
+def plan(settings, store, batches, rounds, backend: str) -> str:
+    """What is about to be done, in words.
+
+    Raises:
+        InputError: Memory does not hold it.
+    """
+    from utils.autoencoder.memory import require_memory
+
+    memory = require_memory(settings, store.d_model, batches.pool_bytes)
     tokens = rounds.total_steps * settings.batch_size
     idle = (
         "\nDEAD_AFTER is more than that: no latent can count as dead, and none is revived."
@@ -247,7 +242,7 @@ def plan(settings, store, rounds, backend: str) -> str:
     return (
         f"Training {settings.kind} with {settings.n_latents:,} latents of width {store.d_model} "
         f"on {backend}: {rounds.total_steps:,} steps of {settings.batch_size:,} tokens, "
-        f"{tokens:,} in all.{idle}"
+        f"{tokens:,} in all.{idle}{memory}"
     )
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, environment
 
 from utils.autoencoder import kernels
 from utils.autoencoder.kernels import AdamStep, Trained, plain_step
+from utils.autoencoder.optimizer import makes_the_plain_step
 
 N_STEPS = 3
 CASES = [  # sparse gradients, rows of norm 1, moments in bfloat16
@@ -119,3 +120,11 @@ def test_chance_differs_by_step_weight_and_place():
     assert torch.equal(kernels._chance(500, 500, kernels.seed(1, 0), "cpu"), bits[0][500:])
     ones = torch.stack([(bits[0] >> place) & 1 for place in range(32)]).float().mean(1)
     assert ((ones - 0.5).abs() < 0.08).all()
+
+
+def test_kernels_that_give_other_numbers_are_not_used():
+    def unclipped(trained, step):
+        plain_step(trained, dataclasses.replace(step, clip_norm=None))
+
+    cpu = torch.device("cpu")
+    assert makes_the_plain_step(plain_step, cpu) and not makes_the_plain_step(unclipped, cpu)
