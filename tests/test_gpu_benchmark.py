@@ -28,4 +28,4 @@ def test_a_small_run_gives_a_table_and_its_json(tmp_path):
     assert tuple(line[1] for line in lines) == CASES
     assert lines[0][0] == "| 256" and lines[0][6] == "1.00"
     assert lines[0][4] == f"{torch['tokens_per_second']:,.0f}"
-    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", ".checksums.jsonl"}
