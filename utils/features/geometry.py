@@ -1,5 +1,8 @@
 """Geometry of directions: the nearest by cosine, and a map."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -13,7 +16,6 @@ GROUP = 64  # cosines of which only the maximum is looked at first
 MOST_MAPPED = 65_536  # features on a map; a larger one takes an hour and shows no more
 
 
-@torch.inference_mode()
 def nearest(directions: np.ndarray, queries: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The ``n`` directions of highest cosine to each query, a block of pairs at a time.
 
@@ -30,25 +32,39 @@ def nearest(directions: np.ndarray, queries: np.ndarray, n: int) -> tuple[np.nda
         torch.nn.functional.normalize(torch.from_numpy(np.array(values, np.float32)))
         for values in (directions, queries)
     )
-    tiles, per_block = _tiles(rows.to(device))
-    shape = len(queries), min(n, len(rows))
+    rows, shape = rows.to(device), (len(queries), min(n, len(rows)))
     indices, cosines = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    on_cpu = device.type == "cpu"
+    tiles = rows.split(COLUMNS_IN_CACHE) if on_cpu else (rows,)
+    per_block = (PAIRS_IN_CACHE if on_cpu else PAIRS_TOGETHER) // max(1, len(tiles[0]))
+    blocks = [slice(i, i + max(1, per_block)) for i in range(0, len(queries), max(1, per_block))]
+
+    def find(block: slice) -> int:
+        found = [_largest(queries[block].to(device) @ tile.T, n) for tile in tiles]
+        at = torch.cat([at + i * len(tiles[0]) for i, (_, at) in enumerate(found)], 1)
+        best = torch.cat([values for values, _ in found], 1).topk(shape[1])
+        indices[block], cosines[block] = at.gather(1, best.indices).cpu(), best.values.cpu()
+        return len(at)
+
     with tqdm(total=len(queries), desc="neighbours", unit="feature", unit_scale=True) as progress:
-        for start in range(0, len(queries), per_block):
-            block = slice(start, start + per_block)
-            found = [_largest(queries[block].to(device) @ tile.T, n) for tile in tiles]
-            at = torch.cat([at + i * len(tiles[0]) for i, (_, at) in enumerate(found)], 1)
-            best = torch.cat([values for values, _ in found], 1).topk(shape[1])
-            indices[block], cosines[block] = at.gather(1, best.indices).cpu(), best.values.cpu()
-            progress.update(len(best.indices))
+        for n_found in _one_core_each(find, blocks):
+            progress.update(n_found)
     return indices, cosines
 
 
-def _tiles(rows: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], int]:
-    """The directions in parts that are compared at once, and with how many queries."""
-    if rows.device.type == "cpu":
-        return rows.split(COLUMNS_IN_CACHE), PAIRS_IN_CACHE // COLUMNS_IN_CACHE
-    return (rows,), max(1, PAIRS_TOGETHER // max(1, len(rows)))
+def _one_core_each(work: Callable[[slice], int], blocks: list[slice]) -> Iterator[int]:
+    """Results of pieces of work, each done by one thread of several.
+
+    PyTorch's own threads wait for one another at each of many small steps, which takes twenty times
+    as long where a core is busy with something else.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield from pool.map(work, blocks)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _largest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
