@@ -43,8 +43,9 @@ def main(folder: Path) -> None:
         "--autoencoder-dir", autoencoder,
     )  # fmt: skip
     seconds, peak = run(
-        "analyze_features", "--n-tokens", N_ANALYSED, "--n-loss-tokens", 512, "--studies", "specificity",
-        "--batch-size", 1_024, "--activations-dir", activations, "--autoencoder-dir", autoencoder,
+        "analyze_features", "--n-tokens", N_ANALYSED, "--n-loss-tokens", 512, "--studies",
+        "specificity", "--batch-size", 1_024, "--activations-dir", activations,
+        "--autoencoder-dir", autoencoder,
         "--analysis-dir", folder / "analysis",
     )  # fmt: skip
     print(json.dumps({"seconds": round(seconds), "peak_memory_gb": round(peak, 2)}))
