@@ -36,12 +36,12 @@ def whole_characters(pieces: Sequence[str], weights: Sequence[float] | None = No
     them, for only there the model knows it. Parts of characters at both ends are left out.
     """
     whole = list(pieces)
-    if not _ESCAPE.search("".join(pieces)):
+    parts = [i for i, text in enumerate(pieces) if not text.isascii() and _ESCAPE.search(text)]
+    if not parts:
         return whole
     # From the first to the last token with a part, and a text beside them that is no edge.
-    shown = [place for place, piece in enumerate(pieces) if piece]
-    parts = [place for place, piece in enumerate(shown) if _ESCAPE.search(pieces[piece])]
-    first, last = shown[max(0, parts[0] - 1)], shown[min(parts[-1] + 1, len(shown) - 1)] + 1
+    first = next((i for i in range(parts[0] - 1, -1, -1) if pieces[i]), parts[0])
+    last = next((i for i in range(parts[-1] + 1, len(pieces)) if pieces[i]), parts[-1]) + 1
     whole[first:last] = _joined(
         pieces[first:last], None if weights is None else weights[first:last]
     )
@@ -54,10 +54,11 @@ def _joined(pieces: Sequence[str], weights: Sequence[float] | None) -> list[str]
     token = [place for place, piece in enumerate(pieces) for _ in piece]
     whole = [""] * len(pieces)
     for found in _CHARACTER.finditer(text):
-        tokens = range(token[found.end() - 1], token[found.start()] - 1, -1)  # the last one first
-        place = tokens[0] if weights is None else max(tokens, key=lambda place: weights[place])
+        start, place = token[found.start()], token[found.end() - 1]
+        if start < place and weights is not None:
+            place = max(range(place, start - 1, -1), key=weights.__getitem__)  # of equals the last
         if not found[2]:
-            whole[place] += readable(found[0])
+            whole[place] += found[0] if found[0].isascii() else readable(found[0])
     return whole
 
 

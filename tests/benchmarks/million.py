@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the tes
 from conftest import LAYER, make_texts, save_tiny_model
 
 N_LATENTS, D_MODEL = 2**20, 16
-N_TOKENS = 131_072
+N_TOKENS, N_ANALYSED = 131_072, 32_768  # at most; the text has fewer
 OF_TESTS = ("OMP_NUM_THREADS", "KERAS_BACKEND")  # set by conftest
 
 
@@ -43,8 +43,9 @@ def main(folder: Path) -> None:
         "--autoencoder-dir", autoencoder,
     )  # fmt: skip
     seconds, peak = run(
-        "analyze_features", "--n-loss-tokens", 512, "--studies", "specificity",
-        "--batch-size", 1_024, "--activations-dir", activations, "--autoencoder-dir", autoencoder,
+        "analyze_features", "--n-tokens", N_ANALYSED, "--n-loss-tokens", 512, "--studies",
+        "specificity", "--batch-size", 1_024, "--activations-dir", activations,
+        "--autoencoder-dir", autoencoder,
         "--analysis-dir", folder / "analysis",
     )  # fmt: skip
     print(json.dumps({"seconds": round(seconds), "peak_memory_gb": round(peak, 2)}))

@@ -25,7 +25,7 @@ from utils.features.examples import (
     WINDOW,
     text_around,
 )
-from utils.features.feature_pass import N_BINS, FeaturePass, Histograms, SubsetSums, order_of
+from utils.features.feature_pass import N_BINS, FeaturePass, Histograms, SubsetSums, by_feature
 from utils.features.geometry import map_directions
 from utils.features.labels import make_label
 from utils.features.studies.cross_entropy import measure_losses
@@ -144,10 +144,15 @@ def test_sums_of_many_subsets_are_those_of_few(monkeypatch):
 
 
 def test_active_features_are_sorted_by_counting():
-    feature = torch.from_numpy(np.random.default_rng(0).integers(0, 90, 4_000).astype(np.int32))
-    expected = feature.sort(stable=True).indices
-    assert order_of(feature, 100).tolist() == expected.tolist()
-    assert order_of(feature[:0], 100).tolist() == []
+    draw = np.random.default_rng(0)
+    row = torch.from_numpy(np.sort(draw.integers(0, 50, 4_000)))
+    feature = torch.from_numpy(draw.integers(0, 90, 4_000).astype(np.int32))
+    activation = torch.from_numpy(draw.random(4_000, np.float32))
+    order = feature.sort(stable=True).indices
+    for n in (4_000, 0):
+        values = row[:n], feature[:n], activation[:n]
+        for found, before in zip(by_feature(*values, 100), values, strict=True):
+            assert found.tolist() == (before[order].tolist() if n else [])
 
 
 def test_histograms_widen_as_larger_values_come():

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import write_activations
 from tiny_llama import save_tiny_llama
@@ -90,18 +91,28 @@ def test_peaks_labels_and_examples_are_whole(analysed):
         assert example.token_texts[example.peak].strip() == "中ह👍あ"[example.feature]
         shown = show(example.token_texts, marked_tokens(example.activations))
         assert shown.count("\ufdd0") == shown.count("\ufdd1") >= 1 and "\ufdd0\ufdd1" not in shown
-        places = np.flatnonzero(example.activations)
-        marked = zip(places, example.activations[places], strict=True)
-        pieces = list(map(_escaped, example.token_texts))
-        runs = map(json.loads, _runs(pieces, marked, example.peak))
+        runs = runs_of(example.token_texts, example.activations, example.peak)
         assert all(run and (isinstance(run, str) or run[0]) for run in runs)
     printed = show_feature(saved, 0, 80)
     assert "«中»" in printed and "\ufffd" not in printed
 
 
+def runs_of(texts: list[str], activations: np.ndarray, peak: int) -> list:
+    """The runs of an example in the browser."""
+    pieces = pyarrow.array(map(_escaped, texts))
+    (runs,) = _runs(pieces, np.arange(len(texts))[None], np.array([activations]), np.array([peak]))
+    return json.loads(f"[{runs}]")
+
+
 def test_text_before_a_split_character_is_shown_once():
-    runs = _runs(["The ", "sign ", "", "好", " is"], [(2, 0.5), (3, 1.0)], peak=3)
-    assert runs == ['"The sign "', '["好",1,1]', '" is"']
+    texts, activations = ["The ", "sign ", "", "好", " is"], [0, 0, 0.5, 1, 0]
+    assert runs_of(texts, activations, 3) == ["The sign ", ["好", 1, 1], " is"]
+
+
+def test_runs_at_the_ends_of_an_example():
+    assert runs_of(["a", "b", "c"], [1, 0.1234, 2], 2) == [["a", 1], ["b", 0.123], ["c", 2, 1]]
+    assert runs_of([',"', "b", "", ""], [0, 1, 0, 0], 1) == [',"', ["b", 1, 1]]
+    assert runs_of(["a", "b", ',"'], [0, 0, 0], 1) == ["a", ["b", 0, 1], ',"']
 
 
 def test_searching_finds_the_feature_and_no_other(analysed):

@@ -4,6 +4,13 @@ import numpy as np
 import torch
 
 
+def indices_where(mask: torch.Tensor) -> torch.Tensor:
+    """The indices at which a mask of one dimension is true; on a CPU NumPy finds them sooner."""
+    if mask.device.type != "cpu":
+        return torch.nonzero(mask)[:, 0]
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
 class BestPerGroup:
     """Of a stream of entries, the ``size`` of highest priority in each group.
 
@@ -26,7 +33,7 @@ class BestPerGroup:
 
     def wants(self, group: torch.Tensor, priority: torch.Tensor) -> torch.Tensor:
         """Indices of the entries that could still be among the best."""
-        return torch.nonzero(priority > self.threshold[group])[:, 0]
+        return indices_where(priority > self.threshold.index_select(0, group))
 
     def add(self, entries: dict[str, np.ndarray]) -> None:
         # One number that is smaller the better: bits of floats not negative are in their order.

@@ -19,7 +19,7 @@ import torch
 from utils.activations.queues import read_ahead
 from utils.activations.store import ActivationStore, ContextBatch, Contexts
 from utils.autoencoder.fidelity import Fidelity
-from utils.features.best import BestPerGroup
+from utils.features.best import BestPerGroup, indices_where
 from utils.features.examples import (
     HALF_OCTAVES,
     N_BUCKETS,
@@ -70,9 +70,9 @@ class Histograms:
             merged = torch.zeros_like(self.counts[narrow])
             self.counts[narrow] = merged.scatter_add_(1, bins, self.counts[narrow])
             self.ranges[narrow] = needed[narrow]
-        bins = (values * (N_BINS / self.ranges)[group]).int().clamp_max_(N_BINS - 1)
-        ones = torch.ones_like(bins)  # the upper edge is in the last bin
-        self.counts.view(-1).index_add_(0, group.long() * N_BINS + bins, ones)
+        bins = (values * (N_BINS / self.ranges).index_select(0, group)).int()
+        bins.clamp_max_(N_BINS - 1)  # the upper edge is in the last bin
+        self.counts.view(-1).index_add_(0, group * N_BINS + bins, torch.ones_like(bins))
 
 
 class SubsetSums:
@@ -152,14 +152,29 @@ class Active(NamedTuple):
     start: torch.Tensor
 
 
-def order_of(feature: torch.Tensor, n_features: int) -> torch.Tensor:
-    """Indices that sort features, of `ActiveFeatures`, and leave those of one in their order."""
+def by_feature(
+    row: torch.Tensor, feature: torch.Tensor, activation: torch.Tensor, n_features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row, feature and activation, of `ActiveFeatures`, in order of feature, then of row."""
     if feature.device.type != "cpu":
-        return feature.sort(stable=True).indices
+        order = feature.sort(stable=True).indices
+        return row[order], feature[order], activation[order]
     # Turning rows into columns is a sort by counting, many times faster than others on a CPU.
-    index = np.arange(len(feature), dtype=np.int32)
-    rows = scipy.sparse.csr_array((index, feature.numpy(), [0, len(feature)]), (1, n_features))
-    return torch.from_numpy(rows.tocsc().data)
+    starts = np.r_[0, np.bincount(row).cumsum()].astype(np.int32)
+    shape = len(starts) - 1, n_features
+    columns = scipy.sparse.csr_array((activation.numpy(), feature.numpy(), starts), shape).tocsc()
+    feature = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(columns.indptr))
+    return tuple(map(torch.from_numpy, (columns.indices, feature, columns.data)))
+
+
+def _peaks(active: Active) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest activation of each group, and where it is first reached among the entries."""
+    last = len(active.group) - 1
+    place = torch.arange(last, -1, -1, device=active.group.device)
+    # One number that is larger the higher, then the earlier: bits of positive floats are in order.
+    key = (active.activation.view(torch.int32).long() << 32) | place
+    best = key.new_zeros(len(active.start)).scatter_reduce_(0, active.group, key, "amax")
+    return (best >> 32).int().view(torch.float32), last - (best & 0xFFFFFFFF)
 
 
 class FeaturePass:
@@ -212,12 +227,12 @@ class FeaturePass:
         self.l0_counts.index_add_(0, n_active, torch.ones_like(n_active))
         self.subset_tokens += np.bincount(batch.subsets.ravel(), minlength=len(self.subset_tokens))
 
-        order = order_of(feature, len(self.uses))
-        row, feature, activation = (values[order] for values in (row, feature, activation))
+        row, feature, activation = by_feature(row, feature, activation, len(self.uses))
         context, position = batch.places(np.arange(len(rows)))
         places = context, position, batch.subsets[context, position]
         context, position, subset = (
-            torch.from_numpy(values.astype(np.int32)).to(self._device)[row] for values in places
+            torch.from_numpy(values.astype(np.int32)).to(self._device).index_select(0, row)
+            for values in places
         )
         self.uses.index_add_(0, feature, torch.ones_like(feature, dtype=torch.int64))
         self.sums.index_add_(0, feature, activation.double())
@@ -225,19 +240,14 @@ class FeaturePass:
         self.histograms.add(feature, activation)
         is_first = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
         is_first[1:] = (feature[1:] != feature[:-1]) | (context[1:] != context[:-1])
-        group, start = is_first.cumsum(0) - 1, torch.nonzero(is_first)[:, 0]
+        group, start = is_first.cumsum(0) - 1, indices_where(is_first)
         self._add_examples(batch, Active(feature, context, position, activation, group, start))
 
     def _add_examples(self, batch: ContextBatch, active: Active) -> None:
         """Offer the peak of each feature in each context to the kept examples."""
-        n_groups, n = len(active.start), len(active.group)
-        peak = active.activation.new_zeros(n_groups)
-        peak.scatter_reduce_(0, active.group, active.activation, "amax")
-        place = torch.arange(n, device=peak.device)
-        place = torch.where(active.activation == peak[active.group], place, n)
-        first = torch.full_like(active.start, n).scatter_reduce_(0, active.group, place, "amin")
+        peak, first = _peaks(active)
         feature = active.feature[active.start]
-        chance = torch.from_numpy(self.random.random(n_groups, np.float32)).to(peak.device)
+        chance = torch.from_numpy(self.random.random(len(peak), np.float32)).to(peak.device)
         text = text_around(batch.tokens)
         for best, group, priority in (
             (self.top, feature, peak),
@@ -284,7 +294,7 @@ class FeaturePass:
         entry = torch.arange(len(group), device=group.device)
         entry += (active.start[wanted] - skipped)[group]
         offset = active.position[entry] - begins[group]
-        inside = (offset >= 0) & (offset < WINDOW)
+        inside = indices_where((offset >= 0) & (offset < WINDOW))
         group, entry, offset = group[inside], entry[inside], offset[inside]
         scale = torch.from_numpy(_scales(entries["activation"].cpu().numpy())).to(group.device)
         windows = torch.zeros((len(wanted), WINDOW), dtype=torch.float16, device=group.device)
