@@ -113,5 +113,5 @@ def _shade(axes: Axes, column: int, line: int, text: str, shades: np.ndarray) ->
     for place, character in enumerate(text):
         if character.isspace() or shades[place] < 0.02:
             continue
-        box = Rectangle((column + place, line - 0.45), 1, 0.9, linewidth=0)
+        box = Rectangle((column + place, line - 0.45), 1, 0.9, linewidth=0, antialiased=False)
         axes.add_patch(box).set(facecolor=plots.ORANGE, alpha=0.55 * min(1, shades[place]))
