@@ -98,7 +98,7 @@ class MadeUp:
 
 
 class Bookkeeping:
-    """What the pass does with features that are ready, after a million tokens: a usual run has more.
+    """What the pass does with features that are ready, after a million tokens, as in most of a run.
 
     Until then examples fill up and are compared often: the first 131,072 tokens take six times as
     long each, and the median over the first million twice as long.
