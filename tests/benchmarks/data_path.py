@@ -8,7 +8,7 @@ drift falls on both; the medians are printed as one JSON object.
                             of one thread that writes the same bytes and computes their checksum
     loader_share            the loader, as a share of one thread that reads the bytes by `readinto`
     analysis_us_per_token   the analysis' pass without encoding: 65,536 latents, 64 of them active
-                            on a token, after the first 262,144 tokens
+                            on a token, after the first million tokens
 
     python -m tests.benchmarks.data_path
 """
