@@ -4,7 +4,8 @@ Reads data/analysis (analyze_features.py), data/autoencoder (train_autoencoder.p
 model that they were made from. STUDY is one of:
 
 - steer prints untouched and steered text side by side and appends both to
-  data/influence/generations.jsonl; a text that is recorded there is not generated again.
+  data/influence/generations.jsonl; a text that is recorded there is not generated again. One
+  feature is drawn, too, beside what it makes the model write: data/influence/feature-N.png.
 - evidence measures how much features bring their concepts into texts, and the cost in fluency,
   compared with mean-difference vectors and random directions; it writes
   data/influence/evidence*.csv and .png, and continues an interrupted run.
@@ -145,7 +146,7 @@ def steer(settings: Settings, catalogue: Catalogue, autoencoder_path: Path) -> N
 
     # 5. Draw a feature beside what it makes the model write.
     picture = log.with_name(f"feature-{features[0]}.png")
-    if len(features) == 1 and (missing or not picture.exists()):
+    if len(features) == 1:
         draw_portrait(catalogue, records, picture)
         print(f"\nDrawn: {picture}")
     if not model:

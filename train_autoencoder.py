@@ -148,9 +148,9 @@ def main() -> None:
         )
 
         # 5. Measure on tokens held out, and save.
-        held_out = store.batches(split.held_out, settings.batch_size)
-        stored = (store.kept_rows(batch.contexts) for batch in held_out)
-        fidelity = measure_fidelity(autoencoder, stored)
+        together = training.measured_together(settings.batch_size, settings.n_latents)
+        held_out = store.batches(split.held_out, together)
+        fidelity = measure_fidelity(autoencoder, (store.kept_rows(b.contexts) for b in held_out))
         save_autoencoder(autoencoder, folder / artifacts.AUTOENCODER_FILE)
         log = read_log(folder / artifacts.LOG_FILE)
         plot_training_curves(log, folder / "training_curves.png")

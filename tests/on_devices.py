@@ -81,7 +81,9 @@ def train(kind: str, batches: np.ndarray, output: Path):
     held_out = rows[:50]  # two batches of 25, which four devices cannot share
     return training.train(
         training.begin(settings, store, len(batches), output),
-        training.TrainingData(lambda step: iter(batches[step:]), held_out, batches.shape[1]),
+        training.TrainingData(
+            lambda step: (batch for batch in batches[step:]), held_out, batches.shape[1]
+        ),
         Rounds(len(batches), 1),
         output,
         BACKUP_AT,  # and not again: it is more than half of the steps

@@ -26,9 +26,13 @@ FINISHED = {  # what each says of a run that is
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time and content of every file below a folder, locks apart."""
+    """Time and content of every file below a folder, locks apart; of a feature's picture, which is
+    drawn again, the content alone."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        str(path.relative_to(folder)): (
+            0 if path.match("feature-*.png") else path.stat().st_mtime_ns,
+            path.read_bytes(),
+        )
         for path in folder.rglob("*")
         if path.is_file() and not path.name.startswith(".lock")
     }

@@ -23,6 +23,7 @@ OUT_OF_MEMORY = (  # in the errors of each framework
     "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED",
     "OOM when allocating",
 )  # fmt: skip
+CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 FASTEST_ON_CPU = ("torch", "tensorflow", "jax")  # first; measured by tests/benchmarks
 
 
@@ -87,7 +88,10 @@ def torch_device() -> str | None:
 
 
 def free_memory(device: str | None = None) -> int | None:
-    """Bytes that are free, on a GPU for ``"cuda"``, else on the host; None if that is unknown."""
+    """Bytes that are free, on a GPU for ``"cuda"``, else on the host; None if that is unknown.
+
+    In a container those that it may still take.
+    """
     if device == "cuda":
         import torch
 
@@ -95,7 +99,11 @@ def free_memory(device: str | None = None) -> int | None:
     known = Path("/proc/meminfo")
     if not known.exists():  # not Linux
         return None
-    return int(re.search(r"MemAvailable:\s*(\d+) kB", known.read_text())[1]) * 1024
+    free = int(re.search(r"MemAvailable:\s*(\d+) kB", known.read_text())[1]) * 1024
+    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

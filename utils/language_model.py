@@ -37,7 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from utils import characters, embedded
 from utils.backend import cpu_computes_bfloat16
-from utils.settings import InputError, hub_token, require
+from utils.settings import FULL, InputError, disk_error, hub_token, require
 
 # What transformers raises, besides others, over a model's files.
 WRONG_FILES = (OSError, ValueError, TypeError, AttributeError, LookupError, StrictDataclassError)
@@ -321,6 +321,8 @@ def _loading(name: str) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except (ImportError, RuntimeError, SafetensorError, *WRONG_FILES) as error:
+        if (refusal := disk_error(error)) is not None and refusal.errno in FULL:
+            raise
         raise InputError(_access_error(name, error)) from error
 
 
@@ -333,18 +335,20 @@ def _access_error(name: str, error: Exception) -> str:
             f"MODEL_NAME must be a model whose code is in transformers; that of {name} is in its "
             "own repository, and is not run. Take another model."
         )
-    if Path(name).exists():
-        if (Path(name) / "config.json").exists():
-            return f"Cannot load the model in the folder {name}: {reason}"
+    if Path(_source(name)).exists():
+        if (Path(_source(name)) / "config.json").exists():
+            return f"Cannot load the model {name}: {reason}"
         return (
             f"{name} is not a model folder in the hub's layout: it has no config.json. Name the "
             "folder that save_pretrained wrote, or that the hub shows as a model's files."
         )
+    if not isinstance(error, OSError):  # it was found, and something in it is wrong
+        return f"Cannot load the model {name}: {reason}"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return (
             f"{name} is no folder here, and not among the models downloaded before; the hub, "
             f"{huggingface_hub.constants.ENDPOINT}, cannot be reached. Connect to it, name a "
-            "folder, or: --model-name embedded --dataset embedded."
+            f"folder, or: --model-name embedded --dataset embedded.\n({reason.splitlines()[0]})"
         )
     return (
         f"Cannot load the model {name}: {reason.splitlines()[0] if reason else type(error)}\n"
@@ -473,8 +477,9 @@ def watched_passes(language_model: LanguageModel) -> Iterator[list[Pass]]:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if options.get("attention_mask") is not None:
             positions = options["attention_mask"].cumsum(dim=1)[:, -tokens.shape[1] :] - 1
-        elif passes and any(isinstance(value, Cache) for value in options.values()):
-            positions = positions + passes[0].positions[:, -1:] + 1
+        elif caches := [value for value in options.values() if isinstance(value, Cache)]:
+            done = passes[0].positions[:, -1:] + 1 if passes else caches[0].get_seq_length()
+            positions = positions + done
         passes[:] = [Pass(tokens, positions)]
 
     handle = language_model.model.register_forward_pre_hook(watch, with_kwargs=True)

@@ -49,7 +49,9 @@ def picture(path: Path, title: str, size: tuple[float, float], **grid) -> Iterat
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         if len(title) > 10.5 * size[0]:
             title = title.replace(" (n = ", "\n(n = ")
-        figure.suptitle(title, x=0.1 / size[0], ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle(
+            title, x=0.1 / size[0], ha="left", fontsize=12, fontweight="bold", parse_math=False
+        )
         yield figure, figure.subplots(**grid)
         with replacing(Path(path)) as partial:
             figure.savefig(partial, format="png")

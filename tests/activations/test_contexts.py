@@ -334,3 +334,13 @@ def test_going_on_reads_nothing_again(tokenizer, tmp_path, monkeypatch):
         resumed = pack_contexts(corpus.documents(position), tokenizer, 32, position)
         rest = [context.tokens.tolist() for context in resumed]
         assert begin > 0 and rest == [context.tokens.tolist() for context in whole[number + 1 :]]
+
+
+@pytest.mark.parametrize("size", range(1, 32))
+def test_a_separator_is_found_wherever_a_file_is_read_in_pieces(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", size)
+    texts = ["a", "", "b <|endof", "", "", "ends with </s><|endoftext|"]
+    (tmp_path / "a.txt").write_text(SEPARATOR.join(texts))
+    documents = files.read_txt(tmp_path / "a.txt", separator=SEPARATOR)
+    found = ["".join(parts) for _, parts in documents]
+    assert found == texts

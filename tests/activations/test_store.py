@@ -521,7 +521,7 @@ def test_a_process_ends_in_silence_in_the_middle_of_the_data(store):
 
 def test_the_loader_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(data_path, "D_MODEL", 48)  # 4 MB
-    assert data_path.loader_share(tmp_path) > 0
+    assert 0 < data_path.loader_share(tmp_path) < 2
 
 
 def test_too_large_a_pool_is_refused_with_what_fits():

@@ -47,7 +47,7 @@ def train(name: str, folder: Path, *flags: object, tensorboard: bool = False) ->
     store = stand_in_for_store(rows.reshape(-1, D_MODEL))
     return training.train(
         training.begin(settings, store, len(rows), folder),
-        training.TrainingData(lambda step: iter(rows[step:]), rows[0], BATCH),
+        training.TrainingData(lambda step: (batch for batch in rows[step:]), rows[0], BATCH),
         ROUNDS,
         folder,
         5,

@@ -5,6 +5,7 @@ numbers, and a number of Python's that is brought to the device.
 """
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def counts(kind: str, steps: int, folder) -> tuple[collections.Counter, collecti
     rounds = Rounds(2, steps)
     autoencoder = training.build(settings, store, rounds.total_steps)
     held_out = rows[:8].numpy()
-    data = training.TrainingData(lambda step: iter(lambda: rows, None), held_out, BATCH)
+    data = training.TrainingData(lambda step: (rows for _ in itertools.count()), held_out, BATCH)
     folder.mkdir()
     with Reads() as reads, FromHost() as brought:
         training.train(autoencoder, data, rounds, folder, 5)

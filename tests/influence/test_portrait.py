@@ -5,7 +5,8 @@ import pytest
 from pictures import drawn
 
 from utils.features.catalogue import Catalogue
-from utils.influence.portrait import draw_portrait
+from utils.influence.portrait import READ, _read, draw_portrait
+from utils.terminal import one_line
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +42,24 @@ def test_what_a_feature_reads_and_the_words_it_writes_are_marked(catalogue, tmp_
         shares[name] = marked(path)
     assert shares["with"][0] == shares["without"][0] > 0.002
     assert shares["with"][1] > shares["without"][1] == 0
+
+
+def test_what_is_marked_most_strongly_is_the_token_at_the_peak(catalogue):
+    features = catalogue.features[~catalogue.features["dead"]].index[:20]
+    for feature in features:
+        examples = catalogue.examples_of([feature])
+        top = examples[examples["bucket"] == 0].sort_values("rank").drop_duplicates("document")
+        lines = list(_read(catalogue, feature, 5))
+        assert len(lines) == min(5, len(top)) > 0
+        for (line, shades), example in zip(lines, top.itertuples(), strict=False):
+            assert len(line) <= READ and len(shades) >= len(line)
+            peak = one_line(example.token_texts[example.peak])
+            at = 3 * READ // 5  # where every peak begins
+            assert line[at : at + len(peak)] == peak
+            assert shades[at] == shades.max() == max(example.activations)
+
+
+def test_a_label_that_looks_like_mathematics_is_drawn(catalogue, tmp_path):
+    catalogue.features["label"] = r"$\foo$, $x"
+    draw_portrait(catalogue, [record_of(0, "so")], tmp_path / "feature.png")
+    drawn(tmp_path / "feature.png")

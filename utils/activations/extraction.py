@@ -241,7 +241,7 @@ class Extraction:
         while True:
             try:
                 return work(self.per_batch)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 reason = str(error).split("\n")[0]
@@ -310,7 +310,7 @@ class Extraction:
             )
             try:
                 writer = self._fill(contexts, per_batch)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
                 raise InputError(
@@ -342,7 +342,7 @@ class Extraction:
                 position = last.context.next_position
                 reached = {
                     "position": list(position),
-                    "skipped": last.skipped,
+                    "skipped": position.place.skipped or {} if position.place else last.skipped,
                     "subsets": list(self.subset_numbers),
                 }
                 self.queue.finish(writer, then=functools.partial(self._add, writer, made, reached))
@@ -375,7 +375,7 @@ class Extraction:
                 self.queue.append(writer, self._run(batch))
                 self.progress.update(len(batch) * self.settings.context_length)
                 done += len(batch)
-        except RuntimeError:  # memory may have run out, and the shard begin again
+        except (RuntimeError, MemoryError):  # memory may have run out, and the shard begin again
             self.queue.discard(writer)
             self.progress.update(-done * self.settings.context_length)
             raise

@@ -269,7 +269,9 @@ def _read_parts(path: Path, start: int, separator: str | None) -> Iterator[tuple
                 yield document, decoder.decode(content, final=True)
                 document = at = at + len(content) + len(mark)
                 decoder.reset()
-            content = rest[: len(rest) - len(mark) + 1] if mark else rest  # a mark may have begun
+            content = (
+                rest[: max(0, len(rest) - len(mark) + 1)] if mark else rest
+            )  # a mark may have begun
             yield document, decoder.decode(content)
             at, rest = at + len(content), rest[len(content) :]
         yield document, decoder.decode(rest, final=True)

@@ -9,9 +9,10 @@ without bfloat16 the full preset takes an hour, the small one a quarter of it.
 import sys
 import time
 
-import torch
+import numpy as np
 
-from utils.language_model import LanguageModel, load_language_model, residual_at
+from utils.activations.capture import Capture
+from utils.language_model import LanguageModel, load_language_model
 
 LAYER = 15  # as in the demo
 CONTEXTS, CONTEXT_LENGTH = 16, 128  # a batch of the demo
@@ -30,18 +31,19 @@ def main() -> None:
 
 
 def tokens_per_second(language_model: LanguageModel, n_batches: int = 4) -> float:
-    """The rate of the forward pass up to the demo's layer, by its fastest batch.
+    """The rate of saving up to the demo's layer, by its fastest batch.
 
     The fastest, for whatever else runs for a moment only makes a batch slower.
     """
-    tokens = torch.full((CONTEXTS, CONTEXT_LENGTH), language_model.bos)
-    residual_at(language_model, tokens, LAYER)  # the first is slower: memory is taken, code loaded
+    capture = Capture(language_model, LAYER, "float16")
+    tokens = np.full((CONTEXTS, CONTEXT_LENGTH), language_model.bos)
+    capture.run(tokens).arrays()  # the first is slower: memory is taken, code loaded
     seconds = []
     for _ in range(n_batches):
         start = time.perf_counter()
-        residual_at(language_model, tokens, LAYER)
+        capture.run(tokens).arrays()
         seconds.append(time.perf_counter() - start)
-    return tokens.numel() / min(seconds)
+    return tokens.size / min(seconds)
 
 
 if __name__ == "__main__":

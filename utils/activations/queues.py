@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from utils.activations.manifest import ShardEntry
 from utils.activations.shards import ShardWriter
+from utils.backend import ran_out_of_memory
+from utils.settings import InputError
 
 if TYPE_CHECKING:  # a training has no language model, and reads ahead too
     from utils.activations.capture import Captured
@@ -87,7 +89,11 @@ class ShardQueue:
     def append(self, writer: ShardWriter, batch: "Captured") -> None:
         """Add a batch to a shard, after waiting while too many are in the queue."""
         self._room.acquire()
-        self._raise_failure()
+        try:
+            self._raise_failure()
+        except BaseException:
+            self._room.release()
+            raise
         written = self._writing.add(lambda: writer.append(**batch.arrays()))
         written.add_done_callback(lambda _: self._room.release())
 
@@ -121,5 +127,11 @@ class ShardQueue:
 
     def _raise_failure(self) -> None:
         for lane in (self._finishing, self._writing):
-            if lane.failure is not None:
-                raise lane.failure
+            if lane.failure is None:
+                continue
+            if ran_out_of_memory(lane.failure):  # a smaller batch of the model's would not help
+                raise InputError(
+                    "Memory ran out while a shard was written. Free some, and run the same command "
+                    "again."
+                ) from lane.failure
+            raise lane.failure

@@ -147,7 +147,7 @@ class SparseAutoencoder(keras.Model):
         return ops.convert_to_numpy(self.W_dec)
 
     def active_latents(self, activations):
-        """The active latents of raw activations, as tensors of the backend.
+        """The active latents of raw activations, as tensors of the backend, or NumPy arrays.
 
         Returns:
             row, latent number and value of each active latent, three of one length in order of row;

@@ -136,6 +136,7 @@ class TrainingLog(keras.callbacks.Callback):
         self.begun = time.perf_counter()
 
     def on_test_begin(self, logs=None):
+        int(self.model.step)  # waits for the steps that a card has still to do
         self.seconds += time.perf_counter() - self.begun  # training alone, not measuring
 
     def on_epoch_end(self, epoch, logs=None):

@@ -6,6 +6,7 @@ Allocators keep a few per cent more.
 
 import bisect
 import dataclasses
+import math
 
 from utils.autoencoder import sparse
 from utils.autoencoder.kinds import TopKAutoencoder, find_kind
@@ -114,6 +115,9 @@ def require_memory(settings, d_model: int, pool_bytes: int = 0) -> str:
     remedies = [f"{name} {size:,}" for name, size in sizes.items() if size]
     if settings.moments_dtype == "float32" and fits("moments_dtype", "bfloat16"):
         remedies.append("MOMENTS_DTYPE bfloat16")
+    others = plan.total - plan.pool
+    if plan.pool and others < free:  # the pool is there twice
+        remedies.append(f"POOL_GIB {math.floor((free - others) / 2**31 * 100) / 100:g}")
     found = f"What would fit: {', or '.join(remedies)}." if remedies else "Nothing like it would."
     raise InputError(
         f"Training must fit into the {free / 1e9:.2f} GB that are free; it takes {plan}. {found}"

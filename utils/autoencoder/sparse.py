@@ -210,13 +210,6 @@ if keras.backend.backend() == "torch":
             queries, rows, chosen.latent, chosen.starts[:-1], chosen.row, mode=0
         )
 
-    def dot_rows(left, right):
-        """The product of each row of one matrix with the same row of another, shape (rows,)."""
-        row = torch.arange(len(left), dtype=torch.int32, device=left.device)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left, right, row, row, row, mode=0
-        )
-
     def _sum(values, rows, chosen):
         return _weighted_sums(values, chosen.latent, chosen.starts, rows)
 

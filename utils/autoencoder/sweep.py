@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from utils.activations.store import ActivationStore, spread
-from utils.artifacts import reading, replacing, require_disk_space
+from utils.artifacts import reading, replacing, require_disk_space, write_csv
 from utils.autoencoder import training
 from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
@@ -233,8 +233,7 @@ class Sweep:
         """Measure the runs that end at a step, and write them to the table."""
         for run in [run for run in self.live if run.steps == step]:
             self.finished[run] = self._measure(run, self.live.pop(run))
-            with replacing(self.folder / TABLE_FILE) as partial:
-                self.table().to_csv(partial, index=False)
+            write_csv(self.folder / TABLE_FILE, self.table())
             self._backup(run).unlink(missing_ok=True)
 
     def _measure(self, run: Run, live: Live) -> dict[str, float]:

@@ -36,7 +36,7 @@ from utils.backend import Tensor, ran_out_of_memory, torch_device
 from utils.settings import InputError, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
-MOST_VALIDATED = 2**30  # latents of rows that are computed at once between rounds
+MOST_MEASURED = 2**30  # latents of rows that are computed at once while measuring
 BACKUP_BYTES = 25  # at most, of each weight of W_dec: W_enc, W_dec and their two moments
 
 
@@ -87,7 +87,7 @@ class TrainingData:
         Raises:
             InputError: Too little is held out.
         """
-        most = min(self.batch_size, max(n_shares(), MOST_VALIDATED // n_latents))
+        most = measured_together(self.batch_size, n_latents)
         n_batches = math.ceil(len(self.held_out) / most)
         size = len(self.held_out) // n_batches // n_shares() * n_shares()
         require(
@@ -274,7 +274,7 @@ def train(
         Backup(folder, backup_every, rounds),
     ]
     batches = data.batches_from(first_round * rounds.steps)
-    with out_of_memory_told():
+    with contextlib.closing(batches), out_of_memory_told():
         autoencoder.fit(
             ((batch,) for batch in batches),
             initial_epoch=first_round,
@@ -289,6 +289,11 @@ def train(
             verbose=0,
         )
     return autoencoder
+
+
+def measured_together(batch_size: int, n_latents: int) -> int:
+    """Rows to measure at once: fewer than a batch where the latents of one would fill memory."""
+    return min(batch_size, max(n_shares(), MOST_MEASURED // n_latents))
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ class Analysis:
         """Whether the page shows what the settings ask for."""
         if not (self.folder / PAGE).exists():
             return False
-        together = read_json(self.folder / SETTINGS_FILE)
+        together = as_dict(type(self.settings)()) | read_json(self.folder / SETTINGS_FILE)
         made_of = read_json(self.folder / catalogue.SUMMARY_FILE, REMEDY).get("made_of", together)
         return (
             set(made_of["studies"]) == set(self.settings.studies)
@@ -245,8 +245,7 @@ class Analysis:
         catalogue.save_features(kept.with_suffix(".parquet"), table)
         words = findings.words
         if not words and findings.summary is not None and not findings.summary:
-            words = f"{name.capitalize()}: there is nothing to study, for no feature is active "
-            words += "often enough."
+            words = f"{name.capitalize()}: there is nothing to study."
         content = {"summary": findings.summary, "words": words}
         if self.judge is not None and self.judge.asked:
             content["judge"] = self.judge.summary()

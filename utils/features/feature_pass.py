@@ -87,7 +87,8 @@ class SubsetSums:
         n = n_features * n_subsets if self._dense else 0
         options = {"device": device}
         self._sums = torch.zeros(n, dtype=torch.float64, **options)
-        self._pairs = torch.arange(n, **options)  # feature · n_subsets + subset, of each sum
+        # Where few are kept: feature · n_subsets + subset, of each sum.
+        self._pairs = torch.zeros(0, dtype=torch.int64, **options)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, feature: torch.Tensor, subset: torch.Tensor, activation: torch.Tensor) -> None:
@@ -108,19 +109,23 @@ class SubsetSums:
 
     def leading(self) -> tuple[np.ndarray, np.ndarray]:
         """The subset with most of each feature's activation, and its share; 0 of a dead one."""
+        if self._dense:
+            sums = self._sums.view(self.shape).cpu().numpy()
+            leading, largest, total = sums.argmax(axis=1), sums.max(axis=1), sums.sum(axis=1)
+        else:
+            leading, largest, total = self._leading_of_few()
+        return leading, largest / np.where(total > 0, total, 1.0)
+
+    def _leading_of_few(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self._pending:
             self._merge()
         feature, subset = np.divmod(self._pairs.cpu().numpy(), self.shape[1])
         sums = self._sums.cpu().numpy()
-        total, largest = (
-            np.bincount(feature, sums, minlength=self.shape[0]),
-            np.zeros(self.shape[0]),
-        )
+        leading, largest = np.zeros(self.shape[0], np.int64), np.zeros(self.shape[0])
         np.maximum.at(largest, feature, sums)
         at = np.flatnonzero(sums == largest[feature])[::-1]  # of equal ones the first stays
-        leading = np.zeros(self.shape[0], np.int64)
         leading[feature[at]] = subset[at]
-        return leading, largest / np.where(total > 0, total, 1.0)
+        return leading, largest, np.bincount(feature, sums, minlength=self.shape[0])
 
 
 def _scales(peaks: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def nearest(directions: np.ndarray, queries: np.ndarray, n: int) -> tuple[np.nda
         return len(at)
 
     with tqdm(total=len(queries), desc="neighbours", unit="feature", unit_scale=True) as progress:
-        for n_found in _one_core_each(find, blocks):
+        for n_found in _one_core_each(find, blocks) if on_cpu else map(find, blocks):
             progress.update(n_found)
     return indices, cosines
 

@@ -35,11 +35,8 @@ def make_report(folder: Path, n_selected: int, seed: int) -> None:
 
 def draw_pictures(catalogue: Catalogue) -> dict[str, Path]:
     """Draw every picture into the catalogue's folder; returns their paths by caption."""
-    first, *rest = (
-        name
-        for name in (*studies.ALWAYS, *studies.NAMES)
-        if name in studies.ALWAYS or catalogue.summary.get(name)
-    )
+    made = filter(catalogue.summary.get, studies.NAMES)
+    first, *rest = studies.in_order(made)
     pictures = studies.load(first).draw(catalogue) | draw_pass(catalogue)
     for name in rest:
         pictures |= studies.load(name).draw(catalogue)

@@ -5,6 +5,7 @@ of its maximum. The right half shows a prompt's continuations, untouched and cha
 which the feature peaks are marked.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -104,14 +105,15 @@ def _cut(text: str, length: int) -> str:
 
 
 def _say(axes: Axes, column: int, line: int, text: str, colour: str = plots.INK) -> None:
-    text = text.replace("$", r"\$")  # no mathematics
-    axes.text(column, line, text, family=FONT, size=SIZE, color=colour, va="center")
+    style = {"family": FONT, "size": SIZE, "va": "center", "parse_math": False}
+    axes.text(column, line, text, color=colour, **style)
 
 
 def _shade(axes: Axes, column: int, line: int, text: str, shades: np.ndarray) -> None:
     """Mark the characters of a text but spaces, each as strongly as its shade, from 0 to 1."""
-    for place, character in enumerate(text):
-        if character.isspace() or shades[place] < 0.02:
-            continue
-        box = Rectangle((column + place, line - 0.45), 1, 0.9, linewidth=0, antialiased=False)
-        axes.add_patch(box).set(facecolor=plots.ORANGE, alpha=0.55 * min(1, shades[place]))
+    shades = np.where([character.isspace() for character in text], 0, shades).clip(0, 1)
+    edges = [0, *(np.flatnonzero(np.diff(shades)) + 1), len(text)]
+    for start, end in itertools.pairwise(edges):
+        if start < end and shades[start] > 0.02:
+            box = Rectangle((column + start, line - 0.45), end - start, 0.9, linewidth=0)
+            axes.add_patch(box).set(facecolor=plots.ORANGE, alpha=0.55 * shades[start])

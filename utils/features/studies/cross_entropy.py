@@ -20,7 +20,7 @@ from utils.activations.store import ActivationStore, Contexts, spread
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.features.analysis import Analysis, Findings
 from utils.features.catalogue import Catalogue
-from utils.language_model import LanguageModel, tokens_together
+from utils.language_model import LanguageModel, read_out, tokens_together
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 LEAST_SHOWN = 200  # tokens of a subset; the losses of one with fewer may be chance
@@ -31,7 +31,6 @@ def measure_losses(
     store: ActivationStore,
     contexts: Contexts,
     n_tokens: int,
-    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """The model's loss when its residual stream is replaced, in all text and by corpus subset.
 
@@ -41,7 +40,6 @@ def measure_losses(
     Args:
         contexts: Contexts of the store to spread over, best those held out of training.
         n_tokens: Tokens to run, if ``contexts`` have so many.
-        batch_size: Tokens run together; None for `logits_together`.
 
     Returns:
         A row for ``"all"`` and for each subset: mean cross-entropy of the next token in nats,
@@ -56,10 +54,10 @@ def measure_losses(
         "zero_ablated": torch.zeros_like,
     }
     names = np.array(store.subset_names)
-    batch_size = batch_size or logits_together(model.language_model)
+    together = logits_together(model.language_model)
     rows = []
     fidelities = collections.defaultdict(lambda: Fidelity(store.d_model))
-    for batch in store.batches(contexts, batch_size, "cross-entropy"):
+    for batch in store.batches(contexts, together, "cross-entropy"):
         tokens, subsets = torch.from_numpy(batch.tokens), names[batch.subsets]
         counted = (tokens[:, 1:] != model.language_model.bos).numpy()
         values, expected = {"subset": subsets[:, 1:][counted]}, None
@@ -82,7 +80,7 @@ def measure_losses(
 
 def logits_together(language_model: LanguageModel) -> int:
     """Tokens to run at once; each takes rows over the whole vocabulary: logits, probabilities."""
-    n_words = language_model.model.get_output_embeddings().weight.shape[0]
+    n_words = len(read_out(language_model)[-1].weight)
     return tokens_together(language_model.device, 32 * n_words, elsewhere=1_024)
 
 

@@ -82,22 +82,20 @@ def correlate_with_neurons(
     store: ActivationStore,
     contexts: Contexts,
     features: np.ndarray,
-    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """For each feature the neuron that it correlates with most, of blocks up to the layer.
 
-    The contexts run through the model again, ``batch_size`` tokens together; None for
-    `neurons_together`. Memory is 4 bytes for
-    each pair of a feature and a neuron, whatever the number of tokens.
+    The contexts run through the model again. Memory is 4 bytes for each pair of a feature and a
+    neuron, whatever the number of tokens.
 
     Returns:
         A row a feature: ``feature, block, neuron, correlation``, the largest.
     """
     numbers = torch.as_tensor(np.array(features), device=model.language_model.device)
-    batch_size = batch_size or neurons_together(model.language_model, store.layer + 1)
+    together = neurons_together(model.language_model, store.layer + 1)
     correlations = None
     with neurons_of(model.language_model, store.layer + 1) as neurons:
-        for batch in store.batches(contexts, batch_size, "neurons"):
+        for batch in store.batches(contexts, together, "neurons"):
             kept = torch.from_numpy(batch.kept)
             residual = model.residual(torch.from_numpy(batch.tokens))[kept]
             activations = model.encode(residual, numbers)

@@ -213,7 +213,7 @@ def plot_family(table: pd.DataFrame, ancestor: int, path: Path) -> None:
     place(0, ancestor)
     counts = " → ".join(str(len(rows[size])) for size in sizes)
     title = f"Splitting: “{rows[sizes[0]].label.iloc[0]}” is {counts} features"
-    with plots.picture(path, title.replace("$", r"\$"), (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
+    with plots.picture(path, title, (10, 1.6 + 0.3 * n_leaves)) as (_, axes):
         for level, size in enumerate(sizes):
             for row in rows[size].itertuples():
                 y = heights[level, row.feature]
