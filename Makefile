@@ -30,13 +30,11 @@ N_PASSES := 2
 demo-full: N_TOKENS := 600000
 demo-full: N_LATENTS := 4608
 demo-full: STUDYING := --n-loss-tokens 8192
-demo-full: STRENGTHS := 1 1.5
 demo-small: DEMO := data/demo-small
 demo-small: N_TOKENS := 120000
 demo-small: N_LATENTS := 2304
 demo-small: N_PASSES := 5
 demo-small: STUDYING := --n-loss-tokens 2048 --n-neuron-tokens 8192 --n-explained 60
-demo-small: STRENGTHS := 1
 
 # The embedded settings: a small LLaMA and a small Pile from the package index, no token, no GPU.
 demo-full demo-small: .venv/installed
@@ -49,7 +47,7 @@ demo-full demo-small: .venv/installed
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
 	    --study attribute --prompt "The capital of France is the city of"
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(DEMO)/influence \
-	    --prompt "My favourite food is" --feature war --strength $(STRENGTHS)
+	    --prompt "My favourite food is" --feature December --strength 0.75 1
 	@printf "\n%s\n" "Look at the features in $(DEMO)/analysis/browser/index.html, then steer with one of your own:"
 	@echo "  $(BIN)/python influence_llm.py $(FEATURES)" \
 	    "--prompt 'Once upon a time' --feature eat --strength 1.5"

@@ -107,14 +107,15 @@ def turn(page: Page, words: str, strength: float) -> None:
 
 
 def finished(page: Page) -> SimpleNamespace:
-    """The two texts, once they have stopped growing."""
+    """The two texts, once they have stopped growing; one may end before its first character."""
     seen = None
-    while True:
+    for _ in range(120):
         now = (text_of(page, "untouched"), text_of(page, "steered"))
-        if now == seen and all(now):
+        if now == seen and any(now):
             return SimpleNamespace(untouched=now[0], steered=now[1])
         seen = now
         time.sleep(1)
+    raise AssertionError("no text after two minutes")
 
 
 def strongest(playground: Playground) -> int:
