@@ -52,7 +52,7 @@ def test_what_is_marked_most_strongly_is_the_token_at_the_peak(catalogue):
         lines = list(_read(catalogue, feature, 5))
         assert len(lines) == min(5, len(top)) > 0
         for (line, shades), example in zip(lines, top.itertuples(), strict=False):
-            assert len(line) <= READ and len(shades) >= len(line)
+            assert len(line) == len(shades) <= READ
             peak = one_line(example.token_texts[example.peak])
             at = 3 * READ // 5  # where every peak begins
             assert line[at : at + len(peak)] == peak

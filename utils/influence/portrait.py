@@ -73,7 +73,8 @@ def _read(catalogue: Catalogue, feature: int, n: int) -> Iterator[tuple[str, np.
         before = sum(lengths[: example.peak]) - 3 * READ // 5
         line, shades = " " * -before + line, np.pad(shades, (max(0, -before), READ))
         start = max(0, before)
-        yield line[start : start + READ], shades[start : start + READ]
+        line = line[start : start + READ]
+        yield line, shades[start : start + len(line)]
 
 
 def _blocks(records: Sequence[dict[str, Json]]) -> Iterator[tuple[str, bool]]:
