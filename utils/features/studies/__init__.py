@@ -38,7 +38,8 @@ Name = Literal[*NAMES]
 
 def in_order(chosen: Iterable[str]) -> list[str]:
     """The studies that are made always and the chosen ones, in the paper's order."""
-    return [*ALWAYS, *(name for name in NAMES if name in set(chosen))]
+    chosen = set(chosen)
+    return [*ALWAYS, *(name for name in NAMES if name in chosen)]
 
 
 def load(name: str) -> ModuleType:
