@@ -28,7 +28,7 @@ from utils.features.neurons import NoNeurons, neurons_of
 from utils.features.studies.cross_entropy import measure_losses
 from utils.features.studies.places import promoted_tokens
 from utils.influence.attribution import attribute
-from utils.language_model import load_language_model, residual_at, watched_passes
+from utils.language_model import block_name, load_language_model, residual_at, watched_passes
 from utils.settings import InputError
 from utils.steering.clamps import Clamp, steered
 from utils.steering.feature_model import FeatureModel
@@ -209,6 +209,17 @@ def test_the_first_script_saves_the_plain_models_residual_stream(subject):
     torch.testing.assert_close(torch.from_numpy(saved), subject.residual, **CLOSE)
 
 
+def test_other_tools_find_the_block_by_its_name_in_the_causal_model(subject):
+    name, folder = subject.store.block, subject.model.name
+    if plain_class(subject.plain.config) is AutoModelForCausalLM:
+        assert subject.plain.get_submodule(name) is subject.blocks[LAYER]
+        assert block_name(folder, LAYER) == name
+        return
+    assert name is None
+    with pytest.raises(InputError, match="which has more parts"):
+        block_name(folder, LAYER)
+
+
 def test_a_steered_block_changes_the_logits_as_a_hook_by_hand_does(subject):
     plain = subject.plain(subject.tokens, use_cache=False).logits
     with subject.hooked(lambda residual: subject.added(residual, subject.tokens)):
@@ -354,7 +365,7 @@ def test_experts_of_another_shape_are_refused(tmp_path, save):
     weights = load_file(path)
     first = next(name for name in weights if "experts" in name)
     save_file(weights | {first: torch.ones(3, 3)}, path, {"format": "pt"})
-    with pytest.raises(InputError, match="Cannot load the model in the folder"):
+    with pytest.raises(InputError, match="Cannot load the model"):
         load_language_model(str(tmp_path / "model"), LAYER)
 
 

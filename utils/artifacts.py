@@ -345,7 +345,11 @@ def _hold(folder: Path, lock_name: str) -> Iterator[None]:
         lock = FileLock(folder / lock_name, blocking=False)
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"Another process is writing to {folder}. Wait until it ends.") from error
+        is_shared = lock_name != LOCK_FILE
+        remedy = " To share its work, give this one a RANK of its own." if is_shared else ""
+        raise InputError(
+            f"Another process is writing to {folder}. Wait until it ends.{remedy}"
+        ) from error
     except OSError as error:
         raise InputError(
             f"Cannot write to {folder}: {error.strerror}. Choose another folder."

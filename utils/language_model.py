@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,13 @@ class LanguageModel:
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
         return decoder_blocks(self.model)
+
+    def block_name(self, layer: int) -> str | None:
+        """What a block is called as a module of the causal model, such as ``model.layers.15``.
+
+        Other tools find it by that. None for the language part of a multimodal model.
+        """
+        return _block_name(self.model, layer)
 
     @property
     def d_model(self) -> int:
@@ -164,6 +171,30 @@ def read_config(name: str, layer: int) -> PreTrainedConfig:
     return config
 
 
+def block_name(name: str, layer: int) -> str:
+    """`LanguageModel.block_name` of a model whose weights are not loaded.
+
+    Raises:
+        InputError: As for `read_config`; or there is none.
+    """
+    config = read_config(name, layer)
+    with torch.device("meta"):
+        found = _block_name(_model_class(name, config).from_config(config), layer)
+    require(
+        found is not None,
+        f"Other tools load {name} as a causal language model, and it is a {config.model_type}, "
+        "which has more parts. An autoencoder of it cannot be exported.",
+    )
+    return found
+
+
+def _block_name(model: PreTrainedModel, layer: int) -> str | None:
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    block = decoder_blocks(model)[layer]
+    return next(name for name, module in model.named_modules() if module is block)
+
+
 def _model_class(name: str, config: PreTrainedConfig) -> type:
     """What makes the model; a multimodal one is used for its language part."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -175,6 +206,12 @@ def _model_class(name: str, config: PreTrainedConfig) -> type:
     return AutoModelForMultimodalLM
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises `InputError` if it cannot be loaded."""
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(_source(name), **_hub_options())
+
+
 def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageModel:
     """Load a model and its tokenizer; for ``dtype`` see `resolve_dtype`.
 
@@ -184,8 +221,8 @@ def load_language_model(name: str, layer: int, dtype: str = "auto") -> LanguageM
     """
     config = read_config(name, layer)
     device = pick_device()
+    tokenizer = load_tokenizer(name)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(_source(name), **_hub_options())
         model, loading = _model_class(name, config).from_pretrained(
             _source(name),
             dtype=resolve_dtype(dtype, device),
@@ -344,18 +381,24 @@ def _access_error(name: str, error: Exception) -> str:
         )
     if not isinstance(error, OSError):  # it was found, and something in it is wrong
         return f"Cannot load the model {name}: {reason}"
+    remedy = "Without a token or a network: --model-name embedded --dataset embedded."
+    return f"{hub_error(name, error)}\n{remedy}"
+
+
+def hub_error(name: str, error: Exception) -> str:
+    """Why a repository of the hub could not be read, and what to do about it."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return (
-            f"{name} is no folder here, and not among the models downloaded before; the hub, "
-            f"{huggingface_hub.constants.ENDPOINT}, cannot be reached. Connect to it, name a "
-            f"folder, or: --model-name embedded --dataset embedded.\n({reason.splitlines()[0]})"
+            f"{name} is no folder here, and not among what was downloaded before; the hub, "
+            f"{huggingface_hub.constants.ENDPOINT}, cannot be reached. Connect to it, or name a "
+            f"folder.\n({reason})"
         )
     return (
-        f"Cannot load the model {name}: {reason.splitlines()[0] if reason else type(error)}\n"
-        f"If it is gated, accept its licence at https://huggingface.co/{name}, make a token at "
-        "https://huggingface.co/settings/tokens and put HF_TOKEN=... into .env "
-        f"(a token is {'set' if hub_token() else 'not set'} now).\n"
-        "Without a token or a network: --model-name embedded --dataset embedded."
+        f"Cannot load {name}: {reason}\n"
+        f"If it is gated, accept its licence at {huggingface_hub.constants.ENDPOINT}/{name}, make "
+        f"a token at {huggingface_hub.constants.ENDPOINT}/settings/tokens and put HF_TOKEN=... "
+        f"into .env (a token is {'set' if hub_token() else 'not set'} now)."
     )
 
 
@@ -478,7 +521,7 @@ def watched_passes(language_model: LanguageModel) -> Iterator[list[Pass]]:
         if options.get("attention_mask") is not None:
             positions = options["attention_mask"].cumsum(dim=1)[:, -tokens.shape[1] :] - 1
         elif caches := [value for value in options.values() if isinstance(value, Cache)]:
-            done = passes[0].positions[:, -1:] + 1 if passes else caches[0].get_seq_length()
+            done = passes[0].positions[:, -1:] + 1 if passes else _tokens_in(caches[0])
             positions = positions + done
         passes[:] = [Pass(tokens, positions)]
 
@@ -489,20 +532,41 @@ def watched_passes(language_model: LanguageModel) -> Iterator[list[Pass]]:
         handle.remove()
 
 
-@torch.inference_mode()
+def _tokens_in(cache: Cache) -> int:
+    """Tokens that a cache has seen; 0 where it only holds states, which do not tell."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return 0
+
+
 def residual_at(language_model: LanguageModel, tokens: torch.Tensor, layer: int) -> torch.Tensor:
     """The residual stream after block ``layer``; the blocks above it are not run.
 
     From tokens (batch, context), without padding, to (batch, context, d_model), in the model's
     dtype and on its device.
     """
-    captured = []
+    (residual,) = residuals_at(language_model, tokens, (layer,))
+    return residual
 
-    def capture_and_stop(residual):
-        captured.append(residual)
-        raise _Stopped
 
-    block = language_model.blocks[layer]
-    with replaced_output(block, capture_and_stop), contextlib.suppress(_Stopped):
-        language_model.model(tokens.to(language_model.device), use_cache=False)
-    return captured[0]
+@torch.inference_mode()
+def residuals_at(
+    language_model: LanguageModel, tokens: torch.Tensor, layers: Collection[int]
+) -> list[torch.Tensor]:
+    """As `residual_at`, after each of some blocks; those above the deepest are not run."""
+    captured = {}
+
+    def capture(layer, residual):
+        if layer == max(layers):
+            captured[layer] = residual
+            raise _Stopped
+        captured[layer] = residual.clone()  # the next block may work in its memory
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            replace = functools.partial(capture, layer)
+            hooks.enter_context(replaced_output(language_model.blocks[layer], replace))
+        with contextlib.suppress(_Stopped):
+            language_model.model(tokens.to(language_model.device), use_cache=False)
+    return [captured[layer] for layer in layers]

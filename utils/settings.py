@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import tokenize
 import types
 import typing
@@ -40,8 +41,44 @@ FORBIDDEN = dict.fromkeys(
 REFUSALS = FULL | FORBIDDEN
 
 
+STARTED = time.monotonic()  # about when the process began
+TO_GO_ON = 75  # status of a script that MAX_HOURS stopped: the same command goes on
+
+
 class InputError(ValueError):
     """An error of the user's: printed as one message, without a traceback."""
+
+
+class TimeIsUp(Exception):
+    """A script stops for MAX_HOURS, with all that is done saved; the message says what that is."""
+
+
+class TimeLimit:
+    """Stops a script in time, between two parts of its work: ``max_hours`` after it began.
+
+    The first part is always allowed, so that a script that is run again and again ends.
+    """
+
+    def __init__(self, max_hours: float | None):
+        self.end = math.inf if max_hours is None else STARTED + 3_600 * max_hours
+        self._longest, self._latest = 0.0, None
+
+    def allows_another(self) -> bool:
+        """Whether there is time for a part like the longest so far; to be asked before each."""
+        now, latest = time.monotonic(), self._latest
+        self._latest = now
+        if latest is None:
+            return True
+        self._longest = max(self._longest, now - latest)
+        return now + self._longest <= self.end
+
+    def is_over(self) -> bool:
+        """Whether the time has come; to be asked while waiting."""
+        return time.monotonic() >= self.end
+
+    def leave_out_wait(self) -> None:
+        """Count what has passed since `allows_another` as no part of the work."""
+        self._latest = time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +180,17 @@ def as_dict(settings: Settings, leave_out: tuple[str, ...] = ()) -> dict[str, Js
     }
 
 
+def as_recorded(settings: Settings, recorded: dict[str, Json]) -> Settings:
+    """Settings as a run recorded them; those it did not record are at their defaults."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in recorded.items()
+        if name in names
+    }
+    return type(settings)(**values)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `InputError` with ``message`` (rule, value, remedy) unless ``condition`` holds."""
     if not condition:
@@ -207,12 +255,18 @@ def refusal_in_words(error: OSError) -> str:
 
 
 def run(main: typing.Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's error, a full disk or Ctrl-C ends it with one message."""
+    """Run a script's ``main``; a user's error, a full disk or Ctrl-C ends it with one message.
+
+    So does `TimeIsUp`, with the status `TO_GO_ON`.
+    """
     script = Path(sys.argv[0]).name
     try:
         main()
     except InputError as error:
         sys.exit("\n".join([f"\n{script}: {error}", *getattr(error, "__notes__", ())]))
+    except TimeIsUp as reached:
+        print(f"\nStopped for MAX_HOURS: {reached} Run the same command again to go on from here.")
+        sys.exit(TO_GO_ON)
     except KeyboardInterrupt:
         sys.exit("\nStopped. Run the same command again to go on from here.")
     except Exception as error:

@@ -141,9 +141,9 @@ def test_a_text_without_a_place_to_cut_is_cut_and_said_once(tokenizer, monkeypat
 def test_documents_are_tokenised_by_number_and_by_size(tokenizer, monkeypatch):
     calls = []
 
-    def record(tokenizer, texts):
+    def record(tokenizer, texts, are_chats):
         calls.append(list(map(len, texts)))
-        return encode(tokenizer, texts)
+        return encode(tokenizer, texts, are_chats)
 
     encode = contexts._encode
     monkeypatch.setattr(contexts, "_encode", record)

@@ -6,13 +6,14 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from utils.activations.corpus import LONGEST, Corpus, Position, read_hub
+from utils.activations.corpus import LONGEST, Corpus, Position
 from utils.activations.files import read_records, type_of
 from utils.activations.manifest import FURTHER, MOST_SUBSETS, SubsetNumbers
 from utils.settings import InputError
@@ -146,20 +147,6 @@ def test_what_is_not_read_is_said(tmp_path):
     assert len(texts_of(tmp_path / "README.txt")) == len(texts_of(tmp_path / ".hidden.txt")) == 1
 
 
-def test_hub_records_are_split_between_ranks(tmp_path):
-    # load_dataset reads a local folder with the code that streams the hub.
-    for shard in range(3):
-        table = pyarrow.table({"text": [f"{shard}-{n}" for n in range(5)]})
-        pyarrow.parquet.write_table(table, tmp_path / f"train-{shard}.parquet")
-    ranks = [
-        [row["text"] for row in read_hub((str(tmp_path), None, "train"), "text", rank, 2)]
-        for rank in range(2)
-    ]
-    expected = [f"{shard}-{n}" for shard in range(3) for n in range(5)]
-    assert sorted(ranks[0] + ranks[1]) == expected
-    assert abs(len(ranks[0]) - len(ranks[1])) <= 1
-
-
 CARD = """---
 license: mit
 configs:
@@ -199,7 +186,7 @@ def test_the_cards_configurations_and_splits(dataset):
         assert list(corpus.sizes()) == names
         # It is what the hub's library reads.
         config, split = (*options, "train")[:2]
-        rows = read_hub((str(dataset), config, split), "text", 0, 1)
+        rows = datasets.load_dataset(str(dataset), config, split=split, streaming=True)
         assert [row["text"] for row in rows] == names
     assert "Not reading 1 of the split train: de/train.jsonl" in corpus.describe()
     assert "Not reading 4 of no split in the card's configuration: en/held" in corpus.describe()
@@ -219,9 +206,6 @@ def test_the_cards_configurations_and_splits(dataset):
     ):
         with pytest.raises(InputError, match=message):
             Corpus(str(dataset), *options)
-        config, split = (*options, None, "train")[:2] if len(options) < 2 else options
-        with pytest.raises(InputError, match=message):
-            list(read_hub((str(dataset), config, split), "text", 0, 1))
     (dataset / "README.md").write_text(CARD.replace("config_name: de", "config_name: default"))
     assert texts_of(dataset) == ["de/train.jsonl"]
     (dataset / "README.md").write_text(CARD.replace("part-*", "none-*"))
@@ -278,8 +262,6 @@ def test_the_column_of_the_text(tmp_path):
     corpus = Corpus(str(tmp_path), column="body")
     corpus.check()
     assert [document.text for document in corpus.documents()] == TEXTS * 2
-    rows = read_hub((str(tmp_path), None, "train"), "body", 0, 1)
-    assert next(rows)["body"] == TEXTS[0]
     with pytest.raises(InputError, match=r"a body; it .*text\. Choose TEXT_COLUMN among title, x"):
         (tmp_path / "c.jsonl").write_bytes(b'{"title": "a", "x": 1}\n')
         Corpus(str(tmp_path / "c.jsonl"), column="body").check()
@@ -340,7 +322,9 @@ def test_a_separator_within_txt(tmp_path):
     assert [text for _, text, _ in plain(corpus)] == ["one", "two\n", *["three"] * 120]
     path.write_text("one</s>two")
     assert not Corpus(str(tmp_path)).check()
-    for dataset, separator in ((path, ""), ("someone/dataset", "</s>")):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(LINES)
+    for dataset, separator in ((path, ""), (lines, "</s>")):
         with pytest.raises(InputError, match="SEPARATOR must be a text that stands between"):
             Corpus(str(dataset), separator=separator).check()
 
@@ -451,8 +435,6 @@ def test_missing_file(name):
 
 
 def test_hub_out_of_reach_is_one_message_without_the_token(monkeypatch):
-    # The libraries below read HF_HUB_OFFLINE when they are imported, so it is set in them.
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with pytest.raises(InputError) as error:
@@ -463,10 +445,8 @@ def test_hub_out_of_reach_is_one_message_without_the_token(monkeypatch):
     assert error.value.__suppress_context__
 
 
-def test_parquet_and_hub_without_a_text_column(tmp_path):
+def test_parquet_without_a_text_column(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match="must have a column text; it has content"):
-        list(read_hub((str(tmp_path), None, "train"), "text", 0, 1))
     (tmp_path / "a.jsonl").write_bytes(json_line("read first"))
     with pytest.raises(InputError, match="must have a column text; it has content"):
         Corpus(str(tmp_path)).check()
@@ -522,3 +502,70 @@ def test_ranks_partition_the_usable_documents(tmp_path):
         assert rest == by_rank[rank][2:]
     assert list(corpus.documents(Position(99, 0))) == []
     assert list(corpus.documents(rank=20, world_size=30)) == []
+
+
+# Subsets and chats ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """3,000 documents: of every six, three of ArXiv, two of Github, one of "Wikipedia (en)"."""
+    names = ["ArXiv", "Github", "ArXiv", "Wikipedia (en)", "Github", "ArXiv"]
+    lines = (
+        json_line(f"text {n} " * (n % 7), meta={"pile_set_name": names[n % 6]})
+        for n in range(3_000)
+    )
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_subsets_are_chosen_and_documents_keep_their_numbers(mixed):
+    everything = {document.index: document for document in Corpus(str(mixed)).documents()}
+    corpus = Corpus(str(mixed), subsets=("Github=0.5", "Wikipedia (en)"))
+    assert corpus.check() == []
+    chosen = list(corpus.documents())
+    assert all(document == everything[document.index] for document in chosen)
+    counts = {name: 0 for name in ("ArXiv", "Github", "Wikipedia (en)")}
+    of_all = dict(counts)
+    for document in chosen:
+        counts[document.subset] += 1
+    for document in everything.values():
+        of_all[document.subset] += 1
+    assert counts["ArXiv"] == 0 and counts["Wikipedia (en)"] == of_all["Wikipedia (en)"]
+    assert counts["Github"] == pytest.approx(of_all["Github"] / 2, rel=0.1)
+    assert corpus.skipped == {"with an empty text": 429}
+    # On from any place, of any rank, and from a position without a place.
+    for n in (0, 1, 200, len(chosen) - 1):
+        assert list(corpus.documents(Position(n, 1, chosen[n].place))) == chosen[n:]
+        assert list(corpus.documents(Position(n + 1, 0, chosen[n].place))) == chosen[n + 1 :]
+        assert list(corpus.documents(Position(n, 1))) == chosen[n:]
+    by_rank = [list(corpus.documents(rank=rank, world_size=3)) for rank in range(3)]
+    by_rank = itertools.chain(*by_rank)
+    assert sorted(by_rank, key=lambda document: document.index) == chosen
+
+
+def test_a_subset_that_there_is_not(mixed, tmp_path):
+    def check(path: Path, *subsets: str) -> list[str]:
+        return Corpus(str(path), subsets=subsets).check()
+
+    with pytest.raises(InputError, match=r"'ArXive' is not .*: ArXiv, Github.*mean 'ArXiv'\?"):
+        check(mixed, "Github", "ArXive=0.5")
+    with pytest.raises(InputError, match=r"'Enron' is not among those of all documents: ArXiv, G"):
+        check(mixed, "Enron")
+    for share in ("0", "1.5", "-1", "nan"):
+        with pytest.raises(InputError, match=r"above 0 and at most 1, as in 'Github=0\.5'"):
+            check(mixed, f"Github={share}")
+    # Where there are more documents than are looked at, it may come later.
+    long = tmp_path / "long.jsonl"
+    long.write_bytes(5 * mixed.read_bytes() + json_line("a", meta={"pile_set_name": "Enron"}))
+    (note,) = check(long, "Enron", "Github")
+    assert "10,000 documents are of ArXiv, Github" in note and "any of Enron is not known" in note
+    assert [document.text for document in Corpus(str(long), subsets=("Enron",)).documents()] == [
+        "a"
+    ]
+    with pytest.raises(InputError, match="'wikipedia' is not among those of the first 10,000"):
+        check(long, "wikipedia")
+    named = tmp_path / "named.jsonl"
+    named.write_bytes(json_line("a", meta={"pile_set_name": "x=y"}))
+    assert check(named, "x=y") == []

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, ROOT, SUBSETS, command, environment, make_texts
+from conftest import LAYER, SUBSETS, Flags, make_texts
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,52 +124,19 @@ def test_the_head_of_the_text_does_not_set_the_outlier_norm(
 # -------------------------------------------------------------------------------- several ranks
 
 
-def start_rank(flags: list, rank: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        command("save_activations", *flags), cwd=ROOT, text=True,
-        env=environment(RANK=str(rank), WORLD_SIZE="2"), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_two_ranks_share_the_documents(tiny_run, tiny_text, tmp_path):
-    # More tokens than there are, so that both ranks go to the end of the text.
-    flags = [*tiny_run.flags.save_activations, "--n-tokens", 10**6, "--activations-dir", tmp_path]
-    ranks = [start_rank(flags, rank) for rank in range(2)]
-    ended = [(*process.communicate(), process.returncode) for process in ranks]
-    assert [code for *_, code in ended] == [0, 0], ended
-    printed = "".join(out for out, *_ in ended)
-    assert f"{tmp_path} holds" in printed
-    store = ActivationStore(tmp_path)
-    assert [shard.number % 2 for shard in store.shards].count(1) >= len(store.shards) // 2 - 1
-    by_rank = [
-        {d for s in store.shards if s.number % 2 == rank for d in np.unique(s["documents"])}
-        for rank in range(2)
-    ]
-    # An incomplete last context is dropped, so that at most the last document is missing.
-    n_documents = len(tiny_text.read_text().splitlines())
-    for rank in range(2):
-        expected = [set(range(rank, end, 2)) for end in (n_documents, n_documents - 2)]
-        assert by_rank[rank] in expected
-
-
-def test_one_rank_alone_is_unfinished_but_no_failure(run_here, tiny_run, tmp_path, monkeypatch):
-    flags = [*tiny_run.flags.save_activations, "--n-tokens", 2_048, "--activations-dir", tmp_path]
+def test_ranks_take_what_is_left(run_here, tiny_model, tiny_text, tmp_path, monkeypatch):
+    flags = [*Flags(tmp_path, tiny_model, tiny_text).save_activations, "--n-tokens", 2_048]
+    folder = tmp_path / "activations"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, words in (("1", "Process 1 is done; 1 of 2 are"), ("0", f"{tmp_path} holds 2,048")):
-        monkeypatch.setenv("RANK", rank)
-        if rank == "0":
-            with pytest.raises(ValueError, match="1 of 2 processes are done"):
-                ActivationStore(tmp_path)
-        assert words in run_here("save_activations", *flags).stdout
-    assert ActivationStore(tmp_path).n_contexts == 64
-    # A rank whose shards are whole does not fail because another's are not.
-    number = max(shard.number for shard in ActivationStore(tmp_path).shards if shard.number % 2)
-    (tmp_path / f"tokens-{number:05d}.npy").unlink()
+    monkeypatch.setenv("RANK", "1")
+    assert f"{folder} holds 2,048" in run_here("save_activations", *flags).stdout
+    made = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+    (folder / "tokens-00001.npy").unlink()
     _open_array.cache_clear()  # in a process of its own it would not have been read
-    for rank, words in (("0", "Process 0 is done; another has a shard"), ("1", f"{tmp_path} ho")):
+    for rank, words in (("0", "Process 0 is done; another has a shard"), ("1", f"{folder} holds")):
         monkeypatch.setenv("RANK", rank)
         assert words in run_here("save_activations", *flags).stdout
+    assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == made
     monkeypatch.setenv("RANK", "2")
     refused = run_here("save_activations", *flags, check=False)
     assert "RANK in the environment must be from 0" in refused.message
@@ -249,23 +215,12 @@ def test_a_run_that_another_rank_still_writes_is_not_deleted(damaged, tiny_run, 
     assert len(ActivationStore(damaged).shards) > 1
 
 
-def test_a_process_tells_what_its_share_of_the_documents_is(
-    run_here, tiny_run, tmp_path, monkeypatch
-):
+def test_what_the_text_is_too_short_for_is_said(run_here, tiny_model, tmp_path):
     path = tmp_path / "text.jsonl"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for words, told in (
-        (200, "Of {} the share of process {} of 2 (one document in 2) ended after "),
-        (1, "Of {} the share of process {} of 2 (one document in 2) must hold at least a context"),
-    ):
-        texts = ["anchor " * 200, "anchor " * words]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        flags = [*tiny_run.flags.save_activations, "--dataset", path, "--n-tokens", 10_240]
+    for words, told in ((200, "{} ended after 192 tokens of 10,240."),
+                        (1, "{} must hold at least a context of text")):  # fmt: skip
+        path.write_text(json.dumps({"text": "anchor " * words}) + "\n")
+        flags = [*Flags(tmp_path, tiny_model, path).save_activations, "--n-tokens", 10_240]
         flags += ["--activations-dir", tmp_path / str(words)]
-        for rank in (0, 1):
-            monkeypatch.setenv("RANK", str(rank))
-            ended = run_here("save_activations", *flags, check=False)
-            whole = told.format(path, rank + 1)
-            if rank == 1 or words == 200:
-                assert whole in ended.stdout + ended.message
-            assert ("tokens of 5,120." in ended.stdout) == (rank == 0 or words == 200)
+        ended = run_here("save_activations", *flags, check=False)
+        assert told.format(path) in ended.stdout + ended.message

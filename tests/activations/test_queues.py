@@ -28,7 +28,6 @@ from utils.settings import InputError
 CONTEXT, PER_SHARD, N_SHARDS = 16, 12, 4
 SETTINGS = SimpleNamespace(
     model_name="tiny",
-    layer=LAYER,
     dataset="text",
     n_tokens=CONTEXT * PER_SHARD * N_SHARDS,
     context_length=CONTEXT,
@@ -36,6 +35,9 @@ SETTINGS = SimpleNamespace(
     storage_dtype="float32",
     tokens_per_shard=CONTEXT * PER_SHARD,
     contexts_per_batch=None,
+    max_hours=None,
+    max_disk_gb=None,
+    keep_gb=1.0,
 )
 
 
@@ -64,7 +66,7 @@ def extract(model, text, tmp_path):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         settings = SimpleNamespace(**{**vars(SETTINGS), "contexts_per_batch": per_batch, **changes})
-        extraction = Extraction(folder, settings, Ranks())
+        extraction = Extraction({LAYER: folder}, settings, Ranks())
         if not extraction.is_finished():
             extraction.begin(model, Corpus(str(text)))
             extraction.run()

@@ -2,9 +2,11 @@
 
 Both run the embedded model, stopped at the layer, on the same contexts in the same batches and
 dtype; extraction also reads text, tokenises, finds outliers, and writes shards. The two take turns,
-so that the machine's own drift falls on both.
+so that the machine's own drift falls on both. With several layers, a pass that saves all of them is
+compared with one that saves the deepest alone.
 
     python -m tests.benchmarks.extraction
+    python -m tests.benchmarks.extraction --layers 8 15 22
 """
 
 import argparse
@@ -28,33 +30,41 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--tokens", type=int, default=49_152, help="tokens a round")
+    arguments.add_argument("--layers", type=int, nargs="+", default=[15])
     options = arguments.parse_args()
     settings = SimpleNamespace(
         model_name="embedded",
         dataset="embedded",
-        layer=15,
         n_tokens=options.tokens,
         context_length=128,
         contexts_per_batch=16,
+        max_hours=None,
+        max_disk_gb=None,
+        keep_gb=1.0,
         tokens_per_shard=65_536,
         storage_dtype="float16",
         outlier_factor=3.0,
     )
-    language_model = load_language_model("embedded", settings.layer)
-    corpus = Corpus("embedded")
+    deepest = max(options.layers)
+    language_model, corpus = load_language_model("embedded", deepest), Corpus("embedded")
     batches = token_batches(language_model, corpus, settings)
-    bare_seconds, extraction_seconds = [], []
+    name, other_seconds, seconds = "the bare forward pass", [], []
+    if len(options.layers) > 1:
+        name = f"layer {deepest} alone"
     for turn in range(options.rounds + 1):
-        bare = seconds_of(lambda: run_bare(language_model, batches, settings.layer))
-        whole = extraction_seconds_of(language_model, corpus, settings)
+        if len(options.layers) > 1:
+            other = extraction_seconds(language_model, corpus, settings, [deepest])
+        else:
+            other = seconds_of(lambda: run_bare(language_model, batches, deepest))
+        whole = extraction_seconds(language_model, corpus, settings, options.layers)
         if turn:  # the first turn warms up
-            bare_seconds.append(bare)
-            extraction_seconds.append(whole)
-            print(f"round {turn}: {bare / whole:.3f} of the bare forward pass")
-    ratios = [a / b for a, b in zip(bare_seconds, extraction_seconds, strict=True)]
+            other_seconds.append(other)
+            seconds.append(whole)
+            print(f"round {turn}: {other / whole:.3f} of {name}")
+    ratios = [a / b for a, b in zip(other_seconds, seconds, strict=True)]
     print(
-        f"\nbare forward pass {options.tokens / statistics.median(bare_seconds):,.0f} tokens/s, "
-        f"extraction {options.tokens / statistics.median(extraction_seconds):,.0f} tokens/s "
+        f"\n{name} {options.tokens / statistics.median(other_seconds):,.0f} tokens/s, saving "
+        f"{options.tokens / statistics.median(seconds):,.0f} tokens/s "
         f"({str(language_model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads): "
         f"{statistics.median(ratios):.3f} (median of {len(ratios)} rounds)"
     )
@@ -75,11 +85,14 @@ def run_bare(language_model: LanguageModel, batches: list[torch.Tensor], layer: 
         residual_at(language_model, tokens, layer).cpu()
 
 
-def extraction_seconds_of(
-    language_model: LanguageModel, corpus: Corpus, settings: SimpleNamespace
+def extraction_seconds(
+    language_model: LanguageModel, corpus: Corpus, settings: SimpleNamespace, layers: list[int]
 ) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        extraction = Extraction(Path(folder), settings, Ranks())
+        folders = {layer: Path(folder) / str(layer) for layer in layers}
+        for each in folders.values():
+            each.mkdir()
+        extraction = Extraction(folders, settings, Ranks())
         extraction.begin(language_model, corpus)  # two batches, once in a whole run
         return seconds_of(extraction.run)
 

@@ -71,6 +71,10 @@ class ShuffledBatches:
         )
         return steps
 
+    def to_measure(self) -> ActivationStore:
+        """The store to measure on after the training."""
+        return self.store
+
     def from_step(self, step: int) -> Iterator[Tensor]:
         """Batches without end, shape (batch_size, d_model), raw, as stored, from ``step`` on."""
         filled = 0

@@ -5,11 +5,13 @@ stream of their own, into memory that cannot be swapped out, while the next batc
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from utils.language_model import LanguageModel, residual_at
+from utils.activations.coding import decoded, encoded
+from utils.language_model import LanguageModel, residuals_at
 
 CPU_SUMMED, GPU_SUMMED = 2**20, 2**24  # activations that are in float64 at a time, 8 and 134 MB
 CPU_BATCH, GPU_BATCH = 2_048, 16_384  # tokens in a batch; more were not faster
@@ -72,53 +74,60 @@ class HostCopies:
 
 
 class Capture:
-    """Runs contexts through a model up to a layer, for `ShardWriter.append`.
+    """Runs contexts through a model up to the deepest of some layers, for `ShardWriter.append`.
 
-    Args:
-        storage_dtype: ``"float16"`` or ``"float32"``, of the activations that are stored.
-        outlier_norm: To go on with a folder of an earlier version, the norm above which positions
-            are not kept.
+    ``storage_dtype`` is that of the activations on disk: ``"float16"``, ``"float32"``, ``"int8"``.
     """
 
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        layer: int,
-        storage_dtype: str,
-        outlier_norm: float | None = None,
-    ):
-        self.language_model, self.layer = language_model, layer
-        self.storage_dtype = getattr(torch, storage_dtype)
-        self.outlier_norm = outlier_norm
+    def __init__(self, language_model: LanguageModel, storage_dtype: str):
+        self.language_model = language_model
+        self._is_coded = storage_dtype == "int8"
+        self._dtype = torch.float16 if self._is_coded else getattr(torch, storage_dtype)
         self._copies = HostCopies(language_model.device)
 
     @torch.inference_mode()
-    def run(self, tokens: np.ndarray, **arrays: np.ndarray) -> Captured:
-        """A batch of tokens (batch, context), with ``arrays`` that go along with it.
+    def run(
+        self, tokens: np.ndarray, layers: Mapping[int, float | None], **arrays: np.ndarray
+    ) -> list[Captured]:
+        """A batch of tokens (batch, context) at each layer, with ``arrays`` that go along with it.
 
         On a GPU it returns before the batch is computed. An error for which `ran_out_of_memory`
         holds says that the batch is too large.
+
+        Args:
+            layers: None for each; to go on with a folder of an earlier version, the norm above
+                which its positions are not kept.
         """
         on_device = self._copies.upload(tokens)
-        residual = residual_at(self.language_model, on_device, self.layer)
-        stored = residual.to(self.storage_dtype)
-        is_bos = on_device == self.language_model.bos
+        residuals = residuals_at(self.language_model, on_device, layers)
+        here = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        here["tokens"] = torch.from_numpy(tokens)
+        captured = []
+        for residual, outlier_norm in zip(residuals, layers.values(), strict=True):
+            copied = self._copies.download(self._stored(residual, on_device, outlier_norm))
+            captured.append(Captured({**copied.tensors, **here}, copied.arrived))
+        return captured
+
+    def _stored(
+        self, residual: torch.Tensor, tokens: torch.Tensor, outlier_norm: float | None
+    ) -> dict[str, torch.Tensor]:
+        """What is stored of a residual stream, and its sums."""
+        stored = values = residual.to(self._dtype)
+        if self._is_coded:
+            stored = encoded(values)
+            values = decoded(stored)  # as a reader has them
+        is_bos = tokens == self.language_model.bos
         # Of what is stored, so that a shard that is made anew has the same if its activations are
         # the same.
-        if self.outlier_norm is None:
-            counted, facts = ~is_bos, {"norms": stored.float().norm(dim=-1)}
+        if outlier_norm is None:
+            counted, facts = ~is_bos, {"norms": values.float().norm(dim=-1)}
         else:
-            counted = ~is_bos & ~(residual.float().norm(dim=-1) > self.outlier_norm)
+            counted = ~is_bos & ~(residual.float().norm(dim=-1) > outlier_norm)
             facts = {"kept": counted}
-        sums = sums_of(stored, is_bos, counted)
-        copied = self._copies.download({"activations": stored, **facts, "sums": sums})
-        here = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Captured(
-            {**copied.tensors, "tokens": torch.from_numpy(tokens), **here}, copied.arrived
-        )
+        return {"activations": stored, **facts, "sums": sums_of(values, is_bos, counted)}
 
-    def contexts_that_fit(self, context_length: int) -> int:
-        """Contexts in a batch of `CPU_BATCH` or `GPU_BATCH` tokens, or as many as memory holds.
+    def contexts_that_fit(self, context_length: int, layers: Mapping[int, float | None]) -> int:
+        """Contexts of `CPU_BATCH` or `GPU_BATCH` tokens, or as many as memory holds in a batch.
 
         The latter on CUDA, by what one context takes; elsewhere free memory is not known.
         """
@@ -127,14 +136,19 @@ class Capture:
         if device.type != "cuda":
             return good
         context = np.zeros((1, context_length), np.int32)
-        self.run(context).arrays()  # libraries take memory once
+        arrays_of(self.run(context, layers))  # libraries take memory once
         release_memory(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.run(context).arrays()
+        arrays_of(self.run(context, layers))
         taken = torch.cuda.max_memory_allocated(device) - before
         fitting = int(USED_MEMORY * torch.cuda.mem_get_info(device)[0] / taken)
         return max(1, min(fitting, good))
+
+
+def arrays_of(captured: list[Captured]) -> list[dict[str, np.ndarray]]:
+    """A batch at each layer as arrays, after waiting until it has arrived."""
+    return [one.arrays() for one in captured]
 
 
 def sums_of(activations: torch.Tensor, is_bos: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -42,20 +42,33 @@ def tokenize(
     """Each document, a long one in pieces, with the tokens of its text."""
     batch, size = [], 0
     for document in cut(documents, tokenizer):
+        if batch and document.is_chat != batch[0].is_chat:
+            yield from _tokenize_together(batch, tokenizer)
+            batch, size = [], 0
         batch.append(document)
         size += len(document.text)
         if len(batch) == N_TOGETHER or size >= TOGETHER:
-            yield from zip(batch, _encode(tokenizer, [one.text for one in batch]), strict=True)
+            yield from _tokenize_together(batch, tokenizer)
             batch, size = [], 0
     if batch:
-        yield from zip(batch, _encode(tokenizer, [one.text for one in batch]), strict=True)
+        yield from _tokenize_together(batch, tokenizer)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _tokenize_together(
+    batch: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, list[int]]]:
+    """All chats, or none."""
+    texts = [document.text for document in batch]
+    return zip(batch, _encode(tokenizer, texts, batch[0].is_chat), strict=True)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], are_chats: bool
+) -> list[list[int]]:
     return tokenizer(
         texts,
         add_special_tokens=False,
-        split_special_tokens=True,  # a text that spells BOS has no BOS
+        split_special_tokens=not are_chats,  # a text that spells BOS has no BOS
         return_attention_mask=False,
         verbose=False,  # no warning about texts longer than the model's context
     )["input_ids"]
@@ -72,7 +85,7 @@ def cut(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> It
             text = rest.text + document.text
             document = dataclasses.replace(rest, text=text, ends=document.ends)
         while len(document.text) > LONGEST:
-            places = find_cut(document.text, tokenizer)
+            places = find_cut(document, tokenizer)
             if places is None and not is_told:
                 is_told = True
                 tqdm.write(
@@ -96,12 +109,13 @@ def _without(document: Document, n: int) -> Document:
     return dataclasses.replace(document, text=text[n:], place=place)
 
 
-def find_cut(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
-    """Where a long text can be cut: the end of the first piece, and the start of the next.
+def find_cut(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
+    """Where a long document can be cut: the end of the first piece, and the start of the next.
 
     These are one place, between a word and a space, say, unless the tokenizer sets a space before
     every text: then the space there is left out. None if there is no such place.
     """
+    text, is_chat = document.text, document.is_chat
     ends = range(LONGEST - AROUND, LONGEST // 2, -1)
     spaces = (end for end in ends if text[end] == " " != text[end - 1])
     borders = (end for end in ends if _kind(text[end]) != _kind(text[end - 1]))
@@ -111,7 +125,9 @@ def find_cut(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] |
         left = text[end - AROUND : end]
         for start in (end, end + 1) if text[end] == " " else (end,):
             right = text[start : start + AROUND]
-            whole, *apart = _encode(tokenizer, [left + text[end:start] + right, left, right])
+            whole, *apart = _encode(
+                tokenizer, [left + text[end:start] + right, left, right], is_chat
+            )
             if whole == apart[0] + apart[1]:
                 return end, start
     return None

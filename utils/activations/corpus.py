@@ -1,8 +1,9 @@
 """The corpus: its documents, in a fixed order, from any place on.
 
-A corpus is the embedded text, a local file or folder (see `files`), or a streamed dataset of the
-Hugging Face Hub. Its records are those of the Pile,
-``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required.
+A corpus is the embedded text, a local file or folder (see `files`), or a dataset of the Hugging
+Face Hub, read where it lies. Its records are those of the Pile,
+``{"text": ..., "meta": {"pile_set_name": ...}}``; only ``text`` is required. It may also be a chat,
+a list of ``{"role": ..., "content": ...}``.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from utils import embedded
 from utils.activations import splits
+from utils.activations.chats import Chats
 from utils.activations.files import (
     Record,
     list_files,
@@ -27,16 +29,18 @@ from utils.activations.files import (
     stem_of,
     type_of,
 )
-from utils.language_model import look_for_hub
-from utils.settings import InputError, Json, hub_token, require
+from utils.activations.hub import commit_of, list_dataset
+from utils.activations.subsets import N_LOOKED, Subsets
+from utils.settings import InputError, Json, require
 
 LONGEST = 2**18  # characters of a document that are read, and tokenised, in one
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>")
+REFUSED = "that the chat template refuses"
 N_TOLD = 100  # times that a .txt spells one of them, from where on it is said
 
 
 class Place(NamedTuple):
-    """Where to go on reading local files, so that nothing before is read again."""
+    """Where to go on reading files, so that none before is read again."""
 
     file: int = 0  # index in the corpus' files
     offset: int = 0  # of a record, see `files.read_records`
@@ -56,16 +60,26 @@ class Document:
     index: int
     text: str
     subset: str
-    place: Place | None = None  # where the text begins, in local files
+    place: Place | None = None  # where the text begins
     ends: bool = True
+    is_chat: bool = False  # with the template's special tokens, spelt as text
+
+
+class Usable(NamedTuple):
+    """The parts of a text that can be used, its subset and place, and whether it is a chat."""
+
+    parts: Iterator[str]
+    subset: str
+    place: Place
+    is_chat: bool
 
 
 class Position(NamedTuple):
     """A place in a rank's stream of tokens."""
 
-    document: int  # counted among the rank's documents
+    document: int  # counted among the rank's documents that are chosen
     token: int  # tokens of that document already used, its BOS included
-    place: Place | None = None  # there or just before; None: a hub's, or an earlier version's
+    place: Place | None = None  # there, or where the document before begins; None in early versions
 
 
 BEGINNING = Position(0, 0)
@@ -78,8 +92,10 @@ class Corpus:
     the dataset's that holds the file, or the name of the dataset.
 
     Attributes:
-        skipped: Number, by reason, of the records of the latest pass that cannot be used; for local
-            files, those of all ranks.
+        skipped: Number, by reason, of the records of the latest pass that cannot be used, those of
+            all ranks.
+        revision: The commit of a hub dataset, once it was checked.
+        chats: What makes texts of records of messages; None: such records are not used.
         subset_a_file: Each file is a subset where records name none, as in earlier versions.
 
     Args:
@@ -88,6 +104,7 @@ class Corpus:
         split: Of its splits.
         column: The field of its records that holds the text.
         separator: The text between the documents of a ``.txt``; None if each is one.
+        subsets: Those that are read, see `Subsets`; all if there are none.
 
     Raises:
         InputError: The dataset cannot be read.
@@ -100,16 +117,20 @@ class Corpus:
         split: str = "train",
         column: str = "text",
         separator: str | None = None,
+        subsets: tuple[str, ...] = (),
     ):
         self.name, self.config, self.split, self.column = dataset, config, split, column
-        self.separator = separator
+        self.separator, self.subsets = separator, Subsets(subsets)
+        self.revision: str | None = None
+        self.chats: Chats | None = None
+        self.hub_name: str | None = None
         self.skipped: Counter[str] = Counter()
         self.subset_a_file = self._told_subset = False
         self.root = embedded.pile_folder() if dataset == "embedded" else Path(dataset).expanduser()
-        self.files: list[Path] = []  # none for a hub dataset
+        self.files: list[Path] = []  # a hub dataset's once it was checked
         self.names_without_folder = False
         if dataset and os.path.exists(self.root):  # False for a name too long for a path
-            self._choose_files()
+            self._choose_files(*list_files(self.root))
             return
         is_name = re.fullmatch(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:/([\w.-]+))?", dataset)
         if not is_name or type_of(Path(dataset)):
@@ -121,12 +142,17 @@ class Corpus:
         )
         self.config = config or within
 
-    def _choose_files(self) -> None:
-        self.files, self.passed_over = list_files(self.root)
+    def _choose_files(self, files: list[Path], others: dict[str, list[Path]]) -> None:
+        """Choose among the files of known types; ``others`` are not read."""
+        self.files, self.passed_over = files, others
         if self.name == "embedded":
-            self.files = [file for file in self.files if type_of(file) == ".jsonl"]  # not sources
-        if self.root.is_dir():
-            self.files, others = splits.choose_split(self.root, self.files, self.config, self.split)
+            self.files = [file for file in files if type_of(file) == ".jsonl"]  # not sources
+        if self.hub_name or self.root.is_dir():
+            card = self.root / "README.md"
+            card = card if card in itertools.chain(*others.values()) else None
+            self.files, others = splits.choose_split(
+                self.root, self.files, card, self.config, self.split
+            )
             self.passed_over |= others
             return
         require(
@@ -135,28 +161,37 @@ class Corpus:
             "them out.",
         )
 
-    def check(self) -> list[str]:
-        """Raise errors before long work: read each ``.txt``, open each ``.parquet``.
+    def check(self, begun: str | None = None) -> list[str]:
+        """Raise errors before long work: read each local ``.txt``, open each local ``.parquet``.
+
+        Args:
+            begun: The revision of a hub dataset that a run goes on with. It was checked when that
+                began, and is only listed again.
 
         Returns:
             Sentences on what may not be meant.
         """
+        if self.hub_name:
+            self.root, files = list_dataset(self.hub_name, begun)
+            self.revision = commit_of(self.root)
+            self._choose_files(*list_files(self.root, files))
         texts = [path for path in self.files if type_of(path) == ".txt"]
         require(
             self.separator is None or bool(self.separator and texts),
             f"SEPARATOR must be a text that stands between the documents of .txt files; it is "
             f"{self.separator!r}, and {self.name} has {len(texts)} of them. Leave it out.",
         )
-        for path in self.files:
+        if begun:
+            return []
+        for path in () if self.hub_name else self.files:
             if type_of(path) == ".parquet":
                 next(read_records(path, self.column), None)
         spelt = Counter()
-        for path in texts:
+        for path in () if self.hub_name else texts:
             for _, record in read_records(path, self.column, separator=self.separator):
                 for part in record[self.column]:
                     spelt.update({mark: part.count(mark) for mark in SEPARATORS})
-        next(self.documents())
-        return [
+        return self._check_subsets() + [
             f"The .txt files of {self.name} spell {mark} {n:,} times. If it stands between "
             f"documents, pass --separator '{mark}'; each {'part' if self.separator else 'file'} "
             "is one document now."
@@ -164,16 +199,30 @@ class Corpus:
             if n >= N_TOLD
         ]
 
+    def _check_subsets(self) -> list[str]:
+        """Read the first document, or as many as it takes to see each subset that is chosen."""
+        chosen, seen, n = self.subsets.shares.keys(), set(), 0
+        for usable in itertools.islice(self._usable(Place()), N_LOOKED if chosen else 1):
+            seen.add(usable.subset)
+            n += 1
+            if chosen <= seen:
+                break
+        return self.subsets.notes(seen, are_all=n < N_LOOKED)
+
     def describe(self) -> str:
-        """Which files of a folder are read and which are not, in words."""
+        """Which files of a folder or a hub dataset are read and which are not, in words."""
         kinds = defaultdict(list)
         for path in self.files:
             kinds[path.name.removeprefix(stem_of(path))].append(path)
         lines = listing(self.root, kinds, "Reading")
+        if self.revision:
+            lines.insert(0, f"{self.hub_name} is read at revision {self.revision}.")
         return "\n".join([*lines, *listing(self.root, self.passed_over, "Not reading")])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each local file, by its path in the folder; they identify the corpus."""
+        if self.hub_name:  # which its revision identifies
+            return {}
         names = (self._name_of(path) for path in self.files)
         return dict(zip(names, (path.stat().st_size for path in self.files), strict=True))
 
@@ -190,46 +239,45 @@ class Corpus:
     ) -> Iterator[Document]:
         """Yield the documents of one rank, from a position on.
 
-        With a place, the first begins there; else the position's document is read from its
-        beginning.
+        With a place, the first begins there, or the one before it does. Without, those before the
+        position's are read too.
         """
+        require(
+            not self.hub_name or world_size == 1 or start.place is not None or start == BEGINNING,
+            f"An earlier version began to share {self.name} among {world_size} processes, in a way "
+            "that this one does not go on with. Delete ACTIVATIONS_DIR, or name another.",
+        )
         place = Place(*(start.place or ()))
-        usable = self._usable(place, rank, world_size)
-        for number, (parts, subset, at) in enumerate(usable, place.document):
-            index = number if self.files else number * world_size + rank
-            if index % world_size == rank and index // world_size >= start.document:
-                at = at._replace(document=index, skipped=dict(self.skipped))
-                at = at if self.files else None
-                part = next(parts)
-                for following in parts:
-                    yield Document(index, part, subset, at, ends=False)
-                    part = following
-                yield Document(index, part, subset, at)
+        n_done = start.document if start.place is None else int(start.token == 0)
+        for index, usable in enumerate(self._usable(place), place.document):
+            if index % world_size != rank or not self.subsets.has(index, usable.subset):
+                continue
+            if n_done:
+                n_done -= 1
+                continue
+            at = usable.place._replace(document=index, skipped=dict(self.skipped))
+            whole = Document(index, "", usable.subset, at, is_chat=usable.is_chat)
+            part = next(usable.parts)
+            for following in usable.parts:
+                yield dataclasses.replace(whole, text=part, ends=False)
+                part = following
+            yield dataclasses.replace(whole, text=part)
 
-    def _usable(
-        self, start: Place, rank: int, world_size: int
-    ) -> Iterator[tuple[Iterator[str], str, Place]]:
-        """The parts, the subset and the place of each usable text; `InputError` if there is none.
-
-        For local files those of all ranks, which so agree on their indices.
-        """
+    def _usable(self, start: Place) -> Iterator[Usable]:
+        """Each text that can be used, from a place on; `InputError` if there is none."""
         self.skipped = Counter(start.skipped)
         empty, fields = True, {}
-        for record, default_subset, at in self._records(start, rank, world_size):
-            text = record.get(self.column) if isinstance(record, dict) else None
-            rest = text if isinstance(text, Iterator) else iter(())  # of a .txt, unread as yet
-            if rest is text:
-                text = _head(rest)
-                record = {self.column: text}
+        for record, default_subset, at in self._records(start):
+            record, rest, is_chat = self._with_text(record, at.byte)
             reason = None if at.byte else unusable(record, self.column)
             if reason:
-                self.skipped[reason] += 1
+                self.skipped[REFUSED if is_chat else reason] += 1
                 if isinstance(record, dict) and self.column not in record:
                     fields = fields or record
                 continue
             empty = False
-            subset = self._subset_of(record, default_subset)
-            yield filter(None, itertools.chain(_parts(text), rest)), subset, at
+            parts = filter(None, itertools.chain(_parts(record[self.column]), rest))
+            yield Usable(parts, self._subset_of(record, default_subset), at, is_chat)
         if empty:
             content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             remedy = f" Choose TEXT_COLUMN among {', '.join(fields)}." if fields else ""
@@ -238,14 +286,21 @@ class Corpus:
                 f"{content or 'no record'}.{remedy}"
             )
 
-    def _records(
-        self, start: Place, rank: int, world_size: int
-    ) -> Iterator[tuple[Record, str, Place]]:
-        """(record, default subset, place) of local records, or of the rank's of a hub dataset."""
-        if not self.files:
-            source = (self.hub_name, self.config, self.split)
-            for record in read_hub(source, self.column, rank, world_size):
-                yield record, self.name, Place()
+    def _with_text(self, record: Record, byte: int) -> tuple[Record, Iterator[str], bool]:
+        """A record with its text, from ``byte`` on; what follows it; and whether it is a chat."""
+        text = record.get(self.column) if isinstance(record, dict) else None
+        if isinstance(text, Iterator):  # of a .txt, unread as yet, and from that byte on
+            return {self.column: _head(text)}, text, False
+        is_chat = isinstance(text, list) and self.chats is not None
+        if is_chat:
+            text = self.chats.text(text)
+            record = {**record, self.column: text}
+        if byte:
+            record = {**record, self.column: text.encode()[byte:].decode()}
+        return record, iter(()), is_chat
+
+    def _records(self, start: Place) -> Iterator[tuple[Record, str, Place]]:
+        """(record, default subset, place) of each record from a place on."""
         for number, path in enumerate(self.files[start.file :], start.file):
             at = start if number == start.file else Place(number)
             # The bytes of a .txt are those of its text, so that one can begin within it.
@@ -253,12 +308,11 @@ class Corpus:
             subset = self._default_subset(path)
             for offset, record in read_records(path, self.column, first, self.separator):
                 at = at if offset == first else Place(number, offset)
-                if at.byte and offset == at.offset:  # not of a .txt
-                    rest = record[self.column].encode()[at.byte :].decode()
-                    record = {**record, self.column: rest}
                 yield record, subset, at
 
     def _default_subset(self, path: Path) -> str:
+        if self.hub_name:
+            return self.name
         if self.subset_a_file or path == self.root:
             name = Path(self._name_of(path))
             return name.with_name(stem_of(name)).as_posix()
@@ -309,57 +363,3 @@ def unusable(record: Record, column: str) -> str | None:
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair; tokenizers refuse it
         return "not Unicode"
     return None
-
-
-def read_hub(
-    source: tuple[str, str | None, str], column: str, rank: int, world_size: int
-) -> Iterator[dict]:
-    """Stream one rank's records of a hub dataset: its name, configuration and split."""
-    # Imported here, because it takes seconds that local text does not need.
-    import datasets
-    import datasets.distributed
-
-    look_for_hub()
-    token = hub_token()
-    name, config, split = source
-    try:
-        stream = datasets.load_dataset(name, config, split=split, streaming=True, token=token)
-        rows = datasets.distributed.split_dataset_by_node(stream, rank, world_size)
-        for number, row in enumerate(rows):
-            if number == 0:
-                require(
-                    column in row,
-                    f"{name} must have a column {column}; it has {', '.join(row)}. Choose one with "
-                    "TEXT_COLUMN.",
-                )
-            yield row
-    except InputError:
-        raise
-    except Exception as error:  # many kinds: not found, gated, offline, connection, no such split
-        _refuse_unknown_part(source, token)
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        if token:
-            reason = reason.replace(token, "<token>")
-        # "from None", because the errors behind this one may show request headers.
-        raise InputError(
-            f"{name} is no local file or folder, and could not be read from the hub ({reason}).\n"
-            f"Check the name and the network. For a gated dataset accept its licence on its hub "
-            f"page and set HF_TOKEN in .env. Without a hub: --dataset embedded."
-        ) from None
-
-
-def _refuse_unknown_part(source: tuple[str, str | None, str], token: str | None) -> None:
-    """Refuse a configuration or split that a hub dataset does not have, listing what it has."""
-    import datasets
-
-    name, config, split = source
-    try:
-        configs = datasets.get_dataset_config_names(name, token=token)
-        default = datasets.get_dataset_default_config_name(name, token=token)
-        config = splits.choose_config(name, configs, default, config)
-        parts = datasets.get_dataset_split_names(name, config, token=token)
-    except InputError as error:
-        raise error from None
-    except Exception:  # the dataset as a whole cannot be read
-        return
-    splits.require_among(f"SPLIT of {name}", split, parts)

@@ -1,78 +1,37 @@
 """Extraction: contexts through the language model into shards, continuing an earlier run."""
 
 import contextlib
-import dataclasses
 import functools
-import itertools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.activations.capture import Capture, Captured, release_memory
-from utils.activations.contexts import Context, pack_contexts
-from utils.activations.corpus import BEGINNING, Corpus, Position
+from utils.activations.capture import Capture, Captured, arrays_of, release_memory
+from utils.activations.claims import Claim, Claims, Stream, as_position
+from utils.activations.contexts import Context
+from utils.activations.corpus import BEGINNING, Corpus
+from utils.activations.layers import OF_TEXT, LayerFolder, Ranks
 from utils.activations.manifest import Manifest, ShardEntry, SubsetNumbers
 from utils.activations.queues import ShardQueue, read_ahead
-from utils.activations.shards import (
-    ARRAYS,
-    EARLIER_ARRAYS,
-    Shard,
-    ShardWriter,
-    bytes_per_token,
-)
+from utils.activations.rolling import Rolling
+from utils.activations.shards import ShardWriter, bytes_per_token
 from utils.artifacts import SETTINGS_FILE, read_json
 from utils.backend import ran_out_of_memory
 from utils.language_model import LanguageModel
-from utils.settings import InputError, Json, require
+from utils.settings import InputError, Json, TimeIsUp, TimeLimit, require
 from utils.terminal import in_rate, in_time
 
-READ_AHEAD = 256  # contexts that are tokenised before the model needs them
-
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """The rank of this process, and the number of processes that share the run."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        """As set by torchrun or accelerate launch; a single process otherwise.
-
-        Raises:
-            InputError: The environment's values are invalid.
-        """
-        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        require(
-            rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size),
-            f"RANK in the environment must be from 0 to WORLD_SIZE - 1; it is {rank!r}, and "
-            f"WORLD_SIZE {world_size!r}. Unset both for one process.",
-        )
-        return cls(int(rank), int(world_size))
-
-    @property
-    def manifest_name(self) -> str:
-        return "manifest.json" if self.world_size == 1 else f"manifest-{self.rank:05d}.json"
-
-    @property
-    def lock_name(self) -> str:
-        """Ranks share a folder, so each holds another lock."""
-        return f".lock-{self.rank}"
 
 
 class ExtractionSettings(Protocol):
     """The settings of save_activations.py that an extraction uses."""
 
     model_name: str
-    layer: int
     dataset: str
     n_tokens: int
     context_length: int
@@ -80,156 +39,157 @@ class ExtractionSettings(Protocol):
     storage_dtype: str
     tokens_per_shard: int
     contexts_per_batch: int | None
-
-
-class Read(NamedTuple):
-    """A context, and the number of records by reason that were skipped up to there."""
-
-    context: Context
-    skipped: dict[str, int]
-
-
-@dataclasses.dataclass
-class ShardContexts:
-    """The contexts of a shard, which can be gone through again, in batches of another size.
-
-    ``coming`` has those of the shard, or fewer where the corpus ends, after the ones in ``reads``.
-    """
-
-    number: int
-    n_contexts: int
-    coming: Iterator[Read]
-    reads: list[Read] = dataclasses.field(default_factory=list)
-
-    def batch(self, start: int, n: int) -> list[Context]:
-        """Up to ``n`` contexts, from the shard's context ``start`` on."""
-        stop = min(start + n, self.n_contexts)
-        self.reads.extend(itertools.islice(self.coming, max(0, stop - len(self.reads))))
-        return [read.context for read in self.reads[start:stop]]
+    max_disk_gb: float | None
+    keep_gb: float
+    max_hours: float | None
 
 
 class Extraction:
-    """One rank's part of a run, which writes shards to ``folder``.
+    """A run, or this process's part of one, which writes shards of one or more layers in one pass.
 
-    A rank's shards have the numbers ``rank + i · world_size``. The manifest is written after each
-    shard. A shard that is missing or fails its checksum is written again from its recorded position
-    in the corpus and in batches of its recorded size, so running a finished extraction again
-    repairs it.
+    Shards that are missing are claimed one after another (see `claims`), and made of every layer
+    that lacks them, so that each layer has in the end what a run of it alone would write. A shard
+    that is recorded, but missing or damaged, is written again from its recorded position in the
+    corpus and in batches of its recorded size, so running a finished extraction again repairs it.
 
     One thread reads and tokenises ahead of the model, others write behind it (see `queues`).
+
+    Args:
+        folders: The folder of each layer.
     """
 
-    def __init__(self, folder: Path, settings: ExtractionSettings, ranks: Ranks):
-        self.folder, self.settings, self.ranks = folder, settings, ranks
-        self.manifest_path = folder / ranks.manifest_name
-        self.manifest = Manifest.read(self.manifest_path) if self.manifest_path.exists() else None
-        self.damaged: list[int] = []
+    def __init__(self, folders: Mapping[int, Path], settings: ExtractionSettings, ranks: Ranks):
+        self.settings, self.ranks = settings, ranks
+        self.layers = [LayerFolder(folder, layer, ranks) for layer, folder in folders.items()]
         self.contexts_per_shard = max(1, settings.tokens_per_shard // settings.context_length)
+        self.limit, self._told_room = TimeLimit(settings.max_hours), False
         wanted = -(-settings.n_tokens // settings.context_length)
-        self.n_contexts = -(-wanted // ranks.world_size)
-
-    # ---- checking
+        self.n_contexts = -(-wanted // ranks.n_streams)
 
     def is_finished(self) -> bool:
-        """Whether all shards are whole; `run` repairs the damaged ones."""
-        if self.manifest is None:
-            return False
-        entries = tqdm(self.manifest.shards, "checking shards", unit="shard", leave=False)
-        self.damaged = [entry.shard for entry in entries if not self._is_whole(entry)]
-        for shard in self.damaged:
-            print(f"Shard {shard} is damaged or missing: making it anew.")
-        return self.manifest.finished and not self.damaged
+        """Whether all shards are there and whole; `run` makes the damaged ones anew."""
+        return all([layer.is_finished() for layer in self.layers])
 
-    def _is_whole(self, entry: ShardEntry) -> bool:
-        try:
-            Shard(self.folder, entry).verify()
-        except InputError:
-            return False
-        return True
+    def plan_windows(self, d_model: int) -> Rolling | None:
+        """How each layer's folder is cut where MAX_DISK_GB bounds all of them together.
+
+        Raises:
+            InputError: MAX_DISK_GB is too small; names the least that would do.
+        """
+        if self.settings.max_disk_gb is None:
+            return None
+        a_token = bytes_per_token(d_model, self.settings.storage_dtype)
+        shard_bytes = self.contexts_per_shard * self.settings.context_length * a_token
+        n_shards = -(-self.n_contexts // self.contexts_per_shard) * self.ranks.n_streams
+        bounds = self.settings.max_disk_gb, self.settings.keep_gb
+        return Rolling.plan(n_shards, shard_bytes * len(self.layers), *bounds)
 
     def bytes_to_write(self, d_model: int) -> int:
         """Bytes this run still adds to the disk."""
-        shards = self.manifest.shards if self.manifest else ()
-        done = sum(entry.contexts for entry in shards if entry.shard not in self.damaged)
-        tokens = (self.n_contexts - done) * self.settings.context_length
-        return tokens * bytes_per_token(d_model, self.settings.storage_dtype)
+        done = sum(layer.n_contexts - layer.n_damaged for layer in self.layers)
+        tokens = (self.n_contexts * len(self.layers) - done) * self.settings.context_length
+        size = tokens * bytes_per_token(d_model, self.settings.storage_dtype)
+        if self.settings.max_disk_gb is None:
+            return size
+        there = sum(layer.n_bytes for layer in self.layers)
+        room = max(0, int(self.settings.max_disk_gb * 1e9) - there)
+        return min(size, room // self.ranks.n_streams)
 
     # ---- running
 
     def begin(self, language_model: LanguageModel, corpus: Corpus) -> None:
-        """Continue an earlier run's manifest, or make one and print this machine's speed."""
+        """Continue an earlier run's manifests, or make them and print this machine's speed."""
         self.language_model, self.corpus = language_model, corpus
-        self._adopt_manifest()
-        self.subset_numbers = SubsetNumbers(self.manifest.subsets)
-        layer, storage_dtype = self.settings.layer, self.settings.storage_dtype
-        outlier_norm = self.manifest.outlier_norm
-        self.capture = Capture(language_model, layer, storage_dtype, outlier_norm)
+        self._adopt_manifests()
+        length, tokenizer = self.settings.context_length, language_model.tokenizer
+        self.stream = Stream(corpus, tokenizer, length, self.ranks.stream, self.ranks.n_streams)
+        sizes = self.n_contexts, self.contexts_per_shard
+        self.claims = Claims(self.layers, self.stream, *sizes, self._while_waiting)
+        self.subset_numbers = SubsetNumbers([])
+        self.capture = Capture(language_model, self.settings.storage_dtype)
         self.per_batch = self._choose_batch()
-        if not self.manifest.shards:
+        if not self._done():
             self._print_speed()
 
     def run(self) -> None:
-        """Write all missing and damaged shards."""
-        done = sum(entry.contexts for entry in self.manifest.shards)
-        damaged = [entry for entry in self.manifest.shards if entry.shard in self.damaged]
-        whole = done - sum(entry.contexts for entry in damaged)
-        with (
-            tqdm(
-                total=self.n_contexts * self.settings.context_length,
-                initial=whole * self.settings.context_length,
-                desc="extracting",
-                unit="tok",
-                unit_scale=True,
-                smoothing=0.05,
-                disable=self.ranks.rank > 0,
-            ) as self.progress,
-            ShardQueue() as self.queue,
-        ):
-            for entry in damaged:
-                self._repair(entry)
-            is_at_end = self._extend(done)
-        if is_at_end:
-            self.manifest.skipped = dict(self.corpus.skipped)
-        self.manifest.finished = True
-        self.manifest.write(self.manifest_path)
+        """Write all missing and damaged shards, or as many as MAX_HOURS allows.
 
-    def _adopt_manifest(self) -> None:
-        if self.manifest is not None:
-            self.corpus.name_files_as(self.manifest.files)
-            self.corpus.subset_a_file = not self.manifest.subset_a_folder
+        Raises:
+            TimeIsUp: It does not allow all.
+        """
+        length, n_damaged = self.settings.context_length, sum(x.n_damaged for x in self.layers)
+        with contextlib.ExitStack() as stack:
+            self.progress = stack.enter_context(
+                tqdm(
+                    total=(self.n_contexts + n_damaged) * length,
+                    initial=self._done() * length,
+                    desc="extracting",
+                    unit="tok",
+                    unit_scale=True,
+                    smoothing=0.05,
+                    disable=self.ranks.rank > 0,
+                )
+            )
+            stack.callback(self.claims.close)  # after the queues
+            # A queue for each, for one thread writes slower than several layers are computed.
+            self.queues = [stack.enter_context(ShardQueue()) for _ in self.layers]
+            for layer in self.layers:
+                for entry in layer.damaged:
+                    self._stop_in_time(self._done())
+                    self._repair(layer, entry)
+            if not all(layer.is_complete() for layer in self.layers):
+                self._extend()
+        for layer in self.layers:
+            layer.finish(skipped=self.claims.skipped or {})
+        self.claims.forget()
+
+    def _adopt_manifests(self) -> None:
+        if earlier := self._manifests():
+            self.corpus.name_files_as(earlier[0].files)
+            self.corpus.subset_a_file = not earlier[0].subset_a_folder
         facts = {
             "model_name": self.settings.model_name,
             "revision": self.language_model.revision,
-            "layer": self.settings.layer,
             "dtype": str(self.language_model.dtype).removeprefix("torch."),
             "d_model": self.language_model.d_model,
             "context_length": self.settings.context_length,
             "dataset": self.settings.dataset,
             "files": self.corpus.sizes(),
-            "world_size": self.ranks.world_size,
+            "dataset_revision": self.corpus.revision,
+            "world_size": self.ranks.n_streams,
         }
-        if self.manifest is None:
-            factor = self.settings.outlier_factor
-            bos = self.language_model.bos
-            self.manifest = Manifest(**facts, bos=bos, outlier_factor=factor, subset_a_folder=True)
-        for name, value in facts.items():
-            earlier = getattr(self.manifest, name)
-            is_unknown = name == "files" and earlier is None  # early versions recorded none
-            require(
-                is_unknown or earlier == value,
-                f"The activations in {self.folder} were begun with {name} {earlier!r}, which "
-                f"is {value!r} now. Delete it to start anew.",
-            )
+        rule = {
+            "bos": self.language_model.bos,
+            "outlier_factor": self.settings.outlier_factor,
+            "subset_a_folder": True,
+        }
+        if rolling := self.plan_windows(self.language_model.d_model):
+            rule["rolling"] = list(rolling)
+        for layer in self.layers:
+            layer.adopt(facts, **rule, block=self.language_model.block_name(layer.layer))
+
+    def _done(self) -> int:
+        """Contexts in shards that are recorded, of the layer that has fewest."""
+        return min(layer.n_contexts for layer in self.layers)
+
+    def _manifests(self) -> list[Manifest]:
+        return [manifest for layer in self.layers for manifest in layer.manifests()]
+
+    def _stop_in_time(self, done: int) -> None:
+        """Raise `TimeIsUp` unless there is time for another shard after ``done`` contexts."""
+        if not self.limit.allows_another():
+            done, wanted = np.array([done, self.n_contexts]) * self.settings.context_length
+            raise TimeIsUp(f"{done:,} of {wanted:,} tokens are saved.")
 
     # ---- batches and memory
 
     def _choose_batch(self) -> int:
         """Contexts in a batch: as set, as in the last shard, or as many as are good here."""
-        recorded = [entry.contexts_per_batch for entry in self.manifest.shards[-1:]]
+        recorded = [one.shards[-1].contexts_per_batch for one in self._manifests() if one.shards]
         given = self.settings.contexts_per_batch or next(iter(recorded), None)
         if given is None:
-            self.per_batch, length = 1, self.settings.context_length
-            given = self._in_memory(lambda _: self.capture.contexts_that_fit(length))
+            self.per_batch, length, norms = 1, self.settings.context_length, norms_of(self.layers)
+            given = self._in_memory(lambda _: self.capture.contexts_that_fit(length, norms))
         return min(given, self.contexts_per_shard)
 
     def _in_memory(self, work: Callable[[int], T]) -> T:
@@ -258,12 +218,11 @@ class Extraction:
 
     def _print_speed(self) -> None:
         """Print how fast this machine is on the first batch; `InputError` if there is no text."""
-        contexts = list(itertools.islice(self._contexts(BEGINNING), self.per_batch))
+        contexts = self.stream.take(BEGINNING, self.per_batch)
         require(
             bool(contexts),
-            f"{self._share()} must hold at least a context of text; it has fewer tokens than "
-            f"CONTEXT_LENGTH, {self.settings.context_length:,}. Lower it, or add documents"
-            f"{'.' if self.ranks.world_size == 1 else ', or run fewer processes.'}",
+            f"{self.corpus.name} must hold at least a context of text; it has fewer tokens than "
+            f"CONTEXT_LENGTH, {self.settings.context_length:,}. Lower it, or add documents.",
         )
         tokens = np.stack([context.tokens for context in contexts])
         rate = self._in_memory(lambda per_batch: self._rate(tokens[:per_batch]))
@@ -272,124 +231,163 @@ class Extraction:
 
     def _rate(self, tokens: np.ndarray) -> float:
         """Tokens a second of a batch, after one that warms up."""
-        self.capture.run(tokens).arrays()
+        arrays_of(self.capture.run(tokens, norms_of(self.layers)))
         start = time.perf_counter()
-        self.capture.run(tokens).arrays()
+        arrays_of(self.capture.run(tokens, norms_of(self.layers)))
         return tokens.size / (time.perf_counter() - start)
 
     # ---- shards
 
-    def _share(self) -> str:
-        """The documents of this process, in words."""
-        n, name = self.ranks.world_size, self.corpus.name
-        process = f"process {self.ranks.rank + 1} of {n} (one document in {n})"
-        return name if n == 1 else f"Of {name} the share of {process}"
-
-    def _contexts(self, start: Position) -> Iterator[Context]:
-        documents = self.corpus.documents(start, self.ranks.rank, self.ranks.world_size)
-        return pack_contexts(
-            documents, self.language_model.tokenizer, self.settings.context_length, start
+    def _repair(self, layer: LayerFolder, entry: ShardEntry) -> None:
+        """Make a shard of one layer anew."""
+        if not self.claims.lock(entry.shard):  # another process makes it anew
+            return
+        per_batch = entry.contexts_per_batch or self._earlier_batch(layer)
+        start = as_position(entry.start)
+        contexts = self.stream.at(start).take(start, entry.contexts)
+        require(bool(contexts), f"{self.corpus.name} ends before shard {entry.shard} now.")
+        self.subset_numbers = SubsetNumbers(layer.subsets())
+        (writer,) = self._fill_as_before(entry.shard, contexts, [layer], per_batch)
+        self._queue_of(layer).finish(
+            writer, entry.crc32, lambda _: self.claims.release(entry.shard)
         )
 
-    def _reading(
-        self, start: Position, n_contexts: int
-    ) -> contextlib.AbstractContextManager[Iterator[Read]]:
-        """``n_contexts`` from ``start`` on, each a `Read`, while a thread reads ahead."""
-        contexts = itertools.islice(self._contexts(start), n_contexts)
-        reads = (Read(context, dict(self.corpus.skipped)) for context in contexts)
-        return contextlib.closing(read_ahead(reads, READ_AHEAD))
-
-    def _repair(self, entry: ShardEntry) -> None:
-        """Make a shard anew, in the batches it was made in, which decide the last bits."""
-        per_batch = entry.contexts_per_batch or self._earlier_batch()
-        with self._reading(Position(*entry.start), entry.contexts) as reads:
-            contexts = ShardContexts(entry.shard, entry.contexts, reads)
-            require(
-                bool(contexts.batch(0, 1)),
-                f"{self.corpus.name} ends before shard {entry.shard} now.",
-            )
-            try:
-                writer = self._fill(contexts, per_batch)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out_of_memory(error):
-                    raise
-                raise InputError(
-                    f"Memory ran out: shard {entry.shard} must be made anew in batches of "
-                    f"{per_batch} contexts, as it was made. Free some memory, and run the same "
-                    "command again."
-                ) from error
-        self.queue.finish(writer, entry.crc32)
-
-    def _earlier_batch(self) -> int:
+    def _earlier_batch(self, layer: LayerFolder) -> int:
         """Contexts in a batch of versions that recorded it among the settings."""
-        return read_json(self.folder / SETTINGS_FILE).get("contexts_per_batch", self.per_batch)
+        return read_json(layer.folder / SETTINGS_FILE).get("contexts_per_batch", self.per_batch)
 
-    def _extend(self, done: int) -> bool:
-        """Add shards after ``done`` contexts; whether the corpus ended before they were enough."""
-        position = Position(*(self.manifest.position or BEGINNING))
-        number = self.ranks.rank + len(self.manifest.shards) * self.ranks.world_size
-        with self._reading(position, self.n_contexts - done) as reads:
-            while done < self.n_contexts:
-                wanted = min(self.contexts_per_shard, self.n_contexts - done)
-                contexts = ShardContexts(number, wanted, reads)
-                if not contexts.batch(0, 1):
-                    tokens = self.settings.context_length * np.array([done, self.n_contexts])
-                    print("{} ended after {:,} tokens of {:,}.".format(self._share(), *tokens))
-                    return True
-                writer = self._in_memory(functools.partial(self._fill, contexts))
-                made = {"start": list(position), "contexts_per_batch": self.per_batch}
-                last = contexts.reads[-1]
-                position = last.context.next_position
-                reached = {
-                    "position": list(position),
-                    "skipped": position.place.skipped or {} if position.place else last.skipped,
-                    "subsets": list(self.subset_numbers),
-                }
-                self.queue.finish(writer, then=functools.partial(self._add, writer, made, reached))
-                done, number = done + len(contexts.reads), number + self.ranks.world_size
-        return False
+    def _extend(self) -> None:
+        """Make the shards that are missing, and wait for those that other processes make."""
+        done = self._done()
+        with contextlib.closing(read_ahead(self.claims.shards())) as claimed:
+            try:
+                for claim in claimed:
+                    self._stop_in_time(done)
+                    self._add_shard(claim)
+                    done += len(claim.contexts)
+            finally:
+                self.claims.stop()
+        if self.claims.has_ended:
+            tokens = self.settings.context_length * np.array([done, self.n_contexts])
+            print("{} ended after {:,} tokens of {:,}.".format(self.corpus.name, *tokens))
 
-    def _add(
+    def _while_waiting(self, for_room: bool) -> None:
+        """Raise what a thread has failed at, or `TimeIsUp`; say once that the disk is full."""
+        for queue in self.queues:
+            queue.raise_failure()
+        if self.limit.is_over():
+            raise TimeIsUp("What was begun is saved.")
+        self.limit.leave_out_wait()
+        if for_room and not self._told_room:
+            tqdm.write(
+                "MAX_DISK_GB is reached. Waiting until train_autoencoder.py --follow has used a "
+                "window."
+            )
+            self._told_room = True
+
+    def _add_shard(self, claim: Claim) -> None:
+        """Write a shard of the layers that lack it.
+
+        If a layer has it, its batches are used, and the text must be the same.
+        """
+        recorded = {layer.layer: layer.recorded().get(claim.number) for layer in self.layers}
+        layers = [layer for layer in self.layers if recorded[layer.layer] is None]
+        earlier = next(filter(None, recorded.values()), None)
+        self.subset_numbers = SubsetNumbers(claim.subsets)
+        if earlier is None:
+            fill = functools.partial(self._fill, claim.number, claim.contexts, layers)
+            writers = self._in_memory(fill)
+            per_batch, text = self.per_batch, None
+        else:
+            per_batch = earlier.contexts_per_batch or self.per_batch
+            writers = self._fill_as_before(claim.number, claim.contexts, layers, per_batch)
+            text = {name: earlier.crc32[name] for name in OF_TEXT}
+        position = claim.contexts[-1].next_position
+        made = {"start": list(claim.start), "contexts_per_batch": per_batch}
+        reached = {
+            "position": list(position),
+            "skipped": position.place.skipped or {},
+            "subsets": claim.subsets,
+        }
+        for layer, writer in zip(layers, writers, strict=True):
+            then = functools.partial(self._record, layer, writer, made, reached)
+            self._queue_of(layer).finish(writer, text, then)
+
+    def _record(
         self,
+        layer: LayerFolder,
         writer: ShardWriter,
         made: dict[str, Json],
         reached: dict[str, Json],
         entry: ShardEntry,
     ) -> None:
-        """Record a finished shard: how it was ``made``, and what was ``reached`` with it."""
-        entry = dataclasses.replace(entry, **made)
-        self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
-        self.manifest = dataclasses.replace(self.manifest, **reached)
-        self.manifest.write(self.manifest_path)
+        """Record a finished shard, and let go of it when all layers have it."""
+        layer.add(writer, entry, made, **reached)
+        if all(entry.shard in one.recorded() for one in self.layers):
+            self.claims.settle(entry.shard)
 
-    def _fill(self, contexts: ShardContexts, per_batch: int) -> ShardWriter:
-        """Run contexts through the model into a shard, all in batches of one size."""
-        shape = (contexts.n_contexts, self.settings.context_length, self.manifest.d_model)
-        names = ARRAYS if self.manifest.outlier_norm is None else EARLIER_ARRAYS
-        writer = self.queue.begin(
-            ShardWriter(self.folder, contexts.number, shape, self.settings.storage_dtype, names)
-        )
+    def _queue_of(self, layer: LayerFolder) -> ShardQueue:
+        return self.queues[self.layers.index(layer)]
+
+    def _fill_as_before(
+        self, number: int, contexts: list[Context], layers: list[LayerFolder], per_batch: int
+    ) -> list[ShardWriter]:
+        """As `_fill`, of a shard that was made before, in its batches, which decide the last bits.
+
+        Raises:
+            InputError: Memory runs out.
+        """
+        try:
+            return self._fill(number, contexts, layers, per_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise InputError(
+                f"Memory ran out: shard {number} must be made anew in batches of "
+                f"{per_batch} contexts, as it was made. Free some memory, and run the same "
+                "command again."
+            ) from error
+
+    def _fill(
+        self, number: int, contexts: list[Context], layers: list[LayerFolder], per_batch: int
+    ) -> list[ShardWriter]:
+        """Run contexts through the model into a shard of each layer, in batches of one size."""
+        queues, dtype = [self._queue_of(layer) for layer in layers], self.settings.storage_dtype
+        writers = [
+            queue.begin(layer.new_writer(number, len(contexts), dtype))
+            for layer, queue in zip(layers, queues, strict=True)
+        ]
         done = 0
         try:
-            while batch := contexts.batch(done, per_batch):
-                self.queue.append(writer, self._run(batch))
+            while batch := contexts[done : done + per_batch]:
+                for queue, writer, captured in zip(
+                    queues, writers, self._run(batch, layers), strict=True
+                ):
+                    queue.append(writer, captured)
                 self.progress.update(len(batch) * self.settings.context_length)
                 done += len(batch)
         except (RuntimeError, MemoryError):  # memory may have run out, and the shard begin again
-            self.queue.discard(writer)
+            for queue, writer in zip(queues, writers, strict=True):
+                queue.discard(writer)
             self.progress.update(-done * self.settings.context_length)
             raise
-        return writer
+        return writers
 
-    def _run(self, batch: list[Context]) -> Captured:
+    def _run(self, batch: list[Context], layers: list[LayerFolder]) -> list[Captured]:
         return self.capture.run(
             np.stack([context.tokens for context in batch]),
+            norms_of(layers),
             documents=np.stack([context.documents for context in batch]),
             subsets=np.stack([self._subsets_of(context) for context in batch]),
         )
 
     def _subsets_of(self, context: Context) -> np.ndarray:
-        """The subset of each token, as an index into the manifest's list, which grows."""
+        """The subset of each token, as an index into the manifests' lists, which grow."""
         documents, inverse = np.unique(context.documents, return_inverse=True)
         numbers = [self.subset_numbers[context.subsets[document]] for document in documents]
         return np.array(numbers, np.int16)[inverse]
+
+
+def norms_of(layers: list[LayerFolder]) -> dict[int, float | None]:
+    """Layers for `Capture.run`."""
+    return {layer.layer: layer.manifest.outlier_norm for layer in layers}

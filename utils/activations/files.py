@@ -52,14 +52,19 @@ def stem_of(path: Path) -> str:
     return path.name.removesuffix(path.suffix if compressed else "").rsplit(".", 1)[0]
 
 
-def list_files(path: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+def list_files(
+    path: Path, files: list[Path] | None = None
+) -> tuple[list[Path], dict[str, list[Path]]]:
     """The files to read, in sorted order, and all others of a folder, by the reason why not.
+
+    Args:
+        files: What is in the folder, where it is not on this machine.
 
     Raises:
         InputError: There is none to read, or a folder cannot be listed.
     """
     chosen, passed_over = [], defaultdict(list)
-    for file in _all_files(path):
+    for file in _all_files(path) if files is None else files:
         reason = None if file == path and type_of(file) else _reason_against(file, path)
         (passed_over[reason] if reason else chosen).append(file)
     types = ", ".join(TYPES)

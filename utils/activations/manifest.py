@@ -3,8 +3,10 @@
 Each of several processes writes a manifest, ``manifest-RANK.json``.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +19,7 @@ from utils.settings import InputError
 # Not written if None, as folders of some versions do not have them.
 LATER = (
     "files", "position", "start", "contexts_per_batch", "bos", "outlier_factor", "outlier_norm",
-    "subset_a_folder",
+    "subset_a_folder", "dataset_revision", "rolling", "block",
 )  # fmt: skip
 MOST_SUBSETS = 1_000
 FURTHER = "further subsets"
@@ -59,7 +61,10 @@ class Manifest:
         subsets: Names of the subsets; the shards hold indices into them.
         subset_a_folder: Whether a folder's files share a subset, where records name none; in
             earlier versions each file was one.
+        dataset_revision: The commit of a hub dataset; earlier versions recorded none.
         position: The `corpus.Position` after the last shard.
+        rolling: The `rolling.Rolling` of a folder of bounded size.
+        block: What transformers calls the block, if that has a name; see `LanguageModel`.
     """
 
     model_name: str
@@ -85,6 +90,9 @@ class Manifest:
     shards: list[ShardEntry] = dataclasses.field(default_factory=list)
     position: list[int] | None = None
     subset_a_folder: bool | None = None
+    dataset_revision: str | None = None
+    rolling: list[int] | None = None
+    block: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -106,6 +114,13 @@ class Manifest:
 
         write_json(path, dataclasses.asdict(self, dict_factory=drop_none))
 
+    def without_shards(self) -> Self:
+        """A manifest of the same source, of another process that has finished none."""
+        fresh = {field.name: field for field in dataclasses.fields(self)}
+        names = ("finished", "excluded", "sum", "sum_squared_norm", "shards", "position")
+        empty = type(self)(**{name: getattr(self, name) for name in fresh if name not in names})
+        return dataclasses.replace(empty, subsets=list(self.subsets))
+
     def add(
         self, entry: ShardEntry, total: np.ndarray, squares: float, excluded: Mapping[str, int]
     ) -> None:
@@ -115,6 +130,16 @@ class Manifest:
         self.sum_squared_norm += squares
         for reason, count in excluded.items():
             self.excluded[reason] += count
+
+
+def begun_revision(folders: Iterable[Path], dataset: str) -> str | None:
+    """The revision of a hub dataset that one of some folders was begun with, if any was."""
+    for path in itertools.chain(*(sorted(folder.glob("manifest*.json")) for folder in folders)):
+        with contextlib.suppress(InputError):  # damaged: told when the folder is opened
+            manifest = Manifest.read(path)
+            if manifest.dataset == dataset:
+                return manifest.dataset_revision
+    return None
 
 
 class SubsetNumbers(dict[str, int]):

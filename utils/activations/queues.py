@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from utils.activations.manifest import ShardEntry
 from utils.activations.shards import ShardWriter
 from utils.backend import ran_out_of_memory
-from utils.settings import InputError
+from utils.settings import InputError, TimeIsUp
 
 if TYPE_CHECKING:  # a training has no language model, and reads ahead too
     from utils.activations.capture import Captured
@@ -78,8 +78,8 @@ class ShardQueue:
         self._finishing.close()
         for writer in self._unfinished:
             writer.discard()
-        if kind is None:
-            self._raise_failure()
+        if kind in (None, TimeIsUp):
+            self.raise_failure()
 
     def begin(self, writer: ShardWriter) -> ShardWriter:
         """Take a shard's writer, to be given batches."""
@@ -90,7 +90,7 @@ class ShardQueue:
         """Add a batch to a shard, after waiting while too many are in the queue."""
         self._room.acquire()
         try:
-            self._raise_failure()
+            self.raise_failure()
         except BaseException:
             self._room.release()
             raise
@@ -125,7 +125,8 @@ class ShardQueue:
         writer.discard()
         self._unfinished.remove(writer)
 
-    def _raise_failure(self) -> None:
+    def raise_failure(self) -> None:
+        """Raise what has failed in a thread, if anything has."""
         for lane in (self._finishing, self._writing):
             if lane.failure is None:
                 continue

@@ -9,7 +9,8 @@ A folder holds, for each shard n, arrays whose first axis is the context:
     subsets-n.npy      int16   (contexts, context_length)   index into the manifest's subset names
 
 and a manifest, written after a shard's files: only shards that are listed there are whole. Earlier
-versions wrote no norms but ``kept-n.npy``, bool, False at BOS and at norm outliers.
+versions wrote no norms but ``kept-n.npy``, bool, False at BOS and at norm outliers. Activations are
+in float32, or in int8 (see `coding`), if STORAGE_DTYPE says so.
 """
 
 import collections
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.activations.coding import as_floats, stored_width
 from utils.activations.manifest import ShardEntry
 from utils.artifacts import checksum
 from utils.settings import InputError, require
@@ -43,7 +45,10 @@ DTYPES = {
 ARRAYS = tuple(name for name in DTYPES if name != "kept")
 EARLIER_ARRAYS = tuple(name for name in DTYPES if name != "norms")
 SMALLEST = 2**-16  # root mean square that float16 holds to a few thousandths
-OUTPUTS = ("manifest*.json", *(f"{array}-*.npy" for array in DTYPES))
+OUTPUTS = (
+    "manifest*.json", "cursor*.json", "freed.jsonl", "first_window.json",
+    *(f"{array}-*.npy" for array in DTYPES),
+)  # fmt: skip
 
 
 def shard_path(folder: Path, array: str, shard: int) -> Path:
@@ -52,7 +57,7 @@ def shard_path(folder: Path, array: str, shard: int) -> Path:
 
 def bytes_per_token(d_model: int, storage_dtype: str) -> int:
     """Size of a token on disk: its activation, and 14 bytes in the other arrays."""
-    return d_model * np.dtype(storage_dtype).itemsize + 14
+    return stored_width(d_model, storage_dtype) * np.dtype(storage_dtype).itemsize + 14
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -128,6 +133,7 @@ class ShardWriter:
         self.folder, self.shard, self._dtype = folder, shard, np.dtype(storage_dtype)
         self._checking = ThreadPoolExecutor(1, "checksums")
         self._files: dict[str, ArrayFile] = {}
+        width = stored_width(shape[2], storage_dtype)
         self._n_summed = 0
         self.sum = np.zeros(shape[2])
         self.sum_squared_norm = 0.0
@@ -137,7 +143,7 @@ class ShardWriter:
                 self._files[array] = ArrayFile(
                     self._partial(array),
                     np.dtype(DTYPES[array] or storage_dtype),
-                    shape if array == "activations" else shape[:2],
+                    (*shape[:2], width) if array == "activations" else shape[:2],
                     self._checking,
                 )
 
@@ -189,10 +195,10 @@ class ShardWriter:
         )
         typical = np.sqrt(squares / max(1, n_summed * len(total)))
         require(
-            n_summed == 0 or self._dtype != np.float16 or typical >= SMALLEST,
+            n_summed == 0 or self._dtype == np.float32 or typical >= SMALLEST,
             f"Activations are of {typical:.1g} (root mean square; shard {self.shard}), too "
-            f"small for float16, which needs {SMALLEST:.0e}. Use --storage-dtype float32, with "
-            "--overwrite if there are shards already.",
+            f"small for {self._dtype}, which needs {SMALLEST:.0e}. Use --storage-dtype float32, "
+            "with --overwrite if there are shards already.",
         )
         self.sum += total
         self.sum_squared_norm += float(squares)
@@ -202,15 +208,18 @@ class ShardWriter:
     def finish(self, crc32: dict[str, int] | None = None) -> ShardEntry:
         """Rename the shard's files to their final names; returns its entry for the manifest.
 
+        Args:
+            crc32: The checksums that arrays must have, by their names.
+
         Raises:
-            InputError: The checksums differ from ``crc32``; the earlier files are kept.
+            InputError: One differs; the earlier files are kept.
         """
         with self._discarding():
             for file in self._files.values():
                 file.finish()
             found = {array: file.crc32 for array, file in self._files.items()}
             require(
-                crc32 in (None, found),
+                found | (crc32 or {}) == found,
                 f"Shard {self.shard} made anew differs from the one recorded: the model, the "
                 "corpus or the machine computes otherwise than before. Delete "
                 f"{self.folder} to start anew.",
@@ -242,6 +251,10 @@ class Shard:
 
     def __getitem__(self, array: str) -> np.ndarray:
         return _open_array(shard_path(self.folder, array, self.number), self.contexts)
+
+    def activations(self, places: Places = ()) -> np.ndarray:
+        """The activations at an index of the arrays, as floats, (..., d_model)."""
+        return as_floats(self["activations"][places])
 
     @property
     def has_norms(self) -> bool:
@@ -288,6 +301,11 @@ def _open_array(path: Path, contexts: int) -> np.ndarray:
     if len(values) != contexts:
         raise damaged_shard(path, f"holds {len(values)} contexts instead of {contexts}")
     return values
+
+
+def close_arrays() -> None:
+    """Close the arrays that reading has left open."""
+    _open_array.cache_clear()
 
 
 def damaged_shard(path: Path, problem: str) -> InputError:

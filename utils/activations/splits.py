@@ -4,12 +4,13 @@ They are those of the folder's card, ``configs:`` at the head of its README.md. 
 is one configuration, whose splits have conventional names.
 """
 
-import glob
 import re
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from huggingface_hub.repocard import metadata_load
+import yaml
+from fsspec.utils import glob_translate
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from utils.settings import InputError, Json, require
 
@@ -19,18 +20,22 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 WORD = re.compile(rf"(?:^|[-._ \d])({'|'.join(sum(WORDS.values(), ()))})(?=[-._ \d]|$)")
+LONGEST_CARD = 2**20  # bytes, of which the head is the first
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 
 
 def choose_split(
-    root: Path, files: list[Path], config: str | None, split: str
+    root: Path, files: list[Path], card: Path | None, config: str | None, split: str
 ) -> tuple[list[Path], dict[str, list[Path]]]:
     """Of the files of a folder those of a split, and all others by the reason why not.
+
+    Args:
+        card: The folder's README.md, if it has one.
 
     Raises:
         InputError: There is no such configuration or split, or several and ``config`` is None.
     """
-    configs = read_card(root)
+    configs = read_card(card) if card else {}
     chosen = choose_config(str(root), list(configs), _default_of(configs), config)
     splits = _splits_of(root, files, configs.get(chosen, {}))
     require_among(f"SPLIT of {root}", split, list(splits))
@@ -64,15 +69,17 @@ def require_among(setting: str, value: str, names: list[str]) -> None:
     require(value in names, f"{setting} must be {listed}; it is {value!r}.")
 
 
-def read_card(root: Path) -> dict[str, dict[str, Json]]:
-    """The configurations of a folder's card by name; none without a card.
+def read_card(card: Path) -> dict[str, dict[str, Json]]:
+    """The configurations of a dataset's card by name.
 
     Raises:
         InputError: The card cannot be read.
     """
-    card = root / "README.md"
+    with card.open("rb") as file:
+        content = file.read(LONGEST_CARD)
     try:
-        configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
+        head = REGEX_YAML_BLOCK.search(content.decode("utf-8-sig", "replace"))
+        configs = (yaml.safe_load(head[2]) or {}).get("configs") if head else None
         return {config.get("config_name", "default"): config for config in configs or ()}
     except Exception as error:  # a damaged card can raise any error
         raise InputError(
@@ -102,10 +109,17 @@ def _splits_of(root: Path, files: list[Path], config: dict[str, Json]) -> dict[s
             f"none: {entry}.",
         )
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        matches = {folder / m for p in paths for m in glob.glob(p, root_dir=folder, recursive=True)}
-        members = {file for file in files if not matches.isdisjoint((file, *file.parents))}
-        splits[entry.get("split", "train")] |= members
+        splits[entry.get("split", "train")] |= {
+            file for file in files if any(_matches(file, folder, pattern) for pattern in paths)
+        }
     return splits
+
+
+def _matches(file: Path, folder: Path, pattern: str) -> bool:
+    """Whether a pattern below a folder names a file, or one of the folders that it is in."""
+    names = (p.relative_to(folder).as_posix() for p in (file, *file.parents) if folder in p.parents)
+    rule = re.compile(glob_translate(PurePosixPath(pattern).as_posix()))
+    return any(rule.fullmatch(name) for name in names)
 
 
 def _conventional_splits(folder: Path, files: list[Path]) -> dict[str, set[Path]]:

@@ -3,7 +3,7 @@
 import functools
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +11,27 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from utils.activations.coding import as_floats
 from utils.activations.manifest import Manifest
+from utils.activations.places import DocumentPlaces
+from utils.activations.rolling import STATISTICS_FILE, Rolling
 from utils.activations.shards import Shard, damaged_shard, shard_path
-from utils.artifacts import append_record, fingerprint, missing_stage, read_log
-from utils.settings import require
+from utils.artifacts import (
+    SETTINGS_FILE,
+    append_record,
+    fingerprint,
+    missing_stage,
+    read_json,
+    read_log,
+    write_json,
+)
+from utils.settings import Json, require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
 CHECK_THREADS = 4  # one thread reads slower than a disk
 SHARE_BYTES = 2**21  # about what a thread reads before it takes the next: much for a disk
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
+ADDED_TOGETHER = 2**13  # tokens
 
 Contexts = Sequence[int] | np.ndarray  # numbers of contexts of a store
 
@@ -42,6 +54,7 @@ class Run(NamedTuple):
 
 
 DOCUMENT_HASH, LAST_CONTEXTS = "document hash", "last contexts"
+KEPT_SHARDS = "document hash in kept shards"
 
 
 def spread(contexts: Contexts, n: int) -> Contexts:
@@ -56,6 +69,23 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def in_hashed_documents(document: np.ndarray, n: int) -> np.ndarray:
+    """Which contexts belong to the first documents by hash that hold at most ``n``, bool.
+
+    Args:
+        document: The number of each context's document; none is taken of a negative one.
+    """
+    numbers, index, counts = np.unique(document, return_inverse=True, return_counts=True)
+    chosen = np.zeros(len(numbers), bool)
+    for i in np.argsort(hash_numbers(numbers), kind="stable"):
+        if counts[i] <= n and numbers[i] >= 0:
+            chosen[i] = True
+            n -= counts[i]
+        if n == 0:
+            break
+    return chosen[index]
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -98,10 +128,14 @@ class ContextBatch:
 
 
 class ActivationStore:
-    """All finished shards of a folder.
+    """All finished shards of a folder, but for those that were freed.
+
+    Args:
+        among: Only those of these numbers; the folder may be unfinished then.
 
     Attributes:
-        storage_dtype, row_bytes: Of the activations on disk; the size of one.
+        rolling: How the shards are freed, where the folder is of bounded size.
+        storage_dtype, row_bytes: Of the activations as they are read; the size of one.
         scale: The factor that gives activations E‖x‖² = d_model over kept positions ("Scaling
             Monosemanticity", Training).
         mean: Raw mean over kept positions, shape (d_model,).
@@ -112,24 +146,41 @@ class ActivationStore:
         subset_names: Names of the corpus subsets, sorted.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, among: Container[int] | None = None):
         self.folder = Path(folder)
         paths = sorted(self.folder.glob("manifest*.json"))
         if not paths:
+            layers = sorted({path.parent for path in self.folder.glob("layer-*/manifest*.json")})
+            require(
+                not layers,
+                f"{self.folder} holds several layers. Name one of them with ACTIVATIONS_DIR: "
+                f"{', '.join(map(str, layers))}.",
+            )
             raise missing_stage(self.folder, "activations", "save_activations.py")
         manifests = [Manifest.read(path) for path in paths]
-        first = manifests[0]
-        self._require_finished(manifests)
-        self.fingerprint = fingerprint(*paths)
+        first = max(manifests, key=lambda one: (one.finished, sum(one.skipped.values())))
+        self.rolling = Rolling(*first.rolling) if first.rolling else None
+        if among is None:
+            self._require_finished(manifests)
+        # The manifests of a rolling folder change while it is used.
+        self.fingerprint = fingerprint(*([self.folder / SETTINGS_FILE] if self.rolling else paths))
         self.model_name, self.revision = first.model_name, first.revision
-        self.layer, self.dtype = first.layer, first.dtype
+        self.layer, self.block, self.dtype = first.layer, first.block, first.dtype
+        self._outlier_factor = first.outlier_factor
         self.d_model, self.context_length = first.d_model, first.context_length
         self.dataset, self.skipped = first.dataset, first.skipped
         self.excluded = {
             reason: sum(manifest.excluded[reason] for manifest in manifests)
             for reason in first.excluded
         }
-        self._open_shards(manifests)
+        self._open_shards(manifests, among)
+        if self.rolling:
+            self._take_statistics()
+        else:
+            self._add_up(manifests)
+
+    def _add_up(self, manifests: list[Manifest]) -> None:
+        """Set the outlier norm and the statistics that follow from the manifests' sums."""
         self._set_outlier_norm(manifests)
         n_outliers, outlier_sum, outlier_squares = self._sum_outliers()
         self.excluded["outlier_norm"] += n_outliers
@@ -140,18 +191,56 @@ class ActivationStore:
         total = sum((np.asarray(manifest.sum) for manifest in manifests), -outlier_sum)
         self.mean = (total / self.n_tokens).astype(np.float32)
 
+    def _take_statistics(self) -> None:
+        """Set the statistics of a folder of bounded size: those of its first window."""
+        recorded = self.folder / STATISTICS_FILE
+        if recorded.exists():
+            self._set(**read_json(recorded))
+        else:
+            self._set(**self._of_first_window())
+        self.n_tokens = sum(int(shard.kept().sum()) for shard in self.shards)
+        self.excluded["outlier_norm"] += sum(int(shard.outliers().sum()) for shard in self.shards)
+
+    def _set(self, outlier_norm: float, scale: float, mean: list[float]) -> None:
+        self.outlier_norm, self.scale, self.mean = outlier_norm, scale, np.array(mean, np.float32)
+        for shard in self.shards:
+            shard.outlier_norm = outlier_norm
+
+    def _of_first_window(self) -> dict[str, Json]:
+        """Outlier norm, scale and mean of the first window, all of which must be there."""
+        shards = [s for s in self.shards if s.number in self.rolling.shards(0)]
+        outlier_norm = self._outlier_factor * _median_norm(shards)
+        for shard in shards:
+            shard.outlier_norm = outlier_norm
+        n, squares, total = 0, 0.0, np.zeros(self.d_model)
+        contexts = range(sum(shard.contexts for shard in shards))
+        for batch in self.batches(contexts, ADDED_TOGETHER, "adding up the first window"):
+            rows = batch.rows.astype(np.float64)
+            n += len(rows)
+            squares += np.vdot(rows, rows)
+            total += rows.sum(axis=0)
+        scale = float(np.sqrt(self.d_model * n / squares))
+        return {"outlier_norm": outlier_norm, "scale": scale, "mean": (total / n).tolist()}
+
+    def keep_statistics(self) -> None:
+        """Record the statistics of the first window, before any shard of it is freed."""
+        path = self.folder / STATISTICS_FILE
+        if not path.exists():
+            write_json(path, self._of_first_window())
+
     def _require_finished(self, manifests: list[Manifest]) -> None:
         world_size = manifests[0].world_size
         finished = sum(manifest.finished for manifest in manifests)
         require(
-            finished == world_size,
+            finished >= world_size,  # 1 but where ranks had shares of the documents
             f"The activations in {self.folder} are unfinished ({finished} of {world_size} "
             "processes are done). Run save_activations.py again with the same settings: it goes "
             "on where it stopped.",
         )
 
-    def _open_shards(self, manifests: list[Manifest]) -> None:
+    def _open_shards(self, manifests: list[Manifest], among: Container[int] | None) -> None:
         """Open every array, which finds damaged headers; number subsets across manifests."""
+        freed = self.rolling.freed(self.folder) if self.rolling else ()
         # Early versions wrote numbers and lists where records held such.
         names = [list(map(str, manifest.subsets)) for manifest in manifests]
         self.subset_names = sorted(set(itertools.chain(*names)))
@@ -160,17 +249,26 @@ class ActivationStore:
         for manifest, subsets in zip(manifests, names, strict=True):
             numbers = np.array([number_of[name] for name in subsets], np.int16)
             shards += [
-                (Shard(self.folder, entry, manifest.bos), numbers) for entry in manifest.shards
+                (Shard(self.folder, entry, manifest.bos), numbers)
+                for entry in manifest.shards
+                if entry.shard not in freed and (among is None or entry.shard in among)
             ]
         shards.sort(key=lambda pair: pair[0].number)
         self.shards = [shard for shard, _ in shards]
+        n_twice = len(self.shards) - len({shard.number for shard in self.shards})
+        require(
+            not n_twice,
+            f"{self.folder} must have each shard in one manifest; {n_twice} are in two. Delete one "
+            "of them, and run save_activations.py again with the same settings.",
+        )
         self._subset_numbers = {shard.number: numbers for shard, numbers in shards}
         self._ends = np.cumsum([shard.contexts for shard in self.shards])
         for shard in self.shards:
             for array in shard.crc32:
                 shard[array]
         self._offsets = [shard["activations"].offset for shard in self.shards]
-        self.storage_dtype = self.shards[0]["activations"].dtype
+        self._stored = self.shards[0]["activations"][:1, 0]  # one row, for its dtype and width
+        self.storage_dtype = as_floats(self._stored).dtype
         self.row_bytes = self.d_model * self.storage_dtype.itemsize
 
     def _set_outlier_norm(self, manifests: list[Manifest]) -> None:
@@ -182,12 +280,8 @@ class ActivationStore:
         self.outlier_norm = max(earlier, default=0.0)
         shards = [shard for shard in self.shards if shard.has_norms]
         if shards:
-            step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
-            norms = [
-                shard["norms"][shard["tokens"] != shard.bos][::step].copy() for shard in shards
-            ]
             (factor,) = {m.outlier_factor for m in manifests if m.outlier_norm is None}
-            self.outlier_norm = factor * float(np.median(np.concatenate(norms)))
+            self.outlier_norm = factor * _median_norm(shards)
         for shard in shards:
             shard.outlier_norm = self.outlier_norm
 
@@ -197,7 +291,7 @@ class ActivationStore:
         for shard in self.shards:
             outliers = shard.outliers() if shard.has_norms else np.zeros((0, 0), bool)
             for row in np.flatnonzero(outliers.any(axis=1)):
-                values = shard["activations"][row][outliers[row]].astype(np.float64)
+                values = shard.activations(row)[outliers[row]].astype(np.float64)
                 total += values.sum(axis=0)
                 squares += float(np.square(values).sum())
             n += int(outliers.sum())
@@ -225,6 +319,8 @@ class ActivationStore:
         Raises:
             InputError: There are too few contexts to train on others.
         """
+        if self.rolling:
+            return self._split_kept(held_out, n_tokens)
         most = self.n_contexts if n_tokens is None else n_tokens // self.context_length
         wanted = max(1, min(round(held_out * self.n_contexts), most))
         require(
@@ -233,23 +329,34 @@ class ActivationStore:
         )
         is_held_out, rule = np.zeros(self.n_contexts, bool), DOCUMENT_HASH
         if n_tokens is not None:
-            is_held_out = self._in_hashed_documents(wanted)
+            document = np.concatenate([shard["documents"][:, 1] for shard in self.shards])
+            is_held_out = in_hashed_documents(document, wanted)
         if not is_held_out.any():
             is_held_out[-wanted:], rule = True, LAST_CONTEXTS
         return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), rule)
 
-    def _in_hashed_documents(self, n: int) -> np.ndarray:
-        """Which contexts belong to the first documents by hash that hold at most ``n``, bool."""
-        document = np.concatenate([shard["documents"][:, 1] for shard in self.shards])
-        numbers, index, counts = np.unique(document, return_inverse=True, return_counts=True)
-        chosen = np.zeros(len(numbers), bool)
-        for i in np.argsort(hash_numbers(numbers), kind="stable"):
-            if counts[i] <= n:
-                chosen[i] = True
-                n -= counts[i]
-            if n == 0:
-                break
-        return chosen[index]
+    def _split_kept(self, held_out: float, n_tokens: int | None) -> Split:
+        """Hold out contexts of each shard that is kept, as many of each, the same at any time.
+
+        Documents that reach beyond a shard are trained on, for the rest of them may have been.
+        """
+        a_shard = max(shard.contexts for shard in self.shards)
+        total = self.rolling.n_shards * a_shard
+        most = total if n_tokens is None else n_tokens // self.context_length
+        wanted = max(1, min(round(held_out * total), most) // self.rolling.n_kept)
+        is_held_out, kept = np.zeros(self.n_contexts, bool), self.rolling.kept
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            if shard.number in kept:
+                document = np.array(shard["documents"][:, 1])
+                inside = (document != document[0]) & (document != shard["documents"][-1, -1])
+                chosen = in_hashed_documents(np.where(inside, document, -1), wanted)
+                is_held_out[end - shard.contexts : end] = chosen
+        require(
+            bool(is_held_out.any()) or not kept & {shard.number for shard in self.shards},
+            "KEEP_GB must leave shards with whole documents to hold out; no document lies within "
+            "one of them. Save anew with a larger TOKENS_PER_SHARD.",
+        )
+        return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), KEPT_SHARDS)
 
     # ---- reading
 
@@ -345,17 +452,22 @@ class ActivationStore:
         Raises:
             InputError: One that is kept is NaN or infinite, or a file cannot be read.
         """
-        raw = memoryview(rows.reshape(-1).view(np.uint8))
+        stored, is_coded = rows, self._stored.dtype != self.storage_dtype
+        if is_coded:
+            stored = np.empty((len(rows), self._stored.shape[1]), self._stored.dtype)
+        raw, row_bytes = memoryview(stored.reshape(-1).view(np.uint8)), stored[:1].nbytes
         for index, runs in itertools.groupby(share, key=lambda run: run.shard):
             path = shard_path(self.folder, "activations", self.shards[index].number)
             try:
                 with open(path, "rb", buffering=0) as file:
                     for run in runs:
-                        file.seek(self._offsets[index] + run.row * self.row_bytes)
-                        begin = (run.to - share[0].to) * self.row_bytes
-                        _read_all(file, raw[begin : begin + run.n_rows * self.row_bytes])
+                        file.seek(self._offsets[index] + run.row * row_bytes)
+                        begin = (run.to - share[0].to) * row_bytes
+                        _read_all(file, raw[begin : begin + run.n_rows * row_bytes])
             except OSError as error:
                 raise damaged_shard(path, f"cannot be read: {error}") from error
+        if is_coded:
+            rows[:] = as_floats(stored)
         if not is_finite(rows):
             self._refuse_not_finite(share, rows)
 
@@ -367,7 +479,9 @@ class ActivationStore:
 
     def _row(self, array: str, context: int) -> np.ndarray:
         shard, row = self._locate(context)
-        values = shard.kept(row) if array == "kept" else shard[array][row]
+        if array in ("kept", "activations"):
+            return getattr(shard, array)(row)
+        values = shard[array][row]
         return self._subset_numbers[shard.number][values] if array == "subsets" else values
 
     def _refuse_not_finite(self, share: list[Run], rows: np.ndarray) -> None:
@@ -383,6 +497,11 @@ class ActivationStore:
                 path = shard_path(self.folder, "activations", shard.number)
                 place = f"context {context}, position {position}"
                 raise damaged_shard(path, f"holds NaN or infinity at {place}")
+
+    @functools.cached_property
+    def places(self) -> DocumentPlaces:
+        """Where in its document each token is."""
+        return DocumentPlaces(self.shards, self.context_length)
 
     # ---- checking
 
@@ -406,6 +525,13 @@ class ActivationStore:
             bar = {"total": len(shards), "unit": "shard", "leave": False}
             for shard, _ in tqdm(checks, "checking shards", **bar):
                 append_record(log, {"whole": shard.state()})
+
+
+def _median_norm(shards: list[Shard]) -> float:
+    """The median of the norms in shards, of an even sample where there are very many."""
+    step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
+    norms = [shard["norms"][shard["tokens"] != shard.bos][::step].copy() for shard in shards]
+    return float(np.median(np.concatenate(norms)))
 
 
 def _read_all(file: io.RawIOBase, to: memoryview) -> None:
