@@ -9,5 +9,7 @@ optimizer            Adam, rows of norm 1, the schedule of the learning rate
 kernels              Adam on PyTorch, plain; triton_kernels: the same on a graphics card
 memory               what a training will hold, computed before it starts
 fidelity, saved      variance explained, cosine, L0; autoencoders and their metrics as files
+several              of several layers and sizes, one on each graphics card
+hub, model_card      a repository of the hub, and its card
 sweep, scaling_laws  many sizes and budgets on the same batches; the laws fitted to them, drawn
 """

@@ -20,6 +20,7 @@ from utils.backend import Tensor
 from utils.settings import require
 
 LONGEST_IDLE = 2**30  # tokens without firing that are counted; int32 ends at 2**31
+LEAST_STD = 1e-5  # added to the deviation that a token is divided by
 
 
 class SparseAutoencoder(keras.Model):
@@ -27,6 +28,12 @@ class SparseAutoencoder(keras.Model):
 
         x = scale · (activations − center)
         x̂ = b_dec + Σ_i f_i W_dec,i
+
+    With ``standardize_tokens``, μ and σ being the mean and the deviation (unbiased) of a token's
+    own d_model numbers,
+
+        x = scale · ((activations − μ) / (σ + 1e-5) − center)
+        raw reconstruction = σ · (x̂ / scale + center) + μ
 
     A kind says what the latents f are (``encode``), how they are differentiated (``forward_pass``)
     and what they are trained for (``loss_terms``, whose names are declared in ``loss_names``).
@@ -37,6 +44,7 @@ class SparseAutoencoder(keras.Model):
         dead_after: A latent is dead that was not active for this many training tokens.
         unit_decoder: Hold the decoder rows at norm 1, and remove the part of their gradient that
             would change it (Bricken et al. 2023, "Towards Monosemanticity", Autoencoder Training).
+        standardize_tokens: See above. Some other tools' autoencoders do; none is trained so here.
 
     Reference: "Scaling Monosemanticity", Sparse Autoencoders; "Update on how we train SAEs"
     (Circuits Updates, April 2024).
@@ -46,6 +54,7 @@ class SparseAutoencoder(keras.Model):
     training_aids: tuple[str, ...] = ()  # those of them that say nothing of quality
     arrays_of_width = 5.0  # (batch, d_model), that a training step holds at once on PyTorch
     arrays_of_latents = 0.0  # (batch, n_latents) likewise
+    not_trained = ("standardize_tokens",)  # arguments that only imported autoencoders set
 
     default_decoder_norm = 0.1
     default_unit_decoder = False
@@ -62,10 +71,12 @@ class SparseAutoencoder(keras.Model):
         n_latents: int,
         dead_after: int = 10_000_000,
         unit_decoder: bool = False,
+        standardize_tokens: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.d_model, self.n_latents = d_model, n_latents
+        self.standardize_tokens = standardize_tokens
         self.dead_after, self.unit_decoder = dead_after, unit_decoder
         rows = (n_latents, d_model)
         unit = UnitRows() if unit_decoder else None
@@ -115,12 +126,23 @@ class SparseAutoencoder(keras.Model):
     # ---- inference
 
     def normalise(self, activations):
-        """x = scale · (activations − center), float32, shape (batch, d_model)."""
-        return (ops.convert_to_tensor(activations, "float32") - self.center) * self.scale
+        """x of raw activations, float32, shape (batch, d_model)."""
+        activations = ops.convert_to_tensor(activations, "float32")
+        if self.standardize_tokens:
+            mean, deviation = token_moments(activations)
+            activations = (activations - mean) / (deviation + LEAST_STD)
+        return (activations - self.center) * self.scale
 
-    def denormalise(self, x):
-        """Raw activations of x, shape (batch, d_model)."""
-        return x / self.scale + self.center
+    def denormalise(self, x, activations=None):
+        """Raw activations of x, shape (batch, d_model).
+
+        With ``standardize_tokens``, the ``activations`` say each token's mean and deviation.
+        """
+        raw = x / self.scale + self.center
+        if self.standardize_tokens:
+            mean, deviation = token_moments(activations)
+            raw = raw * deviation + mean
+        return raw
 
     def pre_activations(self, x, features=None):
         """W_enc x + b_enc, shape (batch, n_latents), or (batch, len(features)) of some alone."""
@@ -134,9 +156,12 @@ class SparseAutoencoder(keras.Model):
         """
         raise NotImplementedError
 
-    def decode(self, latents):
-        """Raw reconstruction of dense latents, shape (batch, d_model)."""
-        return self.denormalise(ops.matmul(latents, self.W_dec) + self.b_dec)
+    def decode(self, latents, activations=None):
+        """Raw reconstruction of dense latents, shape (batch, d_model).
+
+        With ``standardize_tokens`` it needs the raw ``activations`` that they are of.
+        """
+        return self.denormalise(ops.matmul(latents, self.W_dec) + self.b_dec, activations)
 
     def decoder_norms(self):
         """‖W_dec,i‖, shape (n_latents,): a feature's activation is f_i times this."""
@@ -155,7 +180,7 @@ class SparseAutoencoder(keras.Model):
         """
         latents = self.encode(activations)
         places = tuple(ops.nonzero(latents))
-        return *places, values_at(latents, places), self.decode(latents)
+        return *places, values_at(latents, places), self.decode(latents, activations)
 
     def encode_active(self, activations):
         """`active_latents` as NumPy arrays."""
@@ -164,13 +189,14 @@ class SparseAutoencoder(keras.Model):
     def reconstruct_and_count(self, activations):
         """The raw reconstruction (batch, d_model), and how many latents a row uses, (batch,)."""
         latents = self.encode(activations)
-        return self.decode(latents), ops.sum(ops.cast(latents > 0, "int32"), axis=-1)
+        n_active = ops.sum(ops.cast(latents > 0, "int32"), axis=-1)
+        return self.decode(latents, activations), n_active
 
     def call(self, activations, training=False):
         """Raw reconstruction, shape (batch, d_model); while training, what `loss_terms` needs."""
         if training:
             return self.forward_pass(self.normalise(activations))
-        return self.decode(self.encode(activations))
+        return self.decode(self.encode(activations), activations)
 
     # ---- training
 
@@ -290,16 +316,17 @@ class SparseAutoencoder(keras.Model):
 
     @classmethod
     def options(cls) -> list[str]:
-        """Names of the constructor's arguments, the kind's own first."""
+        """Names of the constructor's arguments that training sets, the kind's own first."""
         return [
             name
             for base in cls.__mro__[: cls.__mro__.index(SparseAutoencoder) + 1]
             for name in inspect.signature(base.__init__).parameters
-            if name not in ("self", "kwargs")
+            if name not in ("self", "kwargs", *cls.not_trained)
         ]
 
     def get_config(self):
-        return {**super().get_config(), **{name: getattr(self, name) for name in self.options()}}
+        names = (*self.options(), *self.not_trained)
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 class Mean(keras.metrics.Mean):
@@ -313,6 +340,14 @@ class Mean(keras.metrics.Mean):
 def metric_name(term: str) -> str:
     """What a term of the loss is called among the metrics, and in training_log.csv."""
     return f"loss_{term}"
+
+
+def token_moments(activations):
+    """The mean and the unbiased deviation of each token's d_model numbers, both (batch, 1)."""
+    activations = ops.convert_to_tensor(activations, "float32")
+    mean = ops.mean(activations, axis=-1, keepdims=True)
+    squares = ops.sum(ops.square(activations - mean), axis=-1, keepdims=True)
+    return mean, ops.sqrt(squares / (activations.shape[-1] - 1))
 
 
 def of_some(weights, features):

@@ -11,8 +11,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from utils import artifacts
+from utils.activations.following import FollowedBatches
 from utils.autoencoder.autoencoder import metric_name
-from utils.settings import require
+from utils.settings import TimeIsUp, TimeLimit, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Rounds:
 
     n_rounds: int
     steps: int
+    limit: TimeLimit = dataclasses.field(default_factory=lambda: TimeLimit(None), compare=False)
 
     @classmethod
-    def cut(cls, total_steps: int, log_every: int) -> "Rounds":
+    def cut(cls, total_steps: int, log_every: int, limit: TimeLimit | None = None) -> "Rounds":
         """At least ``log_every`` steps a round, all alike; less than a step a round is dropped."""
         n_rounds = max(1, total_steps // log_every)
-        return cls(n_rounds, total_steps // n_rounds)
+        return cls(n_rounds, total_steps // n_rounds, limit or TimeLimit(None))
 
     @property
     def total_steps(self) -> int:
@@ -54,17 +56,39 @@ class RoundCallbacks(keras.callbacks.CallbackList):
 class Backup(keras.callbacks.Callback):
     """Saves weights, optimiser and counters every few rounds, in one atomically replaced file.
 
-    Not after the last, which ends with the finished autoencoder.
+    Not after the last, which ends with the finished autoencoder. Where the limit does not allow
+    another round, training ends with a backup and `TimeIsUp`.
+
+    Args:
+        followed: Where the data is written meanwhile. A backup is made too at the end of a round in
+            which a window of it ends, and after every backup the windows before it are freed.
     """
 
-    def __init__(self, folder: Path, every: int, rounds: Rounds):
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        rounds: Rounds,
+        followed: FollowedBatches | None = None,
+    ):
         super().__init__()
         self.path, self.every, self.rounds = folder / artifacts.BACKUP_FILE, every, rounds
+        self.followed = followed
+        self.ending = {-(-end // rounds.steps) for end in followed.ends} if followed else ()
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every == 0 and epoch + 1 < self.rounds.n_rounds:
+        done, wanted = epoch + 1, self.rounds.n_rounds
+        if done == wanted:
+            return
+        is_last = not self.rounds.limit.allows_another()
+        if is_last or done % self.every == 0 or done in self.ending:
             with artifacts.replacing(self.path) as partial:
                 self.model.save(partial)
+            if self.followed:
+                self.followed.free(done * self.rounds.steps)
+        if is_last:
+            steps = self.rounds.steps
+            raise TimeIsUp(f"{done * steps:,} of {wanted * steps:,} steps are made and saved.")
 
 
 class StopOnNaN(keras.callbacks.Callback):

@@ -277,19 +277,19 @@ class TopKAutoencoder(SparseAutoencoder):
     def call(self, activations, training=False):
         if training:
             return super().call(activations, training=True)
-        return self._decode_chosen(*self.encode_chosen(activations))
+        return self._decode_chosen(*self.encode_chosen(activations), activations)
 
     def active_latents(self, activations):
         chosen, values = self.encode_chosen(activations)
-        return *chosen.positive(values), self._decode_chosen(chosen, values)
+        return *chosen.positive(values), self._decode_chosen(chosen, values, activations)
 
     def reconstruct_and_count(self, activations):
         chosen, values = self.encode_chosen(activations)
         n_active = ops.sum(ops.cast(ops.reshape(values, (-1, self.k)) > 0, "int32"), axis=-1)
-        return self._decode_chosen(chosen, values), n_active
+        return self._decode_chosen(chosen, values, activations), n_active
 
-    def _decode_chosen(self, chosen: ChosenLatents, values: Tensor) -> Tensor:
-        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec)
+    def _decode_chosen(self, chosen: ChosenLatents, values: Tensor, activations: Tensor) -> Tensor:
+        return self.denormalise(chosen.sum(values, self.W_dec) + self.b_dec, activations)
 
     def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""

@@ -38,28 +38,34 @@ def load_autoencoder(path: Path) -> SparseAutoencoder:
 def metrics_of(
     autoencoder: SparseAutoencoder,
     fidelity: Fidelity,
-    log: pd.DataFrame,
+    log: pd.DataFrame | None,
     store: ActivationStore,
     backend: str,
 ) -> dict[str, Json]:
-    """What `metrics.json` says of a finished training."""
-    last = log.iloc[-1]
+    """What `metrics.json` says of a finished training; ``log`` is None of an imported one."""
+    trained = {}
+    if log is not None:
+        last = log.iloc[-1]
+        trained = {
+            "dead_fraction": float(keras.ops.mean(keras.ops.cast(autoencoder.dead(), "float32"))),
+            "dead_after": autoencoder.dead_after,
+            "n_tokens": int(last["tokens"]),
+            "n_steps": int(last["step"]),
+            "seconds": float(last["seconds"]),
+            "tokens_per_second": float(last["tokens"] / last["seconds"]),
+        }
     return {
         "fvu": fidelity.fvu,
         "l0": fidelity.l0,
         "cosine": fidelity.cosine,
-        "dead_fraction": float(keras.ops.mean(keras.ops.cast(autoencoder.dead(), "float32"))),
-        "dead_after": autoencoder.dead_after,
         "n_held_out_tokens": fidelity.n_rows,
-        "n_tokens": int(last["tokens"]),
-        "n_steps": int(last["step"]),
-        "seconds": float(last["seconds"]),
-        "tokens_per_second": float(last["tokens"] / last["seconds"]),
+        **trained,
         "backend": backend,
         **peak_memory(),
         "model_name": store.model_name,
         "revision": store.revision,
         "layer": store.layer,
+        "context_length": store.context_length,
         "d_model": store.d_model,
         "n_latents": autoencoder.n_latents,
     }

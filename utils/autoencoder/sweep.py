@@ -25,7 +25,7 @@ from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.kinds import find_kind
-from utils.settings import require
+from utils.settings import TimeIsUp, TimeLimit, require
 
 BACKUP_SECONDS = 300
 N_MEASURED_TOKENS = 16_384  # held-out tokens that every run is measured on
@@ -42,6 +42,7 @@ class SweepSettings(training.TrainingSettings, Protocol):
     sweep_latents: tuple[int, ...]
     sweep_steps: tuple[int, ...]
     sweep_learning_rates: tuple[float, ...]
+    max_hours: float | None
 
 
 class Run(NamedTuple):
@@ -126,6 +127,7 @@ class Sweep:
     ):
         self.settings, self.store, self.folder = settings, store, folder
         self.backup_seconds, self._backed_up = backup_seconds, time.monotonic()
+        self.limit = TimeLimit(settings.max_hours)
         split = store.split(settings.held_out, settings.n_held_out_tokens)
         self.batches = training.shuffled(settings, store, split.training)
         held_out = spread(split.held_out, max(1, N_MEASURED_TOKENS // store.context_length))
@@ -171,8 +173,11 @@ class Sweep:
                 self._finish(step)
                 if not self.live:
                     break
-                if time.monotonic() - self._backed_up > self.backup_seconds:
+                is_last = not self.limit.allows_another()
+                if is_last or time.monotonic() - self._backed_up > self.backup_seconds:
                     self._back_up(set(trunks.values()))
+                if is_last:
+                    raise TimeIsUp(f"{len(self.finished)} runs are finished, others backed up.")
                 bar.update(self._train_step(next(batches), step))
                 step += 1
         self.train(runs, name)  # what a widened sweep asks of a trunk whose backup was past it

@@ -15,9 +15,10 @@ from typing import Protocol
 import keras
 import numpy as np
 
-from utils.activations.batches import ShuffledBatches
+from utils.activations.batches import POOLS, ShuffledBatches
+from utils.activations.following import FollowedBatches, open_first_window
 from utils.activations.store import ActivationStore, Contexts
-from utils.artifacts import BACKUP_FILE, LOG_FILE, reading
+from utils.artifacts import BACKUP_FILE, LOG_FILE, chosen_once, reading, require_disk_space
 from utils.autoencoder.autoencoder import LONGEST_IDLE, SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
@@ -29,11 +30,12 @@ from utils.autoencoder.callbacks import (
     TrainingLog,
 )
 from utils.autoencoder.devices import n_shares
+from utils.autoencoder.fidelity import Fidelity, measure_fidelity
 from utils.autoencoder.kinds import KINDS, find_kind
 from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import card_lacks_bfloat16, fastest_dtype
 from utils.backend import Tensor, ran_out_of_memory, torch_device
-from utils.settings import InputError, as_dict, require
+from utils.settings import InputError, TimeLimit, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
 MOST_MEASURED = 2**30  # latents of rows that are computed at once while measuring
@@ -60,9 +62,16 @@ class TrainingSettings(Protocol):
     learning_rate_shape: str
     gradient_clip_norm: float | None
     batch_size: int
+    activations_dir: str
     pool_gib: float
     moments_dtype: str
     seed: int
+    n_passes: float
+    log_every: int
+    max_hours: float | None
+    follow: bool
+    held_out: float
+    n_held_out_tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +82,13 @@ class TrainingData:
         batches_from: From a step to the batches that follow, each (batch_size, d_model), raw.
         held_out: Raw activations that ``val_fvu`` is measured on, shape (rows, d_model).
         batch_size: Rows a batch.
+        followed: Where these are of a folder that is written meanwhile.
     """
 
     batches_from: Callable[[int], Iterator[Tensor]]
     held_out: np.ndarray
     batch_size: int
+    followed: FollowedBatches | None = None
 
     def validation(self, n_latents: int) -> tuple[np.ndarray, int]:
         """The held-out rows, cut to batches of one size, and that size.
@@ -105,6 +116,69 @@ def shuffled(
     return ShuffledBatches(
         store, contexts, settings.batch_size, settings.seed, settings.pool_gib, torch_device()
     )
+
+
+def open_store(settings: TrainingSettings) -> ActivationStore:
+    """The activations to train on, or the first window of those that are still being written.
+
+    Raises:
+        InputError: They are of bounded size, and FOLLOW is off, or the other way round.
+    """
+    if settings.follow:
+        return open_first_window(settings.activations_dir, TimeLimit(settings.max_hours))
+    store = ActivationStore(settings.activations_dir)
+    require(
+        store.rolling is None,
+        f"FOLLOW must be on for {store.folder}, which was saved with MAX_DISK_GB. Pass --follow.",
+    )
+    return store
+
+
+def batches_of(
+    settings: TrainingSettings, store: ActivationStore, contexts: Contexts, folder: Path
+) -> ShuffledBatches | FollowedBatches:
+    """Batches of the training contexts, or with FOLLOW of those of one window after another."""
+    if settings.follow:
+        return followed(settings, store, folder)
+    return shuffled(settings, store, contexts)
+
+
+def followed(settings: TrainingSettings, store: ActivationStore, folder: Path) -> FollowedBatches:
+    """Batches of one window after another; ``store`` has the first, or what is kept of it."""
+
+    def of_window(store: ActivationStore, window: int) -> ShuffledBatches:
+        training = store.split(settings.held_out, settings.n_held_out_tokens).training
+        seed = int(np.random.SeedSequence([settings.seed, window]).generate_state(1)[0])
+        return shuffled(dataclasses.replace(settings, seed=seed), store, training)
+
+    def rows_a_shard() -> float:
+        return of_window(store, 0).n_rows / len(store.shards)
+
+    rows = chosen_once(folder, "rows_a_shard", rows_a_shard)
+    pool_bytes = POOLS * int(settings.pool_gib * 2**30)
+    limit = TimeLimit(settings.max_hours)
+    return FollowedBatches(store, folder, settings.batch_size, rows, pool_bytes, of_window, limit)
+
+
+def cut_into_rounds(
+    settings: TrainingSettings, batches: ShuffledBatches | FollowedBatches
+) -> Rounds:
+    """The rounds of a training.
+
+    Raises:
+        InputError: With FOLLOW a round is longer than a window: its shards would be needed for
+            longer than there is room for them.
+    """
+    limit = TimeLimit(settings.max_hours)
+    rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every, limit)
+    if settings.follow:
+        shortest = min(map(int, np.diff([0, *batches.ends])))
+        require(
+            rounds.steps <= shortest,
+            f"LOG_EVERY must be at most the steps of a window, {shortest:,}, with FOLLOW; rounds "
+            f"have {rounds.steps:,}. Lower it, or save with a larger MAX_DISK_GB.",
+        )
+    return rounds
 
 
 def check_options(settings: TrainingSettings, defaults: types.ModuleType) -> None:
@@ -223,7 +297,12 @@ def input_normalizer(name: str, store: ActivationStore) -> tuple[float, np.ndarr
 def begin(
     settings: TrainingSettings, store: ActivationStore, total_steps: int, folder: Path
 ) -> SparseAutoencoder:
-    """The autoencoder to train: the folder's backup, or a new one, which `build` makes."""
+    """The autoencoder to train: the folder's backup, or a new one, which `build` makes.
+
+    Raises:
+        InputError: The disk has no room for two backups: the last one goes when the next is whole.
+    """
+    require_disk_space(folder, 2 * BACKUP_BYTES * store.d_model * settings.n_latents)
     return restore_backup(folder) or build(settings, store, total_steps)
 
 
@@ -271,7 +350,7 @@ def train(
         StopOnNaN(),
         TrainingLog(folder / LOG_FILE, rounds, data.batch_size),
         *([TensorBoard(folder, rounds)] if tensorboard else []),
-        Backup(folder, backup_every, rounds),
+        Backup(folder, backup_every, rounds, data.followed),
     ]
     batches = data.batches_from(first_round * rounds.steps)
     with contextlib.closing(batches), out_of_memory_told():
@@ -289,6 +368,15 @@ def train(
             verbose=0,
         )
     return autoencoder
+
+
+def measure(
+    autoencoder: SparseAutoencoder, store: ActivationStore, contexts: Contexts, batch_size: int
+) -> Fidelity:
+    """The fidelity of an autoencoder on the activations of contexts; outliers and BOS left out."""
+    together = measured_together(batch_size, autoencoder.n_latents)
+    batches = store.batches(contexts, together)
+    return measure_fidelity(autoencoder, (store.kept_rows(batch.contexts) for batch in batches))
 
 
 def measured_together(batch_size: int, n_latents: int) -> int:

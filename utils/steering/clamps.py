@@ -6,6 +6,9 @@ changes by the sum divided by the autoencoder's ``scale``):
 
     x' = x + Σ_i (a'_i − a_i) W_dec,i / ‖W_dec,i‖
 
+Where an imported autoencoder standardises each token, the raw change is also multiplied by the
+token's deviation before the change.
+
     clamp   a'_i = c · max_i         the paper's; c = 0 is the same as ablate
     add     a'_i = a_i + c · max_i
     scale   a'_i = c · a_i
@@ -88,7 +91,7 @@ def change_by(
         increase = offset
         if needs_encoding:
             increase = offset + slope * encoder.encode(residual, latents)
-        return (increase @ directions).expand(residual.shape)
+        return (increase @ directions * encoder.token_scale(residual)).expand(residual.shape)
 
     return change
 

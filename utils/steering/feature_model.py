@@ -7,6 +7,11 @@ With raw residual stream x_raw = x / scale + center and latents f_i,
     reconstruction        x̂_raw = b_dec / scale + center + Σ_i a_i d_i
     error                 x_raw − x̂_raw
 
+Some imported autoencoders standardise each token by its own mean μ and deviation σ
+(``standardize_tokens``). There x_raw = σ · (x / scale + center) + μ, and a direction is σ times as
+long at the token. Wherever features are changed or attributed, σ is taken as a constant of the
+token, as `FeatureEncoder.token_scale` gives it.
+
 Shapes: residual (..., d_model) with any leading axes.
 
 Reference: "Scaling Monosemanticity", Sparse Autoencoders and Influence on Behavior.
@@ -22,7 +27,7 @@ import numpy as np
 import torch
 from keras import ops
 
-from utils.autoencoder.autoencoder import SparseAutoencoder
+from utils.autoencoder.autoencoder import SparseAutoencoder, token_moments
 from utils.autoencoder.saved import load_autoencoder
 from utils.backend import Tensor
 from utils.language_model import LanguageModel, load_language_model, replaced_output, residual_at
@@ -85,8 +90,21 @@ class FeatureEncoder:
         return _as_torch(self.autoencoder(rows)).reshape(residual.shape).to(residual.device)
 
     @torch.no_grad()
+    def token_scale(self, residual: torch.Tensor) -> torch.Tensor | float:
+        """What `directions` are multiplied by at each token of a raw residual stream, (..., 1).
+
+        Its deviation with ``standardize_tokens``, else 1.
+        """
+        if not self.autoencoder.standardize_tokens:
+            return 1.0
+        return _as_torch(token_moments(residual.float())[1]).to(residual.device)
+
+    @torch.no_grad()
     def directions(self, features: torch.Tensor) -> torch.Tensor:
-        """The raw direction of each feature, (len(features), d_model), on their device."""
+        """The raw direction of each feature, (len(features), d_model), on their device.
+
+        Where tokens are standardised, that at a token of deviation 1; see `token_scale`.
+        """
         rows = _as_torch(ops.take(self.autoencoder.W_dec, features, axis=0)).to(features.device)
         return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12) / self.scale
 
