@@ -6,6 +6,7 @@ each study, summary.json, plots, and browser/index.html, a page to browse all of
 
     python analyze_features.py --n-reported 40
     python analyze_features.py --search "San Francisco"   # in a finished analysis
+    python analyze_features.py --export neuronpedia saedashboard
 """
 
 import itertools
@@ -13,11 +14,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from utils.artifacts import RunRecord, open_stage, require_disk_space
 from utils.backend import use_backend
-from utils.features import studies
+from utils.features import share, studies
 from utils.features.catalogue import Catalogue
 from utils.features.search import in_words, search, show_matches
 from utils.settings import (
@@ -60,15 +62,23 @@ SEARCH_TOKEN: str | None = None  # use activations at this token of each text; N
 SEARCH_CLASSIFIER = False  # fit a linear classifier of features: SEARCH_PROMPT against SEARCH_NOT
 N_FOUND = 10  # number of search results
 
+# --- afterwards: for other tools; a finished analysis too
+EXPORT: tuple[share.Tool, ...] = ()  # files to write: Neuronpedia's bulk layout, SAEDashboard's
+EXPORT_DIR = "data/export"  # folder for them
+NEURONPEDIA_SOURCE: str | None = None  # MODEL/LAYER-SET on Neuronpedia; None: made up and printed
+UPLOAD: Literal["preview", "send"] | None = None  # to Neuronpedia; key: NEURONPEDIA_API_KEY in .env
+
 # --- writing
 ANALYSIS_DIR = "data/analysis"  # output folder
+MAX_HOURS: float | None = None  # stop in time, between two studies, with status 75; see README
 OVERWRITE = False  # delete an earlier analysis with other settings in ANALYSIS_DIR
 
 # --- not settings
 NOT_RECORDED = (
-    "activations_dir", "autoencoder_dir", "judge_url", "judge_price", "analysis_dir", "overwrite",
+    "activations_dir", "autoencoder_dir", "judge_url", "judge_price", "analysis_dir", "max_hours",
+    "overwrite",
     "search", "search_like", "search_prompt", "search_not", "search_token", "search_classifier",
-    "n_found", "studies", "n_reported",
+    "n_found", "studies", "n_reported", "export", "export_dir", "neuronpedia_source", "upload",
     *itertools.chain(*studies.SETTINGS.values()),  # recorded with the findings of each study
 )  # fmt: skip
 N_DESCRIBED = 5  # features in the closing words
@@ -96,13 +106,8 @@ def main() -> None:
     store = ActivationStore(settings.activations_dir)
     autoencoder, trained = open_autoencoder(settings.autoencoder_dir, store)
     others = [open_autoencoder(folder, store) for folder in settings.other_autoencoders]
-    sizes = [each.n_latents for each in (autoencoder, *(other for other, _ in others))]
-    require(
-        len(set(sizes)) == len(sizes),
-        "OTHER_AUTOENCODERS must be of other sizes than each other and than the one in "
-        f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
-        f"{sizes[0]:,}. Leave out one of each size.",
-    )
+    check_sizes([each.n_latents for each in (autoencoder, *(other for other, _ in others))])
+    source = share.choose_source(settings, store, trained["kind"], autoencoder.n_latents)
     facts = {"activations": store.fingerprint, "autoencoder": trained["fingerprint"]}
     record = RunRecord.of(settings, NOT_RECORDED, **facts)
 
@@ -113,27 +118,40 @@ def main() -> None:
             catalogue = Catalogue(folder)
             catalogue.verify()
             print(f"{folder} is finished.\n{describe(catalogue.summary, folder)}")
-            return
-        require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
-        analysis.verify()
+        else:
+            require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
+            analysis.verify()
 
-        # 2. One pass over the activations: statistics and examples of every feature.
-        analysis.run_pass()
+            # 2. One pass over the activations: statistics and examples of every feature.
+            analysis.run_pass()
 
-        # 3. The studies, in the paper's order; each is a module in utils/features/studies/.
-        analysis.run_studies()
+            # 3. The studies, in the paper's order; each is a module in utils/features/studies/.
+            analysis.run_studies()
 
-        # 4. Save the tables, draw the pictures, and write the browser's page.
-        summary = analysis.save()
-        make_report(folder, settings.n_reported, settings.seed)
-        print(describe(summary, folder))
+            # 4. Save the tables, draw the pictures, and write the browser's page.
+            summary = analysis.save()
+            make_report(folder, settings.n_reported, settings.seed)
+            print(describe(summary, folder))
+
+        # 5. Write it for other tools, and send it to Neuronpedia, where that is asked for.
+        share.share(settings, folder, source)
+
+
+def check_sizes(sizes: list[int]) -> None:
+    """Refuse two dictionaries of one size; the first is that of AUTOENCODER_DIR."""
+    require(
+        len(set(sizes)) == len(sizes),
+        "OTHER_AUTOENCODERS must be of other sizes than each other and than the one in "
+        f"AUTOENCODER_DIR; they have {', '.join(f'{n:,}' for n in sizes[1:])} latents, and it has "
+        f"{sizes[0]:,}. Leave out one of each size.",
+    )
 
 
 def check(settings: Settings) -> None:
     """Refuse wrong settings before anything is loaded."""
     require_positive(
         settings, "n_tokens", "n_loss_tokens", "n_reported", "n_studied", "n_neuron_tokens",
-        "n_explained", "batch_size", "n_found",
+        "n_explained", "batch_size", "n_found", "max_hours",
     )  # fmt: skip
     require(settings.seed >= 0, f"SEED must not be negative; it is {settings.seed}.")
     require(
@@ -142,10 +160,15 @@ def check(settings: Settings) -> None:
         "out, or add one.",
     )
     check_judge(settings)
+    share.check(settings)
     searches = (settings.search, settings.search_like, settings.search_prompt or None)
     require(
         sum(search is not None for search in searches) <= 1,
         "One of SEARCH, SEARCH_LIKE and SEARCH_PROMPT can be given at a time.",
+    )
+    require(
+        not (settings.export or settings.upload) or searches == (None, None, None),
+        "EXPORT and UPLOAD are of an analysis, and SEARCH only looks into it. Leave one out.",
     )
     require_unicode(settings, "search", "search_prompt", "search_not", "search_token")
     require(

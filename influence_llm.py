@@ -57,7 +57,7 @@ FEATURE: tuple[int | str, ...] = ()  # numbers or words ('"12"' is a word); empt
 INTERVENTION = "clamp"  # clamp to or add STRENGTH × maximum, scale by STRENGTH, or ablate
 STRENGTH: Strength = (0.0, 1.0, 2.0)  # from -10 to 10; auto: the largest with fluent texts
 WHERE: tuple[int, ...] | str = "everywhere"  # everywhere, generated (new tokens), or positions ≥ 1
-SAVE_VECTOR: tuple[str, ...] = ()  # files for a steering vector: .safetensors, .gguf (llama.cpp)
+SAVE_VECTOR: tuple[str, ...] = ()  # files: .safetensors, .gguf (llama.cpp), .json (Neuronpedia)
 N_PROPOSALS = 5  # features to propose if FEATURE is empty, or to list for each of its words
 
 # --- evidence, and STRENGTH auto

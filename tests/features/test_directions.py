@@ -74,15 +74,21 @@ def test_what_the_model_computes_with_costs_more(planted):
         assert abs(ignored["ablated", "feature"][measure][0]) < 0.1 * own[measure][0]
 
 
-def test_the_rise_is_that_of_the_changed_stream(planted):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_rise_is_that_of_the_changed_stream(planted, standardize):
     model, store = planted
+    config = {**model.autoencoder.get_config(), "standardize_tokens": standardize}
+    autoencoder = L1Autoencoder.from_config(config)
+    autoencoder.set_weights(model.autoencoder.get_weights())
+    model = FeatureModel(model.language_model, LAYER, autoencoder, model.outlier_norm)
     table = measure_directions(model, store, range(N_CONTEXTS), np.array([2]), seed=0)
     own = table[(table.direction == "feature") & (table.change == "ablated")].iloc[0]
-    autoencoder = model.autoencoder
     tokens = torch.from_numpy(store.read("tokens", [own.context])).long()
     (activations,) = store.read("activations", [own.context])
     latents = autoencoder.encode(activations)[:, 2].detach()
     latents[0] = 0
+    if standardize:
+        latents *= torch.from_numpy(activations.std(axis=1, ddof=1))
     change = -latents[:, None] * torch.tensor(autoencoder.directions()[2])
 
     def predict(change) -> torch.Tensor:

@@ -310,7 +310,7 @@ class Identity(SparseAutoencoder):
     def encode(self, activations):
         return activations
 
-    def decode(self, latents):
+    def decode(self, latents, activations=None):
         return self.share * latents
 
 

@@ -25,4 +25,8 @@ def test_the_lists_of_a_llama_are_those_of_its_norm_weight(dtype):
     assert table["suppressed_tokens"].tolist() == [
         [TEXTS[i] for i in row[:-11:-1]] for row in order
     ]
+    values = np.sort(logits / logits.std(axis=0))
+    for column, expected in (("promoted", values[:, :-11:-1]), ("suppressed", values[:, :10])):
+        found = np.array(table[f"{column}_values"].tolist())
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert not model.model.model.norm._forward_hooks

@@ -1,5 +1,7 @@
 """Steering vectors as files, read back."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -57,6 +59,21 @@ def test_control_vector_is_read_by_the_format_s_own_reader(encoder, tmp_path):
     assert (tensor.name, tensor.tensor_type) == ("direction.15", gguf.GGMLQuantizationType.F32)
     assert tensor.shape.tolist() == [8]
     assert np.array_equal(tensor.data, vector.numpy())
+
+
+def test_json_is_what_np_vector_takes(encoder, tmp_path):
+    """NPVector.new of neuronpedia 1.2.1, and the limits of api/vector/new/route.tsx."""
+    vector = steering_vector(encoder, CLAMPS)
+    save_vector(tmp_path / "v.json", vector, CLAMPS, "meta-llama/Llama-3.2-3B", "llama", 15)
+    arguments = json.loads((tmp_path / "v.json").read_text())
+    assert arguments.pop("vector") == vector.tolist()
+    assert arguments == {
+        "label": "feature 3 at 2, feature 1 at -1",
+        "model_id": "llama-3.2-3b",
+        "layer_num": 15,
+        "hook_type": "hook_resid_post",
+        "default_steer_strength": 1.0,
+    }
 
 
 def test_the_script_s_safetensors_added_is_the_intervention_add(tiny_run, run_here, tmp_path):

@@ -9,5 +9,7 @@ judge, questions         language models that are asked about features
 neurons, geometry        neurons in the place of features; nearest directions, a map of them
 sampling                 features drawn to be studied; bootstrap intervals
 report, browser          pictures, and the page that shows them and every feature
+share, dashboards        a finished analysis for other tools: what their pages show of a feature
+neuronpedia, saedashboard, upload   their files; features sent to Neuronpedia
 search                   features by words, by prompts, by similarity
 """

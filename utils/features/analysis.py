@@ -36,7 +36,7 @@ from utils.features.catalogue import REMEDY
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, JudgeSettings, open_judge
 from utils.language_model import LanguageModel, load_language_model, token_texts
-from utils.settings import Json, as_dict, require
+from utils.settings import Json, TimeIsUp, TimeLimit, as_dict, require
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 PASS_FILE = "pass.json"  # the results of the pass
@@ -56,6 +56,7 @@ class AnalysisSettings(JudgeSettings, Protocol):
     n_reported: int
     batch_size: int
     seed: int
+    max_hours: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Analysis:
         self.recorded = as_dict(settings)  # what findings may depend on
         self.recorded["other_autoencoders"] = [metrics["fingerprint"] for _, metrics in others]
         self.words: list[str] = []
+        self.limit = TimeLimit(settings.max_hours)
         self.contexts = store.sample(settings.n_tokens)
         done = folder / PASS_FILE
         if done.exists() and "share_analysed" not in read_json(done, REMEDY):
@@ -142,6 +144,7 @@ class Analysis:
         """One pass over the activations; it makes the tables of features and examples."""
         done = self.folder / PASS_FILE
         if not done.exists():
+            self._stop_in_time()
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
             feature_pass.run(self.contexts, self.settings.batch_size)
             texts = token_texts(self.language_model.tokenizer)
@@ -161,6 +164,12 @@ class Analysis:
         with reading(self.folder / catalogue.EXAMPLES_FILE, REMEDY) as path:
             self.examples = pyarrow.parquet.read_table(path)
         self.token_texts = read_json(self.folder / catalogue.TOKEN_TEXTS_FILE, REMEDY)
+
+    def _stop_in_time(self) -> None:
+        """Raise `TimeIsUp` unless there is time for another step, which is not cut."""
+        if not self.limit.allows_another():
+            n_kept = sum(self._kept(name).exists() for name in self.studies)
+            raise TimeIsUp(f"the pass and {n_kept} of {len(self.studies)} studies are done.")
 
     # ---- studies
 
@@ -217,6 +226,7 @@ class Analysis:
         """Run the studies that are asked for, each unless its findings are kept, and join them."""
         for name in self.studies:
             if not self._kept(name).exists():
+                self._stop_in_time()
                 self._run_study(name)
             self._join(name)
         idle = [

@@ -208,11 +208,16 @@ def _example_texts(
     runs = _runs(pieces, place, activations, examples["peak"].to_numpy())
     names = ("bucket", "activation", "subset", "document")
     columns = [examples[name].to_pylist() for name in names]
+    places = [""] * len(examples)
+    if "place" in examples.column_names:  # earlier versions did not record it
+        places = [f", token {place}" for place in examples["place"].to_pylist()]
     source = {subset: _escaped(f"{subset} · document ") for subset in set(columns[2])}
     return [
-        f'{{"bucket":{bucket},"peak":{activation:.4g},"source":"{source[subset]}{document}",'
+        f'{{"bucket":{bucket},"peak":{activation:.4g},"source":"{source[subset]}{document}{token}",'
         f'"runs":[{text}]}}'
-        for text, bucket, activation, subset, document in zip(runs, *columns, strict=True)
+        for text, token, bucket, activation, subset, document in zip(
+            runs, places, *columns, strict=True
+        )
     ]
 
 

@@ -85,12 +85,17 @@ class Catalogue:
         windows = zip(examples["tokens"], examples["activations"], strict=True)
         return examples.assign(token_texts=[self.texts_of(*window) for window in windows])
 
-    def example_blocks(self, n_features: int) -> Iterator[tuple[int, pyarrow.Table]]:
-        """The examples of so many features at a time, by feature, with the first one's number."""
+    def example_blocks(
+        self, n_features: int, first: int = 0
+    ) -> Iterator[tuple[int, pyarrow.Table]]:
+        """From ``first`` on, the examples of so many features at a time, with the first's number.
+
+        They are in the order of features.
+        """
         with artifacts.reading(self.folder / EXAMPLES_FILE, REMEDY) as path:
             examples = pyarrow.dataset.dataset(path)
             feature = pyarrow.dataset.field("feature")
-            for start in range(0, len(self.features), n_features):
+            for start in range(first, len(self.features), n_features):
                 some = (feature >= start) & (feature < start + n_features)
                 yield start, examples.to_table(filter=some)
 
@@ -237,6 +242,7 @@ def example_table(examples: dict[str, np.ndarray], store: ActivationStore) -> py
             "context": context,
             "peak": (peak - starts).astype(np.int16),
             "document": documents,
+            "place": store.places.of(context, peak),  # of the peak's token in the document's
             "subset": subset_names,
             "tokens": _lists(tokens),
             "activations": _lists(examples["window"]),

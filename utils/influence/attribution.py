@@ -6,6 +6,9 @@ f_i the latents, in raw units, so that both are logits:
     attribution of feature i    Σ over positions of f_i · (W_dec,i · ∇_x ΔL)
     effect of its ablation      ΔL − ΔL with f_i = 0 at every position, the error term kept
 
+Where an imported autoencoder standardises each token, a row is multiplied by the token's deviation,
+which is taken as a constant: features are not credited with what they add to the deviation itself.
+
 Attribution takes one forward and one backward pass for all features together, ablation a forward
 pass for each.
 
@@ -106,7 +109,8 @@ def attribute(
     activations *= model.trained_positions(tokens[0], residual)[:, None]
     position, feature = activations.nonzero(as_tuple=True)
     value = activations[position, feature]
-    slope = (model.directions(feature) * gradient[position]).sum(dim=1)
+    scaled = gradient * model.token_scale(residual)
+    slope = (model.directions(feature) * scaled[position]).sum(dim=1)
     columns = {"position": position, "feature": feature}
     columns |= {"activation": value, "attribution": value * slope}
     places = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
@@ -132,7 +136,8 @@ def ablate(model: FeatureModel, attribution: Attribution, features: np.ndarray) 
         def remove(residual, batch=batch):
             activations = model.encode(residual[0], batch).T  # (features, context)
             activations *= model.trained_positions(tokens[0], residual[0])
-            return residual - activations[..., None] * model.directions(batch)[:, None]
+            activations = activations[..., None] * model.token_scale(residual[0])
+            return residual - activations * model.directions(batch)[:, None]
 
         with model.replaced(remove):
             logits = model.language_model.model(

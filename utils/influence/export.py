@@ -10,6 +10,7 @@ and other outliers too, which `steered` leaves alone.
 
 .safetensors   ``steering_vector`` (d_model,) in float32, its settings in the metadata
 .gguf          a control vector of llama.cpp: run it with ``--control-vector FILE``
+.json          arguments of NPVector.new in the package neuronpedia; strength 1 adds v
 
 llama.cpp adds tensor ``direction.N`` to the output of its block N, counted from 0 (`build_cvec`
 after the block's last addition), which is our layer N; it has no direction for block 0.
@@ -28,12 +29,13 @@ from safetensors.torch import save_file
 
 from utils.artifacts import replacing
 from utils.autoencoder.saved import load_autoencoder
+from utils.features.dashboards import model_id
 from utils.language_model import read_config
 from utils.settings import Json, require
 from utils.steering.clamps import Clamp, change_by
 from utils.steering.feature_model import FeatureEncoder
 
-FORMATS = (".safetensors", ".gguf")
+FORMATS = (".safetensors", ".gguf", ".json")
 
 
 def require_exportable(paths: Sequence[str], layer: int) -> None:
@@ -61,8 +63,15 @@ def steering_vector(encoder: FeatureEncoder, clamps: Sequence[Clamp]) -> torch.T
     """The change that clamps make where their features are inactive: raw, float32, (d_model,).
 
     Raises:
-        InputError: A strength is so large that the vector is not finite.
+        InputError: The change differs from token to token; or a strength is so large that the
+            vector is not finite.
     """
+    require(
+        not encoder.autoencoder.standardize_tokens,
+        "SAVE_VECTOR needs a change that is the same at every token; this autoencoder standardises "
+        "each token, so that a feature's change is as long as the token's own deviation. Leave it "
+        "out: the script's own texts and the playground do it right.",
+    )
     added = [dataclasses.replace(clamp, how="add") for clamp in clamps]
     vector = change_by(encoder, added)(torch.zeros(encoder.d_model))
     require(
@@ -115,8 +124,24 @@ def save_vector(
     with replacing(path) as partial:
         if path.suffix == ".safetensors":
             save_file({"steering_vector": vector.contiguous()}, partial, metadata=settings)
+        elif path.suffix == ".json":
+            partial.write_text(json.dumps(as_np_vector(vector, clamps, model_name, layer)), "utf-8")
         else:
             _write_control_vector(partial, vector.numpy(), settings, architecture, layer)
+
+
+def as_np_vector(
+    vector: torch.Tensor, clamps: Sequence[Clamp], model_name: str, layer: int
+) -> dict[str, Json]:
+    """The arguments of ``NPVector.new`` of neuronpedia 1.2, which makes a vector on Neuronpedia."""
+    return {
+        "label": ", ".join(f"feature {clamp.feature} at {clamp.strength:g}" for clamp in clamps),
+        "model_id": model_id(model_name),
+        "layer_num": layer,
+        "hook_type": "hook_resid_post",
+        "vector": vector.tolist(),
+        "default_steer_strength": 1.0,
+    }
 
 
 def _write_control_vector(

@@ -9,8 +9,9 @@ The methods that change the model at a strength c:
     reconstruction   x̂ in place of x, nothing clamped
     untouched
 
-The vectors have the norm c · max / scale, which is that of the clamp's change where the feature is
-inactive. The scores of a text, read by the untouched model:
+The vectors have the norm c · max / scale (times a token's deviation, where the autoencoder
+standardises tokens), which is that of the clamp's change where the feature is inactive. The scores
+of a text, read by the untouched model:
 
     concept      the feature's mean activation over the generated tokens, as a share of max
     words        share of the text's words at which the feature's highest examples peak
@@ -167,7 +168,7 @@ class Writer:
             vector = torch.tensor(draw.standard_normal(model.d_model), dtype=torch.float32)
         norms = torch.tensor(strengths) * maximum / model.scale
         added = (norms[:, None, None] * vector.cpu() / vector.norm().cpu()).to(device)
-        return lambda residual: added.expand_as(residual)
+        return lambda residual: (added * model.token_scale(residual)).expand_as(residual)
 
     def change_by_requests(self, feature: int, requests: list[dict[str, Json]]) -> Callable:
         """The change that a batch of requests, ordered by method, asks for; see `changed`."""

@@ -72,7 +72,9 @@ def measure_directions(
     lengths = torch.zeros(*tokens.shape, len(features), device=device)  # of a feature's part, raw
     rows = torch.from_numpy(store_batch.rows).to(device)
     together = logits_together(model.language_model)
-    parts = [model.encode(batch, numbers) for batch in rows.split(together)]
+    parts = [
+        model.encode(batch, numbers) * model.token_scale(batch) for batch in rows.split(together)
+    ]
     lengths[torch.from_numpy(store_batch.kept).to(device)] = torch.cat(parts) / model.scale
     drawn = draw_directions(store_batch.rows, len(features), seed)
     units = [torch.nn.functional.normalize(model.directions(numbers))]

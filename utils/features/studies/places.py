@@ -40,7 +40,8 @@ def promoted_tokens(
     tokens of long unembedding rows lead every list.
 
     Returns:
-        Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts.
+        Columns ``promoted_tokens`` and ``suppressed_tokens``, each a list of texts, and
+        ``promoted_values`` and ``suppressed_values``, their logits in these standard deviations.
     """
     *norm, head = copy.deepcopy(read_out(language_model)).float()
     norm = torch.nn.Sequential(*norm)
@@ -60,15 +61,17 @@ def promoted_tokens(
     readable_texts[bos] = language_model.tokenizer.decode([bos])
     texts = pyarrow.array(readable_texts)
     n = min(N_PROMOTED, len(unembedding))
-    found = {"promoted_tokens": [], "suppressed_tokens": []}
+    found = {"promoted": [], "suppressed": []}
     for block in rows.split(batch):
         scores = block @ unembedding.T
-        for tokens, signed in zip(found.values(), (scores, -scores), strict=True):
-            tokens.append(signed.topk(n).indices.int().cpu())
-    columns = {
-        name: list_column(texts.take(torch.cat(tokens).flatten().numpy()), [n] * len(rows))
-        for name, tokens in found.items()
-    }
+        for blocks, signed in zip(found.values(), (scores, -scores), strict=True):
+            tokens = signed.topk(n).indices
+            blocks.append((tokens.int().cpu(), scores.gather(1, tokens).cpu()))
+    columns, lengths = {}, [n] * len(rows)
+    for name, blocks in found.items():
+        tokens, values = (torch.cat(parts).flatten().numpy() for parts in zip(*blocks, strict=True))
+        columns[f"{name}_tokens"] = list_column(texts.take(tokens), lengths)
+        columns[f"{name}_values"] = list_column(values, lengths)
     return pd.DataFrame(columns)
 
 
