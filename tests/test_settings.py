@@ -21,9 +21,11 @@ from utils.settings import InputError, as_dict, read_settings, require_positive,
 
 FLAGS = {
     "save_activations": """
-        --model-name --layer --dtype --dataset --config --split --text-column --separator
+        --model-name --layer --dtype --for-autoencoder --hookpoint --dataset --config --split
+        --text-column --subsets --separator
         --n-tokens --context-length --outlier-factor --activations-dir --storage-dtype
-        --tokens-per-shard --contexts-per-batch --overwrite
+        --tokens-per-shard --contexts-per-batch --max-disk-gb --keep-gb --max-hours
+        --overwrite --check
     """,
     "train_autoencoder": """
         --activations-dir --autoencoder-dir --held-out --n-held-out-tokens --kind --n-latents
@@ -32,15 +34,19 @@ FLAGS = {
         --sparsity-coefficient --sparsity-warmup --bandwidth --tanh-scale
         --preactivation-coefficient --n-passes --batch-size --learning-rate --learning-rate-warmup
         --learning-rate-decay --learning-rate-shape --gradient-clip-norm --moments-dtype
-        --dead-after --pool-gib --seed --sweep-latents --sweep-steps --sweep-learning-rates
-        --backend --distribution --log-every --tensorboard --backup-every --overwrite
+        --dead-after --follow --pool-gib --seed --sweep-latents --sweep-steps
+        --sweep-learning-rates
+        --import-from --hookpoint --accept-mismatch --export --export-dir
+        --push-to-hub --dry-run --private
+        --backend --distribution --log-every --tensorboard --backup-every --max-hours
+        --overwrite
     """,
     "analyze_features": """
         --activations-dir --autoencoder-dir --n-tokens --n-loss-tokens --studies --n-studied
         --n-neuron-tokens --n-explained --other-autoencoders --map-features
         --n-reported --batch-size --seed --judge --judge-url --judge-price --search --search-like
-        --search-prompt --search-not --search-token --search-classifier --n-found --analysis-dir
-        --overwrite
+        --search-prompt --search-not --search-token --search-classifier --n-found --export
+        --export-dir --neuronpedia-source --upload --analysis-dir --max-hours --overwrite
     """,
     "influence_llm": """
         --study --playground --chat --port --prompt --chat-template --max-new-tokens --temperature
@@ -245,6 +251,12 @@ def test_settings_are_frozen_and_typed(monkeypatch):
     }
     influence = read_settings(importlib.import_module("influence_llm"), ["--strength", "1", "2.5"])
     assert as_dict(influence)["strength"] == [1.0, 2.5]
+
+
+def test_one_value_or_several():
+    script = importlib.import_module("save_activations")
+    for words, layer in ((["15"], 15), (["8", "15", "22"], (8, 15, 22))):
+        assert read_settings(script, ["--layer", *words]).layer == layer
 
 
 def test_require_positive():
