@@ -63,8 +63,9 @@ studies: demo-full
 	    --activations-dir $(DEMO)/activations
 	$(BIN)/python influence_llm.py $(FEATURES) --influence-dir $(STUDIES)/influence --study evidence
 
+# On as many cores as there are, up to four: each worker needs a gigabyte.
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .
