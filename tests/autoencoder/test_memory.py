@@ -11,7 +11,7 @@ from tensor_memory import TensorMemory
 
 import train_autoencoder
 from utils.autoencoder import memory, sparse, training
-from utils.autoencoder.memory import plan_memory, require_memory
+from utils.autoencoder.memory import plan_devices, plan_memory, require_memory
 from utils.settings import InputError, Settings, read_settings
 
 
@@ -111,3 +111,27 @@ def test_bfloat16_is_refused_on_a_card_without_it(monkeypatch):
     assert sparse.fastest_dtype() == "float32"
     with pytest.raises(InputError, match="SELECTION_DTYPE bfloat16 needs a graphics card"):
         training.check_options(asked("--selection-dtype", "bfloat16"), train_autoencoder)
+
+
+@pytest.mark.parametrize("n_latents, n_devices", [(2**21, 4), (2**22, 8), (34_000_000, 64)])
+def test_what_one_card_cannot_hold_is_planned_over_several(n_latents, n_devices):
+    settings = asked("--n-latents", n_latents, "--batch-size", 8_192)
+    plan = plan_devices(settings, 3_072, 80_000_000_000)
+    assert plan.n_devices == n_devices
+    weights = 4 * n_latents * 3_072 / n_devices
+    assert 8 * weights < plan.bytes_each < min(80e9, 8 * weights + 12e9)
+    assert plan.bytes_moved == 4 * 4 * 8_192 * 3_072 + 8 * 8_192 * 64 * n_devices
+    # Twice the rows of the batch that was measured, and a share of the latents.
+    assert plan.seconds == pytest.approx(0.048 * 2 * n_latents / n_devices / 65_536, rel=1e-3)
+    assert f"would take {n_devices} such devices" in str(plan)
+
+
+def test_a_batch_that_no_device_holds_is_told():
+    words = plan_devices(asked("--batch-size", 2**20), 3_072, 10**9)
+    assert words == "No number of such devices holds it: the batch alone does not fit."
+
+
+def test_the_refusal_says_how_many_devices_would_do(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 80_000_000_000)
+    with pytest.raises(InputError, match=r"DISTRIBUTION model\) it would take 8 such devices, 6"):
+        require_memory(asked("--n-latents", 2**22, "--batch-size", 8_192), 3_072)

@@ -16,6 +16,9 @@ from utils.settings import InputError
 
 BYTES = {"float32": 4, "bfloat16": 2}
 CHOICE_BYTES = 20  # numbers, order and values of one
+JAX_ARRAYS = 8  # as large as W_enc: both weights, their two moments, and gradients
+CHUNK = 2**20  # latents of a row that are compared at once
+H100_SECONDS = 0.048 / (65_536 * 4_096 * 3_072)  # JAX, a TopK's step at commit d597169
 BLOCK_BYTES = 48  # of a number of a block: its copies, and random bits
 
 
@@ -120,5 +123,49 @@ def require_memory(settings, d_model: int, pool_bytes: int = 0) -> str:
         remedies.append(f"POOL_GIB {math.floor((free - others) / 2**31 * 100) / 100:g}")
     found = f"What would fit: {', or '.join(remedies)}." if remedies else "Nothing like it would."
     raise InputError(
-        f"Training must fit into the {free / 1e9:.2f} GB that are free; it takes {plan}. {found}"
+        f"Training must fit into the {free / 1e9:.2f} GB that are free; it takes {plan}. {found} "
+        f"{plan_devices(settings, d_model, free)}"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicePlan:
+    """A training whose latents are split over devices, which only JAX does.
+
+    Attributes:
+        n_devices: A power of 2.
+        bytes_each: Weights, moments, gradients, and what there is of a batch, on each.
+        bytes_moved: That each device sends in a step: sums of the reconstruction and of the
+            gradient with respect to it, and candidates for the latents of each row.
+        seconds: Of a step, without moving; as an H100's for its share of the latents.
+    """
+
+    n_devices: int
+    bytes_each: int
+    bytes_moved: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"Split by latents (BACKEND jax, DISTRIBUTION model) it would take {self.n_devices:,} "
+            f"such devices, {self.bytes_each / 1e9:.1f} GB of each, and move "
+            f"{self.bytes_moved / 1e6:,.0f} MB a step; H100s would need about "
+            f"{self.seconds:.2g} s a step, computed and not run."
+        )
+
+
+def plan_devices(settings, d_model: int, free: int) -> DevicePlan | str:
+    """The fewest devices, a power of 2, with ``free`` bytes each, that hold a dictionary.
+
+    The step's time is `H100_SECONDS` for a latent, row and number of it, at which it was measured.
+    """
+    n, batch = settings.n_latents, settings.batch_size
+    chosen = getattr(settings, "k", 0) or 0
+    of_batch = 4 * batch * 8 * d_model
+    for n_devices in (2**i for i in range(1, 16)):
+        share = -(-n // n_devices)
+        each = JAX_ARRAYS * 4 * share * d_model + 2 * batch * min(share, CHUNK) + of_batch
+        if each <= free:
+            moved = 2 * 2 * 4 * batch * d_model + 8 * batch * chosen * n_devices
+            return DevicePlan(n_devices, each, moved, H100_SECONDS * share * batch * d_model)
+    return "No number of such devices holds it: the batch alone does not fit."
