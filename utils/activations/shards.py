@@ -280,9 +280,10 @@ class Shard:
                 raise damaged_shard(path, "does not match its checksum")
 
     def release(self) -> None:
-        """Unmap the pages of activations that were read; the system's cache may keep them."""
+        """Unmap the pages of arrays that were read; the system's cache may keep them."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self["activations"]._mmap.madvise(mmap.MADV_DONTNEED)
+            for array in self.crc32:
+                self[array]._mmap.madvise(mmap.MADV_DONTNEED)
 
     def state(self) -> str:
         """Path, size and modification time of every file, to recognise a checked shard."""

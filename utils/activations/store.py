@@ -402,7 +402,10 @@ class ActivationStore:
         """
         n_pieces = -(-self.context_length // size)
         beyond = ((0, 0), (0, n_pieces * size - self.context_length))
-        bits = [np.packbits(np.pad(shard.kept(), beyond), axis=1) for shard in self.shards]
+        bits = []
+        for shard in self.shards:
+            bits.append(np.packbits(np.pad(shard.kept(), beyond), axis=1))
+            shard.release()
         chosen = np.concatenate(bits)[np.asarray(contexts)]
         return chosen.reshape(len(chosen), n_pieces, size // 8)
 
@@ -528,10 +531,31 @@ class ActivationStore:
 
 
 def _median_norm(shards: list[Shard]) -> float:
-    """The median of the norms in shards, of an even sample where there are very many."""
+    """The median of the norms in shards, of an even sample where there are very many.
+
+    In two passes, so that not all are held: positive floats are in the order of their bits, whose
+    upper half tells which of them can be in the middle.
+    """
     step = -(-sum(shard["norms"].size for shard in shards) // MEDIAN_SAMPLE)
-    norms = [shard["norms"][shard["tokens"] != shard.bos][::step].copy() for shard in shards]
-    return float(np.median(np.concatenate(norms)))
+
+    def norms() -> Iterator[np.ndarray]:
+        for shard in shards:
+            yield shard["norms"][shard["tokens"] != shard.bos][::step]
+            shard.release()
+
+    counts = np.zeros(2**16, np.int64)
+    for values in norms():
+        counts += np.bincount(values.view(np.uint32) >> 16, minlength=len(counts))
+    ends = np.cumsum(counts)
+    middle = np.array([(ends[-1] - 1) // 2, ends[-1] // 2])  # places of the two in the middle
+    first, last = np.searchsorted(ends, middle, side="right")
+    halves = (values.view(np.uint32) >> 16 for values in norms())
+    inside = [
+        values[(half >= first) & (half <= last)]
+        for values, half in zip(norms(), halves, strict=True)
+    ]
+    below = ends[first] - counts[first]
+    return float(np.mean(np.sort(np.concatenate(inside))[middle - below]))
 
 
 def _read_all(file: io.RawIOBase, to: memoryview) -> None:
