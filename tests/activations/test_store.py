@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -195,6 +196,18 @@ def test_subsets_of_several_processes_are_numbered_alike(arrays, tmp_path):
     assert store.subset_names == ["a", "b", "c"]
     assert np.array_equal(store.read("subsets", [8]), arrays["subsets"][[8]])
     assert np.array_equal(store.read("subsets", [9]), arrays["subsets"][[9]] + 1)
+
+
+def test_a_file_that_may_not_be_as_large_is_named(arrays, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_activations(tmp_path, arrays)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path(error.value.filename) == tmp_path / "activations-00000.npy"
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_a_damaged_manifest_is_named(store, tmp_path):

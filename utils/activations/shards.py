@@ -161,6 +161,9 @@ class ShardWriter:
                 raise InputError(
                     f"The disk of {self.folder} is full. Make room, and run the same command again."
                 ) from error
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:  # which names no file
+                path = shard_path(self.folder, "activations", self.shard)
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
 
     def discard(self) -> None:
