@@ -98,13 +98,13 @@ class FollowedBatches:
     """Batches of one window after another, in an order that only seed, pool and step decide.
 
     A window gives a fixed number of steps: those that ``n_passes`` over the first one's rows take,
-    by its number of shards. Rows that are left over are not used; where a few are missing, the
-    window is begun again. Where the corpus ends early, so is the last window there is.
+    by its number of shards. Rows that are left over are not used; where some are missing, as they
+    are held out, the window is begun again. Where the corpus ends early, so is the last window.
 
     Attributes:
         store: Of the first window, or what is kept of it.
         folder: The stage's own: its shards are checked before they are used.
-        rows_a_shard: Training rows of the first window, by its number of shards.
+        rows_a_shard: Kept rows of the first window, by its number of shards.
         pool_bytes: Of the activations that are shuffled together, at most.
         shuffled: Makes the batches of a window's training contexts.
         limit: Of the time; it may come while a window is waited for.

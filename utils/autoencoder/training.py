@@ -151,10 +151,8 @@ def followed(settings: TrainingSettings, store: ActivationStore, folder: Path) -
         seed = int(np.random.SeedSequence([settings.seed, window]).generate_state(1)[0])
         return shuffled(dataclasses.replace(settings, seed=seed), store, training)
 
-    def rows_a_shard() -> float:
-        return of_window(store, 0).n_rows / len(store.shards)
-
-    rows = chosen_once(folder, "rows_a_shard", rows_a_shard)
+    # With those held out, which are all in a few shards, such as the first.
+    rows = chosen_once(folder, "rows_a_shard", lambda: store.n_tokens / len(store.shards))
     pool_bytes = POOLS * int(settings.pool_gib * 2**30)
     limit = TimeLimit(settings.max_hours)
     return FollowedBatches(store, folder, settings.batch_size, rows, pool_bytes, of_window, limit)
