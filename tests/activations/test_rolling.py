@@ -111,6 +111,25 @@ def test_a_window_is_freed_when_training_goes_on_behind_it_and_the_next_is_there
     assert [shard.number for shard in ActivationStore(folder).shards] == [0]
 
 
+def test_a_window_is_freed_as_soon_as_the_next_is_there(folder):
+    """The extraction may wait for it, and training for what the extraction writes then."""
+    every = Manifest.read(folder / "manifest.json").shards
+    change_manifest(folder, shards=every[:2], finished=False)
+    batches, _ = followed(folder)
+    coming = batches.from_step(0)
+    for _ in range(batches.ends[0]):
+        next(coming)
+    batches.free(batches.ends[0])
+    assert batches.rolling.freed(folder) == set()
+    change_manifest(folder, shards=every[:4])
+    next(coming)
+    assert batches.rolling.freed(folder) == {1}
+    again, _ = followed(folder)  # as after a kill
+    change_manifest(folder, shards=every)
+    next(again.from_step(again.ends[1]))
+    assert again.rolling.freed(folder) == {1, 2, 3}
+
+
 def test_statistics_are_those_of_the_first_window(folder):
     store = followed(folder)[0].store
     rows = store.kept_rows(range(2 * A_SHARD)).astype(float)

@@ -109,6 +109,7 @@ class FollowedBatches:
         shuffled: Makes the batches of a window's training contexts.
         limit: Of the time; it may come while a window is waited for.
         ends: The step at which each window ends; after `n_steps`.
+        saved: The latest step from which training can go on.
     """
 
     store: ActivationStore
@@ -119,6 +120,7 @@ class FollowedBatches:
     shuffled: ShuffledOf
     limit: TimeLimit
     ends: list[int] = dataclasses.field(default_factory=list)
+    saved: int = 0
 
     @property
     def rolling(self) -> Rolling:
@@ -139,6 +141,7 @@ class FollowedBatches:
 
     def from_step(self, step: int) -> Iterator[Tensor]:
         """Batches (batch_size, d_model), raw, as stored, from ``step`` on; waits for them."""
+        self.saved = step
         for window, end in enumerate(self.ends):
             begin = self.ends[window - 1] if window else 0
             if step < end:
@@ -150,6 +153,7 @@ class FollowedBatches:
     def _batches_of(self, window: int) -> ShuffledBatches:
         folder = self.store.folder
         await_window(folder, window, self.limit)
+        self.free(self.saved)  # the window before, if this one was not there at the last backup
         written = written_shards(folder)
         while written.isdisjoint(self.rolling.shards(window)):
             window -= 1
@@ -162,6 +166,7 @@ class FollowedBatches:
 
         The last one there is is not: it may be needed again.
         """
+        self.saved = step
         written = written_shards(self.store.folder)
         for window, end in enumerate(self.ends[:-1]):
             if end <= step and not written.isdisjoint(self.rolling.shards(window + 1)):
