@@ -1,6 +1,8 @@
 """What the tests share: a tiny LLaMA, a tiny corpus, the four scripts run on them."""
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
 import os
@@ -34,6 +36,7 @@ from utils import embedded  # noqa: E402
 from utils.activations.capture import sums_of  # noqa: E402
 from utils.activations.manifest import Manifest  # noqa: E402
 from utils.activations.shards import ARRAYS, EARLIER_ARRAYS, ShardWriter  # noqa: E402
+from utils.settings import Settings, read_settings  # noqa: E402
 
 SUBSETS = {
     "Garden": "rose tulip spade rain seed bloom soil leaf".split(),
@@ -128,6 +131,11 @@ def write_activations(
         entry = writer.finish()
         manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
     manifest.write(folder / "manifest.json")
+
+
+def settings_of(script: str, **values: object) -> Settings:
+    """A script's settings as they are by default, but for some."""
+    return dataclasses.replace(read_settings(importlib.import_module(script), []), **values)
 
 
 # ------------------------------------------------------------------------------ running scripts

@@ -1,5 +1,6 @@
 """Any number of processes: the same shards, none twice, what one leaves undone made by another."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,11 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, Flags, command, environment
+from conftest import ROOT, Flags, command, environment, settings_of
 from filelock import FileLock
 from tiny_llama import LAYER, tiny_language_model
 
@@ -25,18 +25,15 @@ from utils.activations.store import ActivationStore
 from utils.settings import InputError
 
 CONTEXT, PER_SHARD = 16, 6
-SETTINGS = SimpleNamespace(
+SETTINGS = settings_of(
+    "save_activations",
     model_name="tiny",
     dataset="text",
     n_tokens=CONTEXT * PER_SHARD * 20,
     context_length=CONTEXT,
-    outlier_factor=3.0,
     storage_dtype="float32",
     tokens_per_shard=CONTEXT * PER_SHARD,
     contexts_per_batch=2,
-    max_hours=None,
-    max_disk_gb=None,
-    keep_gb=1.0,
 )
 
 
@@ -76,7 +73,7 @@ def new_model() -> Callable:
 
 def extract(folder: Path, text: Path, model, ranks: Ranks = Ranks(), **changes) -> None:  # noqa: B008
     folder.mkdir(exist_ok=True)
-    settings = SimpleNamespace(**{**vars(SETTINGS), **changes})
+    settings = dataclasses.replace(SETTINGS, **changes)
     extraction = Extraction({LAYER: folder}, settings, ranks)
     if not extraction.is_finished():
         extraction.begin(model, Corpus(str(text)))

@@ -1,14 +1,14 @@
 """Several layers saved in one pass: each as by a run of it alone, whatever happened on the way."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, Flags
+from conftest import LAYER, Flags, settings_of
 from tiny_llama import tiny_language_model
 
 from utils.activations.corpus import Corpus
@@ -21,18 +21,13 @@ from utils.settings import InputError
 
 LAYERS = (3, 0, 1)
 CONTEXT, PER_SHARD, N_SHARDS, PER_BATCH = 16, 6, 4, 4
-SETTINGS = SimpleNamespace(
+SETTINGS = settings_of(
+    "save_activations",
     model_name="tiny",
     dataset="text",
     n_tokens=CONTEXT * PER_SHARD * N_SHARDS,
     context_length=CONTEXT,
-    outlier_factor=3.0,
-    storage_dtype="float16",
     tokens_per_shard=CONTEXT * PER_SHARD,
-    contexts_per_batch=None,
-    max_hours=None,
-    max_disk_gb=None,
-    keep_gb=1.0,
 )
 
 
@@ -59,7 +54,7 @@ def text(tmp_path_factory) -> Path:
 
 def extract(model, text: Path, folder: Path, layers=LAYERS, per_batch=PER_BATCH) -> None:
     """Save some layers into folders below ``folder``."""
-    settings = SimpleNamespace(**{**vars(SETTINGS), "contexts_per_batch": per_batch})
+    settings = dataclasses.replace(SETTINGS, contexts_per_batch=per_batch)
     folders = {layer: folder / f"layer-{layer}" for layer in layers}
     for each in folders.values():
         each.mkdir(exist_ok=True, parents=True)

@@ -1,5 +1,6 @@
 """Extraction in threads and batches: what waits for what, what fails, what memory holds."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import settings_of
 from tiny_llama import LAYER, tiny_language_model
 
 from utils.activations.capture import HostCopies, sums_of
@@ -26,18 +28,14 @@ from utils.artifacts import write_json
 from utils.settings import InputError
 
 CONTEXT, PER_SHARD, N_SHARDS = 16, 12, 4
-SETTINGS = SimpleNamespace(
+SETTINGS = settings_of(
+    "save_activations",
     model_name="tiny",
     dataset="text",
     n_tokens=CONTEXT * PER_SHARD * N_SHARDS,
     context_length=CONTEXT,
-    outlier_factor=3.0,
     storage_dtype="float32",
     tokens_per_shard=CONTEXT * PER_SHARD,
-    contexts_per_batch=None,
-    max_hours=None,
-    max_disk_gb=None,
-    keep_gb=1.0,
 )
 
 
@@ -65,7 +63,7 @@ def extract(model, text, tmp_path):
     def run(name: str, per_batch: int | None, **changes) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        settings = SimpleNamespace(**{**vars(SETTINGS), "contexts_per_batch": per_batch, **changes})
+        settings = dataclasses.replace(SETTINGS, contexts_per_batch=per_batch, **changes)
         extraction = Extraction({LAYER: folder}, settings, Ranks())
         if not extraction.is_finished():
             extraction.begin(model, Corpus(str(text)))

@@ -27,7 +27,7 @@ from utils.artifacts import AUTOENCODER_FILE  # noqa: E402
 from utils.autoencoder.autoencoder import SparseAutoencoder  # noqa: E402
 from utils.autoencoder.fidelity import Fidelity, loss_recovered  # noqa: E402
 from utils.autoencoder.saved import load_autoencoder  # noqa: E402
-from utils.features.studies.cross_entropy import _logits, _losses  # noqa: E402
+from utils.features.studies.cross_entropy import logits_of, losses_of  # noqa: E402
 from utils.language_model import LanguageModel, load_language_model  # noqa: E402
 from utils.steering.feature_model import FeatureModel  # noqa: E402
 
@@ -82,7 +82,7 @@ def evaluate_here(
             "zero_ablated": (torch.ones_like(is_text), torch.zeros_like),
         }
         found = {
-            name: _losses(_logits(model, batch, kept, replace), batch, None)[0]
+            name: losses_of(logits_of(model, batch, kept, replace), batch, None)[0]
             for name, (kept, replace) in replaced.items()
         }
         losses.append({name: loss[is_text[:, :-1].numpy()] for name, loss in found.items()})

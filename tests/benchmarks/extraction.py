@@ -10,20 +10,22 @@ compared with one that saves the deepest alone.
 """
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+import save_activations
 from utils.activations.contexts import pack_contexts
 from utils.activations.corpus import Corpus
 from utils.activations.extraction import Extraction, Ranks
 from utils.language_model import LanguageModel, load_language_model, residual_at
+from utils.settings import Settings, read_settings
 
 
 def main() -> None:
@@ -32,18 +34,13 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=49_152, help="tokens a round")
     arguments.add_argument("--layers", type=int, nargs="+", default=[15])
     options = arguments.parse_args()
-    settings = SimpleNamespace(
+    settings = dataclasses.replace(
+        read_settings(save_activations, []),
         model_name="embedded",
         dataset="embedded",
         n_tokens=options.tokens,
         context_length=128,
         contexts_per_batch=16,
-        max_hours=None,
-        max_disk_gb=None,
-        keep_gb=1.0,
-        tokens_per_shard=65_536,
-        storage_dtype="float16",
-        outlier_factor=3.0,
     )
     deepest = max(options.layers)
     language_model, corpus = load_language_model("embedded", deepest), Corpus("embedded")
@@ -71,7 +68,7 @@ def main() -> None:
 
 
 def token_batches(
-    language_model: LanguageModel, corpus: Corpus, settings: SimpleNamespace
+    language_model: LanguageModel, corpus: Corpus, settings: Settings
 ) -> list[torch.Tensor]:
     """The contexts that extraction will run, in its batches, shape (batch, context)."""
     contexts = pack_contexts(corpus.documents(), language_model.tokenizer, settings.context_length)
@@ -86,7 +83,7 @@ def run_bare(language_model: LanguageModel, batches: list[torch.Tensor], layer: 
 
 
 def extraction_seconds(
-    language_model: LanguageModel, corpus: Corpus, settings: SimpleNamespace, layers: list[int]
+    language_model: LanguageModel, corpus: Corpus, settings: Settings, layers: list[int]
 ) -> float:
     with tempfile.TemporaryDirectory() as folder:
         folders = {layer: Path(folder) / str(layer) for layer in layers}

@@ -205,6 +205,26 @@ def _activation(
     return Activation(pieces, values, peak, interval)
 
 
+def shared_fields(dashboard: Dashboard) -> dict[str, Json]:
+    """What both tools' features have by the same names; empty lists for what is not known here."""
+    unknown = (
+        "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
+        "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
+        "correlated_features_indices", "correlated_features_l1", "correlated_features_pearson",
+        "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
+    )  # fmt: skip
+    return {
+        **{name: [] for name in unknown},
+        "neg_str": [text for text, _ in dashboard.suppressed],
+        "neg_values": [value for _, value in dashboard.suppressed],
+        "pos_str": [text for text, _ in dashboard.promoted],
+        "pos_values": [value for _, value in dashboard.promoted],
+        "frac_nonzero": dashboard.density,
+        "freq_hist_data_bar_heights": [count for _, count in dashboard.histogram],
+        "freq_hist_data_bar_values": [middle for middle, _ in dashboard.histogram],
+    }
+
+
 def intervals(histogram: Sequence[int], end: float, maximum: float) -> list[Interval]:
     """By bucket, the interval that its examples are from: the highest, then downwards to 0.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from utils.artifacts import replacing
 from utils.features.catalogue import Catalogue
-from utils.features.dashboards import Activation, Dashboard, Source, read_dashboards
+from utils.features.dashboards import Activation, Dashboard, Source, read_dashboards, shared_fields
 from utils.settings import Json
 
 OUTPUTS = ("*.jsonl", "features", "activations", "explanations")
@@ -117,11 +117,6 @@ def _feature(
     dashboard: Dashboard, source: Source, place: dict[str, str], made: str
 ) -> dict[str, Json]:
     """A row of the table Neuron."""
-    unknown = (
-        "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
-        "correlated_neurons_indices", "correlated_neurons_pearson", "correlated_neurons_l1",
-        "correlated_features_indices", "correlated_features_pearson", "correlated_features_l1",
-    )  # fmt: skip
     return {
         **place,
         "creatorId": CREATOR,
@@ -134,16 +129,7 @@ def _feature(
         "hookName": None,
         "topkCosSimIndices": [feature for feature, _ in dashboard.neighbours],
         "topkCosSimValues": [cosine for _, cosine in dashboard.neighbours],
-        **{name: [] for name in unknown},
-        "neg_str": [text for text, _ in dashboard.suppressed],
-        "neg_values": [value for _, value in dashboard.suppressed],
-        "pos_str": [text for text, _ in dashboard.promoted],
-        "pos_values": [value for _, value in dashboard.promoted],
-        "frac_nonzero": dashboard.density,
-        "freq_hist_data_bar_heights": [count for _, count in dashboard.histogram],
-        "freq_hist_data_bar_values": [middle for middle, _ in dashboard.histogram],
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        **shared_fields(dashboard),
         "decoder_weights_dist": [],
         "sourceSetName": source.set_name,
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.artifacts import replacing
 from utils.features.catalogue import Catalogue
-from utils.features.dashboards import Dashboard, Source, read_dashboards
+from utils.features.dashboards import Dashboard, Source, read_dashboards, shared_fields
 from utils.features.examples import N_BUCKETS, N_PER_BUCKET, N_TOP
 from utils.settings import Json
 
@@ -73,23 +73,9 @@ def _run_settings(source: Source) -> dict[str, Json]:
 
 def _feature(dashboard: Dashboard, source: Source) -> dict[str, Json]:
     """A feature, with the names of NeuronpediaDashboardFeature."""
-    unknown = (
-        "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
-        "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
-        "correlated_features_indices", "correlated_features_l1", "correlated_features_pearson",
-    )  # fmt: skip
     return {
         "feature_index": dashboard.feature,
-        **{name: [] for name in unknown},
-        "neg_str": [text for text, _ in dashboard.suppressed],
-        "neg_values": [value for _, value in dashboard.suppressed],
-        "pos_str": [text for text, _ in dashboard.promoted],
-        "pos_values": [value for _, value in dashboard.promoted],
-        "frac_nonzero": dashboard.density,
-        "freq_hist_data_bar_values": [middle for middle, _ in dashboard.histogram],
-        "freq_hist_data_bar_heights": [count for _, count in dashboard.histogram],
-        "logits_hist_data_bar_heights": [],
-        "logits_hist_data_bar_values": [],
+        **shared_fields(dashboard),
         "n_prompts_total": source.n_contexts,
         "n_tokens_in_prompt": source.context_length,
         "dataset": source.dataset,

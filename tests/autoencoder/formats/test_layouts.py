@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import Answer, D, K, N, Weights, drawn, relu, rows_of
 from hand_set import array
 from safetensors.torch import save_file
 
@@ -17,23 +18,10 @@ from utils.autoencoder.formats.importing import find
 from utils.autoencoder.formats.source import Source
 from utils.settings import InputError
 
-N, D, K = 40, 12, 5
-Weights = dict[str, np.ndarray]
-Answer = tuple[np.ndarray, np.ndarray]  # latents (rows, n) and reconstruction (rows, d)
-
 
 @pytest.fixture
 def draw() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def rows_of(draw: np.random.Generator) -> np.ndarray:
-    """Raw activations, not centred, tokens of very different size."""
-    return (draw.normal(size=(50, D)) * draw.uniform(0.5, 3, (50, 1)) + 0.5).astype(np.float32)
-
-
-def drawn(draw: np.random.Generator, **shapes: tuple[int, ...]) -> Weights:
-    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def save(path: Path, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
@@ -51,10 +39,6 @@ def save(path: Path, weights: Weights, dtype: torch.dtype = torch.float32) -> No
 def save_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
-
-
-def relu(values: np.ndarray) -> np.ndarray:
-    return np.maximum(values, 0)
 
 
 def largest(values: np.ndarray, by: np.ndarray) -> np.ndarray:

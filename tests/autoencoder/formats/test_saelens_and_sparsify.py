@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import Answer, D, K, N, Weights, drawn, relu, rows_of
 from hand_set import array
 from safetensors.torch import save_file
 
@@ -15,27 +16,15 @@ from utils.autoencoder.formats.importing import find
 from utils.autoencoder.formats.source import Source
 from utils.settings import InputError
 
-N, D, K = 40, 12, 5
 SAID = {
     "sae_lens_version": "6.54.12", "model_name": "m", "hook_name": "blocks.3.hook_resid_post",
     "context_size": 128, "prepend_bos": True, "hook_head_index": None,
 }  # fmt: skip
-Weights = dict[str, np.ndarray]
-Answer = tuple[np.ndarray, np.ndarray]  # latents (rows, N) and reconstruction (rows, D)
 
 
 @pytest.fixture
 def draw() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def rows_of(draw: np.random.Generator) -> np.ndarray:
-    """Raw activations, not centred, tokens of very different size."""
-    return (draw.normal(size=(50, D)) * draw.uniform(0.5, 3, (50, 1)) + 0.5).astype(np.float32)
-
-
-def drawn(draw: np.random.Generator, **shapes: tuple[int, ...]) -> Weights:
-    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def save(folder: Path, config: dict, weights: Weights, name: str, dtype=torch.float32) -> Source:
@@ -45,10 +34,6 @@ def save(folder: Path, config: dict, weights: Weights, name: str, dtype=torch.fl
     tensors = {key: torch.from_numpy(np.array(values)).to(dtype) for key, values in weights.items()}
     save_file(tensors, folder / name)
     return Source(str(folder))
-
-
-def relu(values: np.ndarray) -> np.ndarray:
-    return np.maximum(values, 0)
 
 
 def largest(values: np.ndarray) -> np.ndarray:

@@ -62,8 +62,8 @@ def measure_losses(
         counted = (tokens[:, 1:] != model.language_model.bos).numpy()
         values, expected = {"subset": subsets[:, 1:][counted]}, None
         for name, replace in replacements.items():
-            logits = _logits(model, tokens, torch.from_numpy(batch.kept), replace)
-            losses, kl, predicted = _losses(logits, tokens, expected)
+            logits = logits_of(model, tokens, torch.from_numpy(batch.kept), replace)
+            losses, kl, predicted = losses_of(logits, tokens, expected)
             expected = predicted if expected is None else expected
             values[name] = losses[counted]
             if name == "reconstruction":
@@ -101,7 +101,7 @@ def _add_fidelity(
 
 
 @torch.inference_mode()
-def _logits(
+def logits_of(
     model: FeatureModel,
     tokens: torch.Tensor,
     kept: torch.Tensor,
@@ -120,7 +120,7 @@ def _logits(
 
 
 @torch.inference_mode()
-def _losses(
+def losses_of(
     logits: torch.Tensor, tokens: torch.Tensor, expected: list[torch.Tensor] | None
 ) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
     """Cross-entropy of each next token, and the divergence of its prediction from an expected one.
