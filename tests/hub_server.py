@@ -35,6 +35,7 @@ class Hub:
         repositories: By owner/name.
         requests: Method and path of each.
         is_broken: Answer uploads of large files with an error.
+        is_read_only: Refuse commits.
     """
 
     def __init__(self, token: str):
@@ -42,7 +43,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.stored: dict[str, bytes] = {}  # LFS objects by SHA-256
         self.requests: list[str] = []
-        self.is_broken = False
+        self.is_broken = self.is_read_only = False
 
     def count(self, start: str) -> int:
         return sum(request.startswith(start) for request in self.requests)
@@ -158,6 +159,9 @@ class Answer(BaseHTTPRequestHandler):
             self._send(200)
 
     def _commit(self, repository: Repository, name: str) -> None:
+        if self.hub.is_read_only:
+            self._send(403, {"error": "This token may only read"})
+            return
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]

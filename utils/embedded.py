@@ -39,6 +39,15 @@ SEED = 0
 Texts = Iterator[tuple[str, dict[str, str]]]  # texts with their metadata (title, topic)
 
 
+def public_name(name: str, part: str) -> str:
+    """A model or a dataset, ``part`` of `TITLES`, without the folders that it lies in here."""
+    if name == "embedded":
+        return TITLES[part]
+    path = Path(name).expanduser()
+    is_path = path.exists() or path.is_absolute() or name.count("/") > 1
+    return path.name if is_path else name
+
+
 @dataclass(frozen=True)
 class Wheel:
     """A pinned wheel. Domain and licence are those of the content, not of the package."""

@@ -13,8 +13,12 @@ from hand_set import array
 from hub_server import Hub, Repository, serving
 
 from utils.activations.store import ActivationStore
+from utils.artifacts import write_json
+from utils.autoencoder.formats import own
+from utils.autoencoder.formats.source import Source
 from utils.autoencoder.formats.sparsify import WEIGHTS as SPARSIFY_WEIGHTS
-from utils.autoencoder.saved import load_autoencoder
+from utils.autoencoder.kinds import KINDS
+from utils.autoencoder.saved import load_autoencoder, save_autoencoder
 
 TOKEN = "hf_NeverShownAnywhere0123456789"
 NAME = "me/topk-of-tiny"
@@ -124,6 +128,43 @@ def test_there_and_back_it_is_the_same_function(trained, push, take, hub, tmp_pa
     assert [path for path in files if path.is_file()]
     assert TOKEN not in printed
     assert not [path for path in files if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_no_path_of_this_machine_is_uploaded(
+    trained, push, hub, tmp_path, tmp_path_factory, run_here
+):
+    push("--no-dry-run")
+    (tmp_path / "held").mkdir()
+    for file, content in hub.repositories[NAME].files.items():
+        if "/" not in file:
+            (tmp_path / "held" / file).write_bytes(content)
+    run_here(
+        "train_autoencoder", "--import-from", tmp_path / "held", "--activations-dir",
+        trained.activations, "--autoencoder-dir", tmp_path / "imported", "--backend", "torch",
+        "--push-to-hub", "me/imported", "--no-dry-run",
+    )  # fmt: skip
+    here = str(tmp_path_factory.getbasetemp()).encode()
+    for repository in hub.repositories.values():
+        assert not [file for file, content in repository.files.items() if here in content]
+    said = json.loads(hub.repositories["me/imported"].files["metrics.json"])
+    assert (said["model_name"], said["imported"]["source"]) == ("tiny", "held")
+
+
+def test_a_token_that_may_only_read(push, hub):
+    hub.is_read_only = True
+    ended = push("--no-dry-run", check=False)
+    assert "This token may only read The token may not write there" in ended.message
+
+
+def test_standardised_tokens_come_back(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
+    made = KINDS["topk"](d_model=12, n_latents=24, k=3, standardize_tokens=True)
+    made.initialize(0.8, np.ones(12), np.zeros(12), 0.5, seed=0)
+    save_autoencoder(made, tmp_path / "autoencoder.keras")
+    facts = {"model_name": "m", "layer": 1, "l0": 3.0, "fvu": 0.1}
+    write_json(tmp_path / "metrics.json", facts)
+    back = own.read(Source(str(tmp_path)), own.HOOKPOINT).build()
+    np.testing.assert_array_equal(array(made(rows)), array(back(rows)))
 
 
 def test_what_broke_off_goes_on(push, hub):

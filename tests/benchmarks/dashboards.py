@@ -49,9 +49,10 @@ from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunne
 from sae_dashboard.sae_vis_data import SaeVisConfig, SaeVisData
 
 from tests.neuronpedia_server import KEY, Neuronpedia, serving
+from utils.embedded import public_name
 from utils.features import saedashboard, upload
 from utils.features.catalogue import Catalogue
-from utils.features.dashboards import Source, default_set, model_id, public_name
+from utils.features.dashboards import Source, default_set, model_id
 from utils.settings import Json
 
 N_SHOWN = 20
@@ -158,7 +159,7 @@ def main() -> None:
     catalogue = Catalogue(options.analysis)
     about = catalogue.summary
     set_name = default_set(about["kind"], about["n_latents"])
-    texts = public_name(about["model_name"]), public_name(about["dataset"])
+    texts = [public_name(about[part], part) for part in ("model_name", "dataset")]
     source = Source(model_id(about["model_name"]), about["layer"], set_name, *texts, 0, 0)
 
     folder = options.output / "saedashboard" / source.model / source.id

@@ -10,18 +10,18 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from utils import embedded
 from utils.artifacts import AUTOENCODER_FILE, METRICS_FILE, SETTINGS_FILE, read_json
 from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.formats import saelens, sparsify
-from utils.autoencoder.formats.folded import Facts
+from utils.autoencoder.formats.folded import Facts, write_config
 from utils.autoencoder.kinds import KINDS
 from utils.autoencoder.model_card import CURVES, model_card
-from utils.settings import FULL, InputError, disk_error, hub_token, require
+from utils.embedded import public_name
+from utils.settings import FULL, InputError, Json, disk_error, hub_token, require
 from utils.terminal import in_bytes
 
 STAGED = "hub"  # in the autoencoder's folder: what is written for the hub alone
-FILES = (AUTOENCODER_FILE, SETTINGS_FILE, METRICS_FILE, CURVES)
+FILES = (AUTOENCODER_FILE, CURVES)
 
 
 class HubSettings(Protocol):
@@ -117,20 +117,29 @@ def _stage(
     saelens.write(autoencoder, facts, staged / "saelens")
     if sparsify.refusal(kind, autoencoder.standardize_tokens) is None:
         sparsify.write(autoencoder, facts, staged)
+    for file in (SETTINGS_FILE, METRICS_FILE):
+        write_config(staged / file, _shown(read_json(folder / file), facts))
     made = (path for path in staged.rglob("*") if path.is_file() and not path.name.startswith("."))
     files = {path.relative_to(staged).as_posix(): path for path in sorted(made)}
     files |= {file: folder / file for file in FILES if (folder / file).exists()}
-    metrics = read_json(folder / METRICS_FILE)
+    metrics = read_json(staged / METRICS_FILE)
     card = staged / "README.md"
     card.write_text(model_card(name, kind, autoencoder, facts, metrics, list(files)), "utf-8")
     return {card.name: card} | files
 
 
-def public(name: str, part: str) -> str:
-    """A model or a dataset, ``part``, as the hub may show it: without the paths of this machine."""
-    if name == "embedded":
-        return embedded.TITLES[part]
-    return Path(name).name if Path(name).exists() else name
+def _shown(content: dict[str, Json], facts: Facts) -> dict[str, Json]:
+    """A file's content without the paths of this machine."""
+    imported = dict(content.get("imported") or {})
+    for name in ("source", "model_name"):
+        if imported.get(name):
+            imported[name] = public_name(imported[name], "model_name")
+    shown = {
+        "model_name": facts.model_name,
+        "imported": imported,
+        "import_from": public_name(content.get("import_from") or "", "model_name"),
+    }
+    return content | {name: value for name, value in shown.items() if content.get(name)}
 
 
 def _hub() -> huggingface_hub.HfApi:
@@ -148,7 +157,8 @@ def uploading(name: str) -> Iterator[None]:
         if (refusal := disk_error(error)) is not None and refusal.errno in FULL:
             raise
         # "from None": the errors behind this one hold the headers of requests.
-        raise InputError(_in_words(name, error.__cause__ or error)) from None
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+        raise InputError(_in_words(name, answer)) from None
 
 
 def _in_words(name: str, error: Exception) -> str:

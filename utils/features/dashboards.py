@@ -106,11 +106,6 @@ def parse_source(name: str) -> tuple[str, int, str]:
     return model, int(layer), set_name
 
 
-def public_name(name: str) -> str:
-    """A model's or dataset's name without the folders that it lies in on this machine."""
-    return Path(name).name if Path(name).exists() else name
-
-
 def read_dashboards(catalogue: Catalogue, words: str, first: int = 0) -> Iterator[Dashboard]:
     """The dashboard of every feature from ``first`` on, in order.
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from utils.artifacts import RunRecord, fingerprint, open_stage, require_disk_space
+from utils.embedded import public_name
 from utils.features import neuronpedia, saedashboard, upload
 from utils.features.catalogue import EXAMPLES_FILE, FEATURES_FILE, TOKEN_TEXTS_FILE, Catalogue
-from utils.features.dashboards import Source, default_set, model_id, parse_source, public_name
+from utils.features.dashboards import Source, default_set, model_id, parse_source
 from utils.settings import require
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def choose_source(
         f"NEURONPEDIA_SOURCE must be of layer {store.layer}, as the features are; it is {name}.",
     )
     return Source(
-        model, layer, set_name, public_name(store.model_name), public_name(store.dataset),
+        model, layer, set_name, public_name(store.model_name, "model_name"),
+        public_name(store.dataset, "dataset"),
         len(store.sample(settings.n_tokens)), store.context_length,
     )  # fmt: skip
 

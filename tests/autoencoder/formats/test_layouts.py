@@ -311,7 +311,7 @@ def test_goodfire(dtype, draw, tmp_path):
     f = relu(rows @ w["encoder_linear.weight"].T.astype(float) + w["encoder_linear.bias"])
     reconstruction = f @ w["decoder_linear.weight"].T + w["decoder_linear.bias"]
     origin = compare(tmp_path, None, rows, (f, reconstruction)).origin
-    assert (origin.model_name, origin.layer) == ("Llama-3.1-8B-Instruct", 19)
+    assert (origin.model_name, origin.layer) == ("meta-llama/Llama-3.1-8B-Instruct", 19)
     assert origin.dtype == str(dtype).removeprefix("torch.")
 
 
@@ -325,7 +325,7 @@ def test_qwen_scope(draw, tmp_path):
     f = largest(pre, pre)
     assert (f >= 0).all()
     origin = compare(folder, "layer10.sae.pt", rows, (f, f @ w["W_dec"].T + w["b_dec"])).origin
-    assert (origin.model_name, origin.layer) == ("Qwen3-8B-Base", 10)
+    assert (origin.model_name, origin.layer) == ("Qwen/Qwen3-8B-Base", 10)
     with pytest.raises(InputError, match=r"HOOKPOINT .*: layer2\.sae\.pt, layer10\.sae\.pt\."):
         find(Source(str(folder)), None)
     folder.rename(tmp_path / "renamed")

@@ -1,14 +1,8 @@
-"""What ``EXPORT`` and ``PUSH_TO_HUB`` ask for: finished autoencoders as other tools' files.
-
-Loads no transformers, which crashes where TensorFlow was loaded before, but for activations that
-were saved before their block's name was.
-"""
+"""What ``EXPORT`` and ``PUSH_TO_HUB`` ask for: finished autoencoders as other tools' files."""
 
 import dataclasses
 from pathlib import Path
 from typing import Protocol
-
-import keras
 
 from utils import embedded
 from utils.activations.store import ActivationStore
@@ -70,11 +64,6 @@ def block_of(store: ActivationStore) -> str:
     """The module whose output the activations are, as ``"model.layers.15"``."""
     if store.block is not None:
         return store.block
-    require(
-        keras.backend.backend() != "tensorflow",
-        f"EXPORT needs the name of the block, which {store.folder}, of an earlier version, does "
-        "not have, and which TensorFlow keeps from being looked up. Save the activations again.",
-    )
     from utils.language_model import block_name
 
     return block_name(store.model_name, store.layer)
@@ -101,7 +90,10 @@ def export(settings: ExportSettings, store: ActivationStore, folder: Path) -> No
         written = WRITERS[name].write(autoencoder, facts, Path(settings.export_dir) / name)
         print(f"Exported to {written}.")
     if settings.push_to_hub is not None:
-        shown = {part: hub.public(getattr(store, part), part) for part in ("model_name", "dataset")}
+        shown = {
+            part: embedded.public_name(getattr(store, part), part)
+            for part in ("model_name", "dataset")
+        }
         hub.push(settings, autoencoder, dataclasses.replace(facts, **shown), folder)
 
 

@@ -38,7 +38,7 @@ def read(source: Source, hookpoint: str) -> Imported:
     origin = Origin(
         format="goodfire",
         hookpoint=hookpoint,
-        model_name=named["model"],
+        model_name=f"meta-llama/{named['model']}",
         layer=int(named["layer"]),
         dtype=dtype_of(tensors),
     )

@@ -41,6 +41,7 @@ from utils.autoencoder.formats.source import (
 )
 from utils.settings import Json, require
 
+LEAST_NORM = 1e-12  # of a decoder row; one of zeros stays so
 FILES = (  # configuration and weights, of version 1 and 2
     ("hyperparams.json", "checkpoints/final.safetensors"),
     ("config.json", "sae_weights.safetensors"),
@@ -173,7 +174,7 @@ def _folded(
         weights["b_enc"] = without_decoder_bias(held["W_enc"], held["b_enc"], held["b_dec"])
     norms = np.ones(len(held["b_enc"]))
     if config.get("sparsity_include_decoder_norm", True):
-        norms = np.linalg.norm(held["W_dec"], axis=1).astype(np.float64)
+        norms = np.linalg.norm(held["W_dec"], axis=1).astype(np.float64).clip(LEAST_NORM)
     if kind == "jumprelu":
         threshold = weights.pop("threshold", None)
         if threshold is None:

@@ -43,9 +43,8 @@ def read(source: Source, hookpoint: str) -> Imported:
             f"holds a {config['registered_name']}.",
         )
         cls = find_kind(kind)
-        options = {
-            name: config["config"][name] for name in cls.options() if name in config["config"]
-        }
+        names = (*cls.options(), *cls.not_trained)
+        options = {name: config["config"][name] for name in names if name in config["config"]}
         made = cls(**options)
         made.load_weights(path)
     weights = {w.name: as_array(w) for w in made.weights if w.name not in COUNTERS}

@@ -44,7 +44,7 @@ def read(source: Source, hookpoint: str) -> Imported:
     origin = Origin(
         format="qwen_scope",
         hookpoint=hookpoint,
-        model_name=named["model"],
+        model_name=f"Qwen/{named['model']}",
         layer=int(FILE.match(hookpoint)[1]),
         dtype=dtype_of(tensors),
     )

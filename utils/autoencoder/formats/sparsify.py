@@ -8,6 +8,7 @@ above may hold ``config.json``, the settings of the training.
 Reference: eai-sparsify 1.3.3, ``sparsify/sparse_coder.py`` and ``fused_encoder.py``.
 """
 
+import fnmatch
 from pathlib import Path, PurePosixPath
 
 from utils.autoencoder.autoencoder import SparseAutoencoder
@@ -80,6 +81,9 @@ def _origin(source: Source, hookpoint: str, dtype: str) -> Origin:
     layer, notes = layer_of(place.name)
     file = str(PurePosixPath(hookpoint).parent / RUN_CONFIG)
     run = source.json(file) if hookpoint != "." and file in source.files else {}
+    patterns = run.get("hookpoints") or ["*"]
+    if not any(fnmatch.fnmatchcase(place.name, pattern) for pattern in patterns):
+        run = {}  # of others, that were written there later
     return Origin(
         format=NAME,
         hookpoint=hookpoint,
