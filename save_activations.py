@@ -136,6 +136,9 @@ def layer_folders(settings: Settings) -> dict[int, Path]:
 @contextlib.contextmanager
 def claimed(folders: dict[int, Path], settings: Settings, ranks: Ranks) -> Iterator[None]:
     """While open, each layer's folder belongs to this process's run of that layer."""
+    for folder in folders.values():  # all at once, for a training that follows them
+        with contextlib.suppress(OSError):  # told below
+            folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stages:
         for layer, folder in folders.items():
             alone = dataclasses.replace(settings, layer=layer)

@@ -76,9 +76,10 @@ class TimeLimit:
         """Whether the time has come; to be asked while waiting."""
         return time.monotonic() >= self.end
 
-    def leave_out_wait(self) -> None:
-        """Count what has passed since `allows_another` as no part of the work."""
-        self._latest = time.monotonic()
+    def leave_out(self, seconds: float) -> None:
+        """Count a wait of so many seconds as no part of the work."""
+        if self._latest is not None:
+            self._latest += seconds
 
 
 @dataclasses.dataclass(frozen=True)

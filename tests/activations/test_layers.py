@@ -217,6 +217,16 @@ def test_a_damaged_shard_of_one_layer_is_made_anew_alone(model, text, tmp_path, 
     assert {path.name[-9:] for path in rewritten} == {"00002.npy"}
 
 
+def test_a_shard_that_is_damaged_in_several_layers_is_made_anew_in_each(
+    model, text, tmp_path, alone
+):
+    extract(model, text, tmp_path)
+    for layer, array in ((0, "activations"), (1, "norms"), (3, "tokens")):
+        (tmp_path / f"layer-{layer}" / f"{array}-00002.npy").unlink()
+    extract(model, text, tmp_path, per_batch=None)
+    assert contents(tmp_path) == alone
+
+
 def test_a_shard_that_no_memory_holds_in_its_batches_is_told(model, text, tmp_path, extract_some):
     extract_some(2 * 1 + 1, (0,))
 

@@ -126,6 +126,20 @@ def test_what_is_read_ahead_keeps_its_order_and_its_error():
     assert threading.active_count() == before
 
 
+def test_what_waits_in_the_thread_ahead_is_told_to_stop():
+    """As where Ctrl-C comes while an extraction waits for room on the disk."""
+    stopped = threading.Event()
+
+    def waiting():
+        yield 0
+        stopped.wait(30)
+
+    ahead, begun = read_ahead(waiting(), stop=stopped.set), time.monotonic()
+    assert next(ahead) == 0
+    ahead.close()
+    assert time.monotonic() - begun < 10
+
+
 def test_the_model_never_waits_for_a_write_until_the_queue_is_full(extract, watched, monkeypatch):
     """A writer of half the model's rate: one batch for every two calls of the model."""
     may_write, written, append = threading.Semaphore(0), [], ShardWriter.append

@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BOS, command, write_activations
+from conftest import BOS, command, settings_of, write_activations
 
 from tests.benchmarks.rolling import run_together
 from utils.activations import following
@@ -16,6 +17,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.rolling import BESIDES, Rolling
 from utils.activations.store import KEPT_SHARDS, ActivationStore
 from utils.artifacts import write_json
+from utils.autoencoder import training
 from utils.autoencoder.saved import load_autoencoder
 from utils.settings import InputError, TimeIsUp, TimeLimit
 
@@ -156,6 +158,70 @@ def test_who_follows_nobody_says_what_it_waits_for(folder, monkeypatch, capsys):
     with pytest.raises(InputError, match=r"FOLLOW waits for the shards of window 1 .* Start it"):
         open_first_window(folder / "none", NO_LIMIT)
     assert "Waiting for the shards of window 1" in capsys.readouterr().out
+
+
+def test_a_training_cannot_begin_with_what_another_has_freed(folder):
+    followed(folder)
+    free_all(folder)
+    batches, _ = followed(folder)
+    with pytest.raises(InputError, match=r"Window 1 of .* was used and freed by another training"):
+        next(batches.from_step(0))
+
+
+def test_two_trainings_cannot_follow_one_folder(folder):
+    first, second = followed(folder)[0], followed(folder)[0]
+    first.claim()
+    with pytest.raises(InputError, match="Another training follows"):
+        second.claim()
+    first._lock.release()
+    second.claim()
+
+
+def test_a_last_window_of_less_than_a_batch_is_gone_through_often(folder):
+    every = Manifest.read(folder / "manifest.json").shards
+    change_manifest(folder, shards=every[:5])
+    batches, n_steps = followed(folder)
+    batches.batch_size = 200  # more rows than the last window has
+    shuffled = batches.shuffled
+
+    def in_larger_batches(store, window):
+        made = shuffled(store, window)
+        made.batch_size = 200
+        return made
+
+    batches.shuffled = in_larger_batches
+    n_steps = batches.n_steps(1.0)
+    assert [len(batch) for batch in batches.from_step(0)] == [200] * n_steps
+
+
+def test_what_is_freed_is_not_kept_open(folder):
+    batches, _ = followed(folder)
+    next(batches.from_step(0))
+    batches.free(batches.ends[0])
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text()
+        assert f"{folder}/activations-00001.npy" not in maps
+
+
+def test_steps_count_the_rows_that_are_held_out(folder, tmp_path):
+    """All of them are in the first shard, and later windows have others."""
+    values = {"follow": True, "activations_dir": str(folder), "batch_size": BATCH, "held_out": 0.3}
+    settings = settings_of("train_autoencoder", **values, pool_gib=1e-4)
+    store = open_first_window(folder, NO_LIMIT)
+    (tmp_path / "stage").mkdir()
+    batches = training.batches_of(settings, store, [], tmp_path / "stage")
+    assert batches.rows_a_shard == store.n_tokens / 2
+    rounds = training.cut_into_rounds(
+        settings_of("train_autoencoder", **values, log_every=5), batches
+    )
+    assert rounds.limit is batches.limit
+    batches._lock.release()
+
+
+def test_a_folder_of_several_layers_is_told(tmp_path):
+    (tmp_path / "layer-3").mkdir()
+    with pytest.raises(InputError, match=r"holds several layers\. Run the same command again"):
+        open_first_window(tmp_path, NO_LIMIT)
 
 
 def test_the_time_limit_comes_while_waiting(folder):

@@ -550,7 +550,7 @@ def test_too_large_a_pool_is_refused_with_what_fits():
 
 def test_too_large_a_batch_and_too_few_passes(store):
     with pytest.raises(InputError, match="BATCH_SIZE must be at most the number of training token"):
-        ShuffledBatches(store, range(10), 10 * CONTEXT, seed=0)
+        ShuffledBatches(store, range(10), 10 * CONTEXT, seed=0).n_steps(1)
     with pytest.raises(InputError, match="N_PASSES must be enough for a batch of 7"):
         ShuffledBatches(store, range(10), 7, seed=0).n_steps(0.01)
 

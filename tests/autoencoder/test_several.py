@@ -3,15 +3,17 @@
 import json
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
 
 import train_autoencoder
+from utils import settings as settings_module
 from utils.autoencoder import several
 from utils.autoencoder.saved import load_autoencoder
 from utils.autoencoder.several import Job, jobs_of, train_several
-from utils.settings import InputError, read_settings
+from utils.settings import InputError, TimeIsUp, read_settings
 
 
 def settings_of(folder, *words):
@@ -55,23 +57,24 @@ def test_what_is_of_one_is_refused(layers, words, says):
 
 STAND_IN = """
 import os, sys, time
-words = dict(zip(sys.argv[-6::2], sys.argv[-5::2]))
+words = dict(zip(sys.argv[4::2], sys.argv[5::2]))
 begun = time.time()
 time.sleep(0.5)
 card, end = os.environ.get("CUDA_VISIBLE_DEVICES"), time.time()
-print(begun, end, card, words["--n-latents"], flush=True)
+hours = [words["--max-hours"]] if "--max-hours" in words else []
+print(begun, end, card, words["--n-latents"], *hours, flush=True)
 sys.exit(int(sys.argv[1]) if words["--n-latents"] == "16" else 0)
 """
 
 
-def run(tmp_path, monkeypatch, status, n_cards):
+def run(tmp_path, monkeypatch, status, n_cards, *flags):
     """A script that waits, in place of training; begin, end, card and size of each."""
     script = tmp_path / "script.py"
     script.write_text(STAND_IN)
     monkeypatch.setattr(sys, "argv", [str(script), str(status), "--n-latents", "4"])
     monkeypatch.setattr(several, "count_cards", lambda: n_cards)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    settings = settings_of(tmp_path, "--n-latents", 8, 16, 32)
+    settings = settings_of(tmp_path, "--n-latents", 8, 16, 32, *flags)
     train_several(settings, jobs_of(settings))
     logs = sorted((tmp_path / "trained").glob("*.log"))
     return [log.read_text().split() for log in logs]
@@ -89,6 +92,15 @@ def test_one_that_fails_is_named_and_the_others_are_finished(tmp_path, monkeypat
     with pytest.raises(InputError, match=r"1 of 3 failed.*trained/16\.log\.$"):
         run(tmp_path, monkeypatch, 1, 1)
     assert len(list((tmp_path / "trained").glob("*.log"))) == 3
+
+
+def test_time_is_up_for_all_of_them(tmp_path, monkeypatch):
+    """Each gets what is left, and none begins when nothing is."""
+    monkeypatch.setattr(settings_module, "STARTED", time.monotonic())
+    with pytest.raises(TimeIsUp):
+        run(tmp_path, monkeypatch, 0, 1, "--max-hours", 0.3 / 3_600)
+    (log,) = (tmp_path / "trained").glob("*.log")
+    assert 0 < float(log.read_text().split()[-1]) * 3_600 < 0.3
 
 
 def test_each_is_what_a_command_for_it_alone_writes(tiny_run, run_script, tmp_path):

@@ -33,7 +33,7 @@ class ShuffledBatches:
             memory, with batches as NumPy arrays.
 
     Raises:
-        InputError: ``batch_size`` is larger than the data.
+        InputError: There are no rows.
     """
 
     def __init__(
@@ -51,18 +51,23 @@ class ShuffledBatches:
         self._n_parts = kept.shape[1]  # of a context
         self._kept = kept.reshape(-1, kept.shape[2])
         self.n_rows = int(np.bitwise_count(self._kept).sum())
-        require(
-            batch_size <= self.n_rows,
-            f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
-            f"it is {batch_size:,}.",
-        )
+        require(self.n_rows > 0, f"{store.folder} has no training tokens. Save more.")
         self._pool_pieces = max(1, int(pool_gib * 2**30) // (self._piece * store.row_bytes))
         pieces = min(self._pool_pieces, len(self._kept))
         self._pool_rows = pieces * min(self._piece, store.context_length)
         self.pool_bytes = POOLS * self._pool_rows * store.row_bytes
 
     def n_steps(self, n_passes: float) -> int:
-        """The number of whole batches in ``n_passes`` passes over the rows."""
+        """The number of whole batches in ``n_passes`` passes over the rows.
+
+        Raises:
+            InputError: There is none, or a batch is larger than the data.
+        """
+        require(
+            self.batch_size <= self.n_rows,
+            f"BATCH_SIZE must be at most the number of training tokens, {self.n_rows:,}; "
+            f"it is {self.batch_size:,}.",
+        )
         steps = int(n_passes * self.n_rows) // self.batch_size
         require(
             steps > 0,

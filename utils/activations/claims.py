@@ -178,7 +178,8 @@ class Claims:
                 elif not self._is_made_elsewhere():
                     return
                 else:
-                    self._while_waiting(not self._has_room())
+                    cursor = self._read()
+                    self._while_waiting(not (self._is_at_end(cursor) or self._has_room(cursor)))
                     self._changed.wait(WAIT)
                     self._changed.clear()
 
@@ -271,9 +272,9 @@ class Claims:
                 self.release(number)
         return None
 
-    def _has_room(self, cursor: Cursor | None = None) -> bool:
+    def _has_room(self, cursor: Cursor) -> bool:
         """Whether the next shard may be begun."""
-        number = self._number((cursor or self._read()).index)
+        number = self._number(cursor.index)
         return all(layer.has_room(number) for layer in self.layers)
 
     def _advance(self, cursor: Cursor) -> list[Context]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from utils.activations.layers import OF_TEXT, LayerFolder, Ranks
 from utils.activations.manifest import Manifest, ShardEntry, SubsetNumbers
 from utils.activations.queues import ShardQueue, read_ahead
 from utils.activations.rolling import Rolling
-from utils.activations.shards import ShardWriter, bytes_per_token
+from utils.activations.shards import ShardWriter, bytes_per_token, close_arrays
 from utils.artifacts import SETTINGS_FILE, read_json
 from utils.backend import ran_out_of_memory
 from utils.language_model import LanguageModel
@@ -68,7 +68,9 @@ class Extraction:
 
     def is_finished(self) -> bool:
         """Whether all shards are there and whole; `run` makes the damaged ones anew."""
-        return all([layer.is_finished() for layer in self.layers])
+        is_finished = all([layer.is_finished() for layer in self.layers])
+        close_arrays()  # a freed shard takes room as long as it is open
+        return is_finished
 
     def plan_windows(self, d_model: int) -> Rolling | None:
         """How each layer's folder is cut where MAX_DISK_GB bounds all of them together.
@@ -133,10 +135,9 @@ class Extraction:
             stack.callback(self.claims.close)  # after the queues
             # A queue for each, for one thread writes slower than several layers are computed.
             self.queues = [stack.enter_context(ShardQueue()) for _ in self.layers]
-            for layer in self.layers:
-                for entry in layer.damaged:
-                    self._stop_in_time(self._done())
-                    self._repair(layer, entry)
+            for number in sorted({e.shard for layer in self.layers for e in layer.damaged}):
+                self._stop_in_time(self._done())
+                self._repair(number)
             if not all(layer.is_complete() for layer in self.layers):
                 self._extend()
         for layer in self.layers:
@@ -238,19 +239,27 @@ class Extraction:
 
     # ---- shards
 
-    def _repair(self, layer: LayerFolder, entry: ShardEntry) -> None:
-        """Make a shard of one layer anew."""
-        if not self.claims.lock(entry.shard):  # another process makes it anew
+    def _repair(self, number: int) -> None:
+        """Make a shard anew in each layer where it is damaged."""
+        if not self.claims.lock(number):  # another process makes it anew
             return
-        per_batch = entry.contexts_per_batch or self._earlier_batch(layer)
-        start = as_position(entry.start)
-        contexts = self.stream.at(start).take(start, entry.contexts)
-        require(bool(contexts), f"{self.corpus.name} ends before shard {entry.shard} now.")
-        self.subset_numbers = SubsetNumbers(layer.subsets())
-        (writer,) = self._fill_as_before(entry.shard, contexts, [layer], per_batch)
-        self._queue_of(layer).finish(
-            writer, entry.crc32, lambda _: self.claims.release(entry.shard)
-        )
+        damaged = [(one, e) for one in self.layers for e in one.damaged if e.shard == number]
+        unfinished = [layer for layer, _ in damaged]
+
+        def finished(layer: LayerFolder, _: ShardEntry) -> None:
+            unfinished.remove(layer)
+            if not unfinished:
+                self.claims.release(number)
+
+        for layer, entry in damaged:
+            per_batch = entry.contexts_per_batch or self._earlier_batch(layer)
+            start = as_position(entry.start)
+            contexts = self.stream.at(start).take(start, entry.contexts)
+            require(bool(contexts), f"{self.corpus.name} ends before shard {number} now.")
+            self.subset_numbers = SubsetNumbers(layer.subsets())
+            (writer,) = self._fill_as_before(number, contexts, [layer], per_batch)
+            then = functools.partial(finished, layer)
+            self._queue_of(layer).finish(writer, entry.crc32, then)
 
     def _earlier_batch(self, layer: LayerFolder) -> int:
         """Contexts in a batch of versions that recorded it among the settings."""
@@ -259,17 +268,22 @@ class Extraction:
     def _extend(self) -> None:
         """Make the shards that are missing, and wait for those that other processes make."""
         done = self._done()
-        with contextlib.closing(read_ahead(self.claims.shards())) as claimed:
-            try:
-                for claim in claimed:
-                    self._stop_in_time(done)
-                    self._add_shard(claim)
-                    done += len(claim.contexts)
-            finally:
-                self.claims.stop()
+        claims = read_ahead(self.claims.shards(), stop=self.claims.stop)
+        with contextlib.closing(claims) as claimed:
+            while claim := self._next_of(claimed):
+                self._stop_in_time(done)
+                self._add_shard(claim)
+                done += len(claim.contexts)
         if self.claims.has_ended:
             tokens = self.settings.context_length * np.array([done, self.n_contexts])
             print("{} ended after {:,} tokens of {:,}.".format(self.corpus.name, *tokens))
+
+    def _next_of(self, claimed: Iterator[Claim]) -> Claim | None:
+        """The next claim, None at the end; waiting for it is no part of the work."""
+        begun = time.monotonic()
+        claim = next(claimed, None)
+        self.limit.leave_out(time.monotonic() - begun)
+        return claim
 
     def _while_waiting(self, for_room: bool) -> None:
         """Raise what a thread has failed at, or `TimeIsUp`; say once that the disk is full."""
@@ -277,7 +291,6 @@ class Extraction:
             queue.raise_failure()
         if self.limit.is_over():
             raise TimeIsUp("What was begun is saved.")
-        self.limit.leave_out_wait()
         if for_room and not self._told_room:
             tqdm.write(
                 "MAX_DISK_GB is reached. Waiting until train_autoencoder.py --follow has used a "

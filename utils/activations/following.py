@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.activations.batches import ShuffledBatches
@@ -14,7 +15,7 @@ from utils.activations.rolling import Rolling, freed_windows, record_freed
 from utils.activations.shards import close_arrays
 from utils.activations.store import ActivationStore
 from utils.backend import Tensor
-from utils.settings import TimeIsUp, TimeLimit, require
+from utils.settings import InputError, TimeIsUp, TimeLimit, require
 
 POLL = 0.5  # seconds between looks at the folder
 TOLD_AFTER = 30.0  # seconds of waiting
@@ -39,7 +40,7 @@ def await_window(folder: Path, window: int | None, limit: TimeLimit) -> Rolling:
     begun, seen, is_told = time.monotonic(), -1, False
     while True:
         manifests = [Manifest.read(path) for path in sorted(folder.glob("manifest*.json"))]
-        written = written_shards(folder)
+        written = {entry.shard for manifest in manifests for entry in manifest.shards}
         if manifests:
             require(
                 manifests[0].rolling is not None,
@@ -50,6 +51,10 @@ def await_window(folder: Path, window: int | None, limit: TimeLimit) -> Rolling:
             all_ended = sum(m.finished for m in manifests) >= manifests[0].world_size
             if all_ended or (window is not None and written.issuperset(rolling.shards(window))):
                 return rolling
+        require(
+            bool(manifests) or not any(folder.glob("layer-*")),
+            f"{folder} holds several layers. Run the same command again: it trains on each.",
+        )
         if len(written) > seen:
             begun, seen = time.monotonic(), len(written)
         waited = time.monotonic() - begun
@@ -66,7 +71,7 @@ def await_window(folder: Path, window: int | None, limit: TimeLimit) -> Rolling:
             tqdm.write(f"Waiting for {wanted}.")
             is_told = True
         time.sleep(POLL)
-        limit.leave_out_wait()
+        limit.leave_out(POLL)
 
 
 def open_first_window(folder: str | Path, limit: TimeLimit) -> ActivationStore:
@@ -110,6 +115,7 @@ class FollowedBatches:
         limit: Of the time; it may come while a window is waited for.
         ends: The step at which each window ends; after `n_steps`.
         saved: The latest step from which training can go on.
+        gone: The windows that were freed since this process began.
     """
 
     store: ActivationStore
@@ -121,10 +127,26 @@ class FollowedBatches:
     limit: TimeLimit
     ends: list[int] = dataclasses.field(default_factory=list)
     saved: int = 0
+    gone: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def rolling(self) -> Rolling:
         return self.store.rolling
+
+    def claim(self) -> None:
+        """Keep other trainings from using the folder, as long as this object is there.
+
+        Raises:
+            InputError: Another one follows it.
+        """
+        self._lock = FileLock(self.store.folder / ".lock-follow", blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"Another training follows {self.store.folder}, and frees what it has used. Wait "
+                "until it ends, or save the activations a second time for this one."
+            ) from None
 
     def n_steps(self, n_passes: float) -> int:
         """The number of steps in ``n_passes`` passes over each window."""
@@ -157,6 +179,12 @@ class FollowedBatches:
         written = written_shards(folder)
         while written.isdisjoint(self.rolling.shards(window)):
             window -= 1
+        require(
+            window not in freed_windows(folder),
+            f"Window {window + 1} of {folder} was used and freed by another training, so that this "
+            "one cannot begin with it. Go on with that one's AUTOENCODER_DIR and settings, or save "
+            "the activations anew with --overwrite.",
+        )
         store = ActivationStore(folder, self.rolling.shards(window))
         store.verify(self.folder)
         return self.shuffled(store, window)
@@ -169,8 +197,10 @@ class FollowedBatches:
         self.saved = step
         written = written_shards(self.store.folder)
         for window, end in enumerate(self.ends[:-1]):
-            if end <= step and not written.isdisjoint(self.rolling.shards(window + 1)):
+            is_last = written.isdisjoint(self.rolling.shards(window + 1))
+            if end <= step and window not in self.gone and not is_last:
                 free_window(self.store.folder, self.rolling, window)
+                self.gone.add(window)
 
     def to_measure(self) -> ActivationStore:
         """All that is there now, with all that is kept; waits until everything was written."""

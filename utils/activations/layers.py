@@ -1,5 +1,6 @@
 """The shards of one layer that one process writes: a folder, and a manifest of what is in it."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -145,7 +146,11 @@ class LayerFolder:
     @property
     def n_bytes(self) -> int:
         """Bytes of all arrays that are there."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+        total = 0
+        for path in self.folder.glob("*.npy"):
+            with contextlib.suppress(FileNotFoundError):  # freed meanwhile
+                total += path.stat().st_size
+        return total
 
     def adopt(self, facts: dict[str, Json], **rule: Json) -> None:
         """Go on with an earlier run's manifest, or make one.
@@ -183,9 +188,12 @@ class LayerFolder:
     ) -> None:
         """Record a finished shard: how it was ``made``, and what was ``reached`` with it."""
         entry = dataclasses.replace(entry, **made)
-        self.manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
-        self.manifest = dataclasses.replace(self.manifest, **reached)
-        self.manifest.write(self.path)
+        # Other threads see it when it is on the disk, not before.
+        content = {"shards": [*self.manifest.shards], "excluded": {**self.manifest.excluded}}
+        manifest = dataclasses.replace(self.manifest, **content, **reached)
+        manifest.add(entry, writer.sum, writer.sum_squared_norm, writer.excluded)
+        manifest.write(self.path)
+        self.manifest = manifest
 
     def finish(self, **reached: Json) -> None:
         """Record that all shards are there, unless a process did: manifests change no more."""

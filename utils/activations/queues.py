@@ -19,10 +19,13 @@ QUEUED = 8  # batches between the model and the disk, in the host's memory
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], n: int = 1) -> Iterator[T]:
+def read_ahead(
+    items: Iterable[T], n: int = 1, stop: Callable[[], None] = lambda: None
+) -> Iterator[T]:
     """Yield ``items`` in their order, while a thread of its own takes up to ``n`` in advance.
 
-    What they raise is raised here, in its place. Closing this iterator ends the thread.
+    What they raise is raised here, in its place. Closing this iterator ends the thread, after
+    ``stop``, which must end a wait that ``items`` may be in.
     """
     remaining, end = iter(items), object()
     with ThreadPoolExecutor(1, "reading") as thread:
@@ -32,6 +35,7 @@ def read_ahead(items: Iterable[T], n: int = 1) -> Iterator[T]:
                 upcoming.append(thread.submit(next, remaining, end))
                 yield item
         finally:
+            stop()
             thread.shutdown(cancel_futures=True)
 
 

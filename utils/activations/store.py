@@ -226,7 +226,8 @@ class ActivationStore:
         """Record the statistics of the first window, before any shard of it is freed."""
         path = self.folder / STATISTICS_FILE
         if not path.exists():
-            write_json(path, self._of_first_window())
+            values = {"outlier_norm": self.outlier_norm, "scale": self.scale}
+            write_json(path, {**values, "mean": self.mean.tolist()})
 
     def _require_finished(self, manifests: list[Manifest]) -> None:
         world_size = manifests[0].world_size
@@ -241,6 +242,7 @@ class ActivationStore:
     def _open_shards(self, manifests: list[Manifest], among: Container[int] | None) -> None:
         """Open every array, which finds damaged headers; number subsets across manifests."""
         freed = self.rolling.freed(self.folder) if self.rolling else ()
+        self._a_shard = max(entry.contexts for m in manifests for entry in m.shards)
         # Early versions wrote numbers and lists where records held such.
         names = [list(map(str, manifest.subsets)) for manifest in manifests]
         self.subset_names = sorted(set(itertools.chain(*names)))
@@ -267,7 +269,8 @@ class ActivationStore:
             for array in shard.crc32:
                 shard[array]
         self._offsets = [shard["activations"].offset for shard in self.shards]
-        self._stored = self.shards[0]["activations"][:1, 0]  # one row, for its dtype and width
+        # One row, for its dtype and width; a copy, for a view would keep the file open.
+        self._stored = np.array(self.shards[0]["activations"][:1, 0])
         self.storage_dtype = as_floats(self._stored).dtype
         self.row_bytes = self.d_model * self.storage_dtype.itemsize
 
@@ -340,8 +343,7 @@ class ActivationStore:
 
         Documents that reach beyond a shard are trained on, for the rest of them may have been.
         """
-        a_shard = max(shard.contexts for shard in self.shards)
-        total = self.rolling.n_shards * a_shard
+        total = self.rolling.n_shards * self._a_shard
         most = total if n_tokens is None else n_tokens // self.context_length
         wanted = max(1, min(round(held_out * total), most) // self.rolling.n_kept)
         is_held_out, kept = np.zeros(self.n_contexts, bool), self.rolling.kept
@@ -549,11 +551,10 @@ def _median_norm(shards: list[Shard]) -> float:
     ends = np.cumsum(counts)
     middle = np.array([(ends[-1] - 1) // 2, ends[-1] // 2])  # places of the two in the middle
     first, last = np.searchsorted(ends, middle, side="right")
-    halves = (values.view(np.uint32) >> 16 for values in norms())
-    inside = [
-        values[(half >= first) & (half <= last)]
-        for values, half in zip(norms(), halves, strict=True)
-    ]
+    inside = []
+    for values in norms():
+        half = values.view(np.uint32) >> 16
+        inside.append(values[(half >= first) & (half <= last)])
     below = ends[first] - counts[first]
     return float(np.mean(np.sort(np.concatenate(inside))[middle - below]))
 

@@ -7,6 +7,7 @@ command would write that trains it alone. What a process prints goes to ``layer-
 
 import contextlib
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from utils.artifacts import SETTINGS_FILE, make_folder
-from utils.settings import TO_GO_ON, TimeIsUp, require
+from utils.settings import TO_GO_ON, TimeIsUp, TimeLimit, require
 
 POLL = 0.2  # seconds between looks at the processes
 
@@ -28,6 +29,7 @@ class SeveralSettings(Protocol):
     autoencoder_dir: str
     n_latents: int | tuple[int, ...]
     follow: bool
+    max_hours: float | None
     sweep_latents: tuple[int, ...]
     import_from: str | None
     export: tuple[str, ...]
@@ -49,8 +51,7 @@ def jobs_of(settings: SeveralSettings) -> list[Job]:
         InputError: They cannot be trained by one command.
     """
     folder = Path(settings.activations_dir)
-    layers = sorted(path.parent for path in folder.glob(f"layer-*/{SETTINGS_FILE}"))
-    layers = [] if (folder / SETTINGS_FILE).exists() else layers
+    layers = [] if (folder / SETTINGS_FILE).exists() else sorted(folder.glob("layer-*"))
     is_one_size = isinstance(settings.n_latents, int)
     if is_one_size and not layers:
         return []
@@ -82,20 +83,22 @@ def train_several(settings: SeveralSettings, jobs: list[Job]) -> None:
     With FOLLOW all run at once: the extraction waits for the slowest.
 
     Raises:
-        InputError: Some have failed; names them and their logs. The others are finished.
+        InputError: Some have failed; names them and their logs.
         TimeIsUp: Some were stopped by MAX_HOURS.
     """
     folder, n_cards = make_folder(settings.autoencoder_dir, "--autoencoder-dir"), count_cards()
     waiting, running = list(jobs), {}
     free = list(range(len(jobs) if settings.follow else max(1, n_cards)))
-    ended: dict[str, int] = {}
+    limit, ended = TimeLimit(settings.max_hours), dict[str, int]()
     with _ending(running):
         while waiting or running:
+            if limit.is_over():
+                waiting.clear()
             while waiting and free:
                 job, place = waiting.pop(0), free.pop(0)
                 card = place % n_cards if n_cards else None
                 print(f"{job.name} begins; see {folder / job.name}.log", flush=True)
-                running[job] = place, _begin(job, folder, card)
+                running[job] = place, _begin(job, folder, card, limit)
             time.sleep(POLL)
             for job, (place, process) in list(running.items()):
                 if process.poll() is not None:
@@ -106,10 +109,10 @@ def train_several(settings: SeveralSettings, jobs: list[Job]) -> None:
     failed = [f"{folder / name}.log" for name, code in ended.items() if code not in (0, TO_GO_ON)]
     require(
         not failed,
-        f"{len(failed)} of {len(jobs)} failed, the others are finished. What is wrong is at the "
-        f"end of {', '.join(failed)}.",
+        f"{len(failed)} of {len(jobs)} failed, the others are saved. What is wrong is at the end "
+        f"of {', '.join(failed)}.",
     )
-    if TO_GO_ON in ended.values():
+    if TO_GO_ON in ended.values() or len(ended) < len(jobs):
         raise TimeIsUp("Each autoencoder is saved as far as it came.")
 
 
@@ -120,13 +123,15 @@ def count_cards() -> int:
     return torch.cuda.device_count()
 
 
-def _begin(job: Job, folder: Path, card: int | None) -> subprocess.Popen:
+def _begin(job: Job, folder: Path, card: int | None, limit: TimeLimit) -> subprocess.Popen:
     """The command of this process again, with the settings of one job behind its own."""
     own = {
         "--activations-dir": job.activations_dir,
         "--autoencoder-dir": folder / job.name,
         "--n-latents": job.n_latents,
     }
+    if limit.end < math.inf:  # what is left of it
+        own["--max-hours"] = max(0.0, limit.end - time.monotonic()) / 3_600 or 1e-9
     words = [str(word) for pair in own.items() for word in pair]
     environment = dict(os.environ)
     if card is not None:

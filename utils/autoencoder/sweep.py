@@ -130,6 +130,7 @@ class Sweep:
         self.limit = TimeLimit(settings.max_hours)
         split = store.split(settings.held_out, settings.n_held_out_tokens)
         self.batches = training.shuffled(settings, store, split.training)
+        self.batches.n_steps(1)  # refuses a batch larger than the data
         held_out = spread(split.held_out, max(1, N_MEASURED_TOKENS // store.context_length))
         batches = (batch.rows for batch in store.batches(held_out, settings.batch_size))
         even = (rows[: len(rows) // n_shares() * n_shares()] for rows in batches)

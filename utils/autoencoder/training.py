@@ -155,7 +155,11 @@ def followed(settings: TrainingSettings, store: ActivationStore, folder: Path) -
     rows = chosen_once(folder, "rows_a_shard", lambda: store.n_tokens / len(store.shards))
     pool_bytes = POOLS * int(settings.pool_gib * 2**30)
     limit = TimeLimit(settings.max_hours)
-    return FollowedBatches(store, folder, settings.batch_size, rows, pool_bytes, of_window, limit)
+    batches = FollowedBatches(
+        store, folder, settings.batch_size, rows, pool_bytes, of_window, limit
+    )
+    batches.claim()
+    return batches
 
 
 def cut_into_rounds(
@@ -167,7 +171,7 @@ def cut_into_rounds(
         InputError: With FOLLOW a round is longer than a window: its shards would be needed for
             longer than there is room for them.
     """
-    limit = TimeLimit(settings.max_hours)
+    limit = batches.limit if settings.follow else TimeLimit(settings.max_hours)
     rounds = Rounds.cut(batches.n_steps(settings.n_passes), settings.log_every, limit)
     if settings.follow:
         shortest = min(map(int, np.diff([0, *batches.ends])))
@@ -351,9 +355,9 @@ def train(
         Backup(folder, backup_every, rounds, data.followed),
     ]
     batches = data.batches_from(first_round * rounds.steps)
-    with contextlib.closing(batches), out_of_memory_told():
+    with contextlib.closing(batches), out_of_memory_told(), _as_it_was() as watched:
         autoencoder.fit(
-            ((batch,) for batch in batches),
+            ((batch,) for batch in watched(batches)),
             initial_epoch=first_round,
             epochs=rounds.n_rounds,
             steps_per_epoch=rounds.steps,
@@ -366,6 +370,26 @@ def train(
             verbose=0,
         )
     return autoencoder
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[Callable[[Iterator[Tensor]], Iterator[Tensor]]]:
+    """Yield a wrapper of batches; what they raise leaves as it is, which TensorFlow would wrap."""
+    raised: list[Exception] = []
+
+    def watched(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        try:
+            yield from batches
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    try:
+        yield watched
+    except Exception:
+        if raised:
+            raise raised[0] from None
+        raise
 
 
 def measure(
