@@ -104,7 +104,8 @@ class FollowedBatches:
 
     A window gives a fixed number of steps: those that ``n_passes`` over the first one's rows take,
     by its number of shards. Rows that are left over are not used; where some are missing, as they
-    are held out, the window is begun again. Where the corpus ends early, so is the last window.
+    are held out or a batch has room for them, the window is begun again. Where the corpus ends
+    early, so is the last window.
 
     Attributes:
         store: Of the first window, or what is kept of it.
@@ -150,13 +151,13 @@ class FollowedBatches:
 
     def n_steps(self, n_passes: float) -> int:
         """The number of steps in ``n_passes`` passes over each window."""
-        sizes = [len(self.rolling.shards(window)) for window in range(self.rolling.n_windows)]
+        windows = [self.rolling.shards(window) for window in range(self.rolling.n_windows)]
         rows = n_passes * self.rows_a_shard
-        self.ends = list(itertools.accumulate(int(rows * n) // self.batch_size for n in sizes))
+        self.ends = [int(rows * shards.stop) // self.batch_size for shards in windows]
         require(
             self.ends[0] > 0,
             f"MAX_DISK_GB and N_PASSES must leave a batch of {self.batch_size:,} in a window; it "
-            f"has {int(rows * sizes[0]):,} rows. Lower BATCH_SIZE, or save with a larger "
+            f"has {int(rows * len(windows[0])):,} rows. Lower BATCH_SIZE, or save with a larger "
             "MAX_DISK_GB.",
         )
         return self.ends[-1]
