@@ -7,13 +7,12 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tables import write_table
 from utils.activations import contexts, files
 from utils.activations import corpus as corpus_module
 from utils.activations.contexts import pack_contexts, tokenize
@@ -271,10 +270,9 @@ def write_corpus(folder: Path, kind: str) -> str | None:
     lines = [json.dumps({"text": text}) for text in texts]
     lines[3:3] = ["no JSON", ""]
     content = "\n".join(lines).encode()
-    if kind == "parquet":
+    if kind in ("parquet", "arrow", "csv"):
         for name in ("a", "b"):
-            table = pyarrow.table({"text": texts})
-            pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=4)
+            write_table(folder / f"{name}.{kind}", texts)
     elif kind == "list":
         (folder / "a.json").write_text(f"[{','.join(line for line in lines if line[:1] == '{')}]")
     elif kind == "txt":
@@ -290,7 +288,7 @@ def write_corpus(folder: Path, kind: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("kind", ["lines", "list", "parquet", "txt", "separator"])
+@pytest.mark.parametrize("kind", ["lines", "list", "parquet", "arrow", "csv", "txt", "separator"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_going_on_from_a_place(tokenizer, tmp_path, monkeypatch, kind, world_size):
     for module in (contexts, corpus_module):

@@ -4,13 +4,12 @@ import gzip
 import json
 from collections.abc import Iterator
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import zstandard
 from conftest import Flags, make_texts
 
 from tests.dataset_hub import Hub, serving
+from tests.tables import write_table
 from utils.activations import hub as hub_client
 from utils.activations.corpus import BEGINNING, Corpus, Position
 from utils.settings import InputError
@@ -63,8 +62,7 @@ def test_a_dataset_is_read_as_a_folder_of_its_files_is(hub, tmp_path, monkeypatc
         "data/empty.jsonl": b"",
     }.items():
         (tmp_path / name).write_bytes(content)
-    table = pyarrow.table({"text": texts, "n": range(40)})
-    pyarrow.parquet.write_table(table, tmp_path / "data" / "f.parquet", row_group_size=15)
+    write_table(tmp_path / "data" / "f.parquet", texts, n=list(range(40)))
     hub.commits["abc"] = tmp_path
     corpus, folder = checked(), checked(tmp_path)
     assert corpus.describe().startswith(f"{NAME} is read at revision abc.\nReading 2 .jsonl: data/")
@@ -84,14 +82,14 @@ def test_a_dataset_is_read_as_a_folder_of_its_files_is(hub, tmp_path, monkeypatc
         next(corpus.documents(Position(3, 5), world_size=2))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet", "arrow", "csv"])
 def test_no_finished_file_is_fetched_again(hub, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(hub_client, "BLOCK", 2**14)
     texts = [f"text {n * 2654435761 % 2**32}" for n in range(125_000)]
     for number in range(3):
         path, part = tmp_path / f"{number}.{kind}", texts[number * 60_000 :][:60_000]
-        if kind == "parquet":
-            pyarrow.parquet.write_table(pyarrow.table({"text": part}), path, row_group_size=6_000)
+        if kind in ("parquet", "arrow", "csv"):
+            write_table(path, part, rows_a_piece=6_000)
         else:
             path.write_bytes(compress(lines_of(part)) if kind == "jsonl.zst" else lines_of(part))
     hub.commits["abc"] = tmp_path
@@ -104,7 +102,9 @@ def test_no_finished_file_is_fetched_again(hub, tmp_path, monkeypatch, kind):
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     asked = {name: hub.bytes_of(name) for name in sizes}
     assert asked[f"0.{kind}"] == 0
-    assert 0 < asked[f"1.{kind}"] <= sizes[f"1.{kind}"] * (1 if kind == "jsonl.zst" else 0.5)
+    assert (
+        0 < asked[f"1.{kind}"] <= sizes[f"1.{kind}"] * (0.5 if kind in ("jsonl", "parquet") else 1)
+    )
     end = 2**16 if kind == "parquet" else 0  # where a table's contents are listed
     assert sizes[f"2.{kind}"] <= asked[f"2.{kind}"] <= sizes[f"2.{kind}"] + end + 2**14
 

@@ -21,6 +21,7 @@ from utils import embedded
 from utils.activations import splits
 from utils.activations.chats import Chats
 from utils.activations.files import (
+    TABLES,
     Record,
     list_files,
     listing,
@@ -28,6 +29,7 @@ from utils.activations.files import (
     relative_name,
     stem_of,
     type_of,
+    without_tables,
 )
 from utils.activations.hub import commit_of, list_dataset
 from utils.activations.subsets import N_LOOKED, Subsets
@@ -153,7 +155,8 @@ class Corpus:
             self.files, others = splits.choose_split(
                 self.root, self.files, card, self.config, self.split
             )
-            self.passed_over |= others
+            self.files, tables = without_tables(self.files)
+            self.passed_over |= others | tables
             return
         require(
             self.config is None and self.split == "train",
@@ -162,7 +165,7 @@ class Corpus:
         )
 
     def check(self, begun: str | None = None) -> list[str]:
-        """Raise errors before long work: read each local ``.txt``, open each local ``.parquet``.
+        """Raise errors before long work: read each local ``.txt``, open each local table.
 
         Args:
             begun: The revision of a hub dataset that a run goes on with. It was checked when that
@@ -184,7 +187,7 @@ class Corpus:
         if begun:
             return []
         for path in () if self.hub_name else self.files:
-            if type_of(path) == ".parquet":
+            if type_of(path) in TABLES:
                 next(read_records(path, self.column), None)
         spelt = Counter()
         for path in () if self.hub_name else texts:

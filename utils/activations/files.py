@@ -1,12 +1,13 @@
 """Files of text: which of a folder are read, and the records in them.
 
 Types are ``.jsonl`` and ``.ndjson`` (a record a line), ``.json`` (a record, a list of them, or
-lines), ``.parquet`` and ``.txt`` (a document), each also ``.gz`` or ``.zst``, in small or capital
-letters.
+lines), ``.parquet``, ``.arrow``, ``.csv``, ``.tsv`` and ``.txt`` (a document), each also ``.gz`` or
+``.zst``, in small or capital letters.
 """
 
 import codecs
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -19,12 +20,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import zstandard
 
 from utils.settings import InputError, Json, require
 
-TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt", *DELIMITERS)
+TABLES = (".parquet", ".arrow", *DELIMITERS)
+BESIDES = (".arrow", *DELIMITERS)  # caches of other files, or tables about them, if there are any
+OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CHUNK = 1 << 18  # bytes read at once
 Record = Json | Exception  # a record, or the error that reading it raised
 DECOMPRESSORS = {
@@ -32,8 +38,10 @@ DECOMPRESSORS = {
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
 }
 ABOUT = re.compile(r"(readme|licen[cs]es?|copying|notice|changelog)(?![a-z0-9])", re.IGNORECASE)
+LONGEST_FIELD = 2**31 - 1  # characters of a field in a .csv
 N_NAMED = 3  # files whose names are shown
 UTF_8 = codecs.getincrementaldecoder("utf-8")
+ARROW_FILE = b"ARROW1"  # what a file begins with that is no stream
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what a text file in it begins with
 
 # ------------------------------------------------------------------------------------- choosing
@@ -98,11 +106,22 @@ def _reason_against(file: Path, root: Path) -> str | None:
         return "hidden"
     if type_of(file) is None:
         return "of another type"
+    if file.name in OF_DATASETS:
+        return "about a dataset"
     if not file.is_file():
         return "a link that leads to no file"
     if type_of(file) == ".txt" and ABOUT.match(file.name):
         return "READMEs or licences"
     return None
+
+
+def without_tables(files: list[Path]) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files to read of a split, and those `BESIDES` them by the reason why they are not."""
+    others = [file for file in files if type_of(file) in BESIDES]
+    if len(others) == len(files):
+        return files, {}
+    chosen = [file for file in files if type_of(file) not in BESIDES]
+    return chosen, {"tables beside other files": others} if others else {}
 
 
 def listing(root: Path, files: dict[str, list[Path]], verb: str) -> list[str]:
@@ -203,38 +222,66 @@ def read_json(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
         yield 0, whole
 
 
-def read_parquet(path: Path, start: int = 0, column: str = "text") -> Iterator[tuple[int, dict]]:
-    """The rows of a parquet file from ``start`` on, and their numbers.
+def read_table(path: Path, start: int = 0, column: str = "text") -> Iterator[tuple[int, dict]]:
+    """The rows of a ``.parquet`` or ``.arrow`` file from ``start`` on, and their numbers.
 
     Rows hold ``column`` and, if present, ``meta``.
     """
+    batches = _parquet_batches if type_of(path) == ".parquet" else _arrow_batches
     try:
-        with _open_parquet(path) as file, pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            require(
-                column in names,
-                f"{path} must have a column {column}; it has {', '.join(names)}. Choose one with "
-                "TEXT_COLUMN.",
-            )
-            columns = [name for name in dict.fromkeys((column, "meta")) if name in names]
-            number = 0
-            for group in range(table.num_row_groups):
-                n_rows = table.metadata.row_group(group).num_rows
-                if number + n_rows <= start:
-                    number += n_rows
-                    continue
-                for batch in table.iter_batches(256, [group], columns):
-                    if number + len(batch) > start:
-                        rows = batch.slice(max(0, start - number)).to_pylist()
-                        yield from enumerate(rows, max(number, start))
-                    number += len(batch)
+        with _open_whole(path) as file:
+            for number, batch in batches(path, file, start, column):
+                if number + len(batch) > start:
+                    rows = batch.slice(max(0, start - number)).to_pylist()
+                    yield from enumerate(rows, max(number, start))
     except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
 
 
+def _columns(path: Path, names: list[str], column: str) -> list[str]:
+    """Which columns of a table are read."""
+    require(
+        column in names,
+        f"{path} must have a column {column}; it has {', '.join(names)}. Choose one with "
+        "TEXT_COLUMN.",
+    )
+    return [name for name in dict.fromkeys((column, "meta")) if name in names]
+
+
+Batches = Iterator[tuple[int, pyarrow.RecordBatch]]  # each with the number of its first row
+
+
+def _parquet_batches(path: Path, file: BinaryIO, start: int, column: str) -> Batches:
+    with pyarrow.parquet.ParquetFile(file) as table:
+        columns = _columns(path, table.schema_arrow.names, column)
+        number = 0
+        for group in range(table.num_row_groups):
+            n_rows = table.metadata.row_group(group).num_rows
+            if number + n_rows <= start:
+                number += n_rows
+                continue
+            for batch in table.iter_batches(256, [group], columns):
+                yield number, batch
+                number += len(batch)
+
+
+def _arrow_batches(path: Path, file: BinaryIO, start: int, column: str) -> Batches:
+    is_file = file.read(len(ARROW_FILE)) == ARROW_FILE  # else a stream, which `datasets` writes
+    file.seek(0)
+    if is_file:
+        table = pyarrow.ipc.open_file(file)
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        batches = table = pyarrow.ipc.open_stream(file)
+    columns, number = _columns(path, table.schema.names, column), 0
+    for batch in batches:
+        yield number, batch.select(columns)
+        number += len(batch)
+
+
 @contextlib.contextmanager
-def _open_parquet(path: Path) -> Iterator[BinaryIO]:
-    """The file, decompressed to a temporary one if need be: it is read from its end."""
+def _open_whole(path: Path) -> Iterator[BinaryIO]:
+    """The file, decompressed to a temporary one if need be: its reader seeks in it."""
     if path.suffix.lower() not in DECOMPRESSORS:
         with path.open("rb") as file:
             yield file
@@ -244,6 +291,35 @@ def _open_parquet(path: Path) -> Iterator[BinaryIO]:
             file.write(chunk)
         file.seek(0)
         yield file
+
+
+def read_csv(path: Path, start: int = 0, column: str = "text") -> Iterator[tuple[int, dict]]:
+    """The rows of a ``.csv`` or ``.tsv`` file, whose first names the columns, and their numbers.
+
+    Those from ``start`` on; all before are read too, for a row may hold line breaks.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    try:
+        rows = csv.DictReader(_text_lines(path), delimiter=DELIMITERS[type_of(path)], strict=True)
+        columns = _columns(path, list(rows.fieldnames or ()), column)
+        for number, row in enumerate(rows):
+            if number >= start:
+                yield number, {name: row[name] for name in columns}
+    except csv.Error as error:
+        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} must be UTF-8 ({error}). Convert it, for example with iconv."
+        ) from error
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text, each with its end."""
+    rest = ""
+    for text in codecs.iterdecode(read_chunks(path), "utf-8-sig"):
+        *lines, rest = (rest + text).split("\n")
+        yield from (line + "\n" for line in lines)
+    yield rest
 
 
 def read_txt(
@@ -292,13 +368,15 @@ def read_records(
 ) -> Iterator[tuple[int, Record]]:
     """The records of a file, whose text is in ``column``, and the offset of each.
 
-    An offset is what ``start`` must be to read from there on: of a ``.parquet`` and of a list in a
+    An offset is what ``start`` must be to read from there on: of a table and of a list in a
     ``.json`` the number of records before, of all others that of bytes. The text of a ``.txt`` is
     an iterator (see `read_txt`).
     """
     kind = type_of(path)
     if kind == ".txt":
         return ((at, {column: parts}) for at, parts in read_txt(path, start, separator))
-    if kind == ".parquet":
-        return read_parquet(path, start, column)
+    if kind in (".parquet", ".arrow"):
+        return read_table(path, start, column)
+    if kind in DELIMITERS:
+        return read_csv(path, start, column)
     return (read_json if kind == ".json" else read_jsonl)(path, start)
