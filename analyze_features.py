@@ -70,7 +70,7 @@ UPLOAD: Literal["preview", "send"] | None = None  # to Neuronpedia; key: NEURONP
 
 # --- writing
 ANALYSIS_DIR = "data/analysis"  # output folder
-MAX_HOURS: float | None = None  # stop in time, between two studies, with status 75; see README
+MAX_HOURS: float | None = None  # stop in time, with status 75, and go on when run again; see README
 OVERWRITE = False  # delete an earlier analysis with other settings in ANALYSIS_DIR
 
 # --- not settings
@@ -84,8 +84,8 @@ NOT_RECORDED = (
 N_DESCRIBED = 5  # features in the closing words
 BYTES_PER_FEATURE = 20_000  # in the tables and the browser
 OUTPUTS = (
-    "*.parquet", "*.csv", "pass.json", "study-*.json", "summary.json", "vocabulary.json", "*.png",
-    "browser",
+    "*.parquet", "*.csv", "pass.json", "pass-backup.npz", "study-*.json", "summary.json",
+    "vocabulary.json", "*.png", "browser",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from conftest import Flags
 
 from utils import settings
 from utils.activations.queues import ShardQueue
+from utils.features import pass_backup
 from utils.settings import TO_GO_ON, InputError, TimeIsUp, TimeLimit
 
 TINY = ["--max-hours", 1e-9]  # over before a script begins: one part a run, which is always made
@@ -92,13 +93,16 @@ def test_a_sweep(run_here, run_until_done, tiny_model, tiny_text, tmp_path):
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), rtol=1e-4)
 
 
-def test_an_analysis_stops_between_its_steps(tiny_run, run_until_done, tmp_path):
+def test_an_analysis_stops_between_its_steps(tiny_run, run_until_done, tmp_path, monkeypatch):
+    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 0.5)
     folder, studies = Path(tmp_path), ["specificity", "completeness", "outputs"]
     flags = [*tiny_run.flags.analyze_features, "--studies", *studies, "--analysis-dir", folder]
     n_runs, printed = run_until_done("analyze_features", *flags)
     assert "Stopped for MAX_HOURS: the pass and 0 of " in printed
     n_steps = 1 + len(list(folder.glob("study-*.json")))
-    assert n_runs == n_steps and (folder / "browser/index.html").exists()
+    n_parts = printed.count("The pass goes on after")
+    assert n_runs == n_steps + n_parts > n_steps and not (folder / "pass-backup.npz").exists()
+    assert (folder / "browser/index.html").exists()
     whole = tiny_run.folder / "analysis"
     for name in ("pass.parquet", "examples.parquet"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()

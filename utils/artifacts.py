@@ -33,7 +33,7 @@ BACKUP_FILE, LOG_FILE = "backup.keras", "training_log.csv"
 LOCK_FILE = ".lock"
 CHOSEN_FILE = "chosen.json"  # settings left to the machine, as the run chose them when it began
 CHECKSUMS_FILE = ".checksums.jsonl"  # of the files in its folder, a line each time one is written
-CHECKED = (".json", ".parquet", ".csv", ".keras")  # files that later stages read
+CHECKED = (".json", ".parquet", ".csv", ".keras", ".npz")  # files that later stages read
 
 # Settings that earlier versions recorded and a script no longer has, with their defaults.
 RETIRED: dict[str, dict[str, Json]] = {

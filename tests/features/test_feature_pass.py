@@ -15,7 +15,7 @@ from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.fidelity import Fidelity, loss_recovered
 from utils.autoencoder.kinds import L1Autoencoder
 from utils.autoencoder.saved import load_autoencoder, save_autoencoder
-from utils.features import catalogue, feature_pass, geometry
+from utils.features import catalogue, feature_pass, geometry, pass_backup
 from utils.features.best import BestPerGroup
 from utils.features.examples import (
     AROUND,
@@ -28,9 +28,11 @@ from utils.features.examples import (
 from utils.features.feature_pass import N_BINS, FeaturePass, Histograms, SubsetSums, by_feature
 from utils.features.geometry import map_directions
 from utils.features.labels import make_label
+from utils.features.pass_backup import PassBackup
 from utils.features.studies.cross_entropy import measure_losses
 from utils.features.studies.places import promoted_tokens
 from utils.language_model import load_language_model, token_texts
+from utils.settings import InputError, TimeIsUp, TimeLimit
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 CONTEXT, N_CONTEXTS, N_FEATURES = 64, 60, 6
@@ -234,6 +236,48 @@ def test_a_pass_depends_on_its_seed_alone(found, store):
     again.run(range(N_CONTEXTS), batch_size=5 * CONTEXT)
     first, second = found.examples(), again.examples()
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dense_sums", [2**27, 0])
+def test_a_pass_that_was_cut_goes_on_to_the_same_results(
+    found, store, tmp_path, monkeypatch, dense_sums
+):
+    monkeypatch.setattr(feature_pass, "DENSE_SUMS", dense_sums)
+    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 0.0)
+    path = tmp_path / "pass-backup.npz"
+    done = []
+    for _ in range(50):
+        again = FeaturePass(found.encoder, store, seed=0)
+        try:
+            backup = PassBackup(path, TimeLimit(1e-9))
+            assert backup.limit.allows_another()  # asked before the pass begins
+            again.run(range(N_CONTEXTS), 5 * CONTEXT, backup)
+            break
+        except TimeIsUp as stopped:
+            done.append(str(stopped))
+    assert done == [
+        f"the pass has gone through {n} contexts." for n in [*range(5, N_CONTEXTS, 5), N_CONTEXTS]
+    ]
+    for name, values in found.statistics().items():
+        if name == "top_subset_share" and not dense_sums:
+            np.testing.assert_allclose(again.statistics()[name], values, rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(again.statistics()[name], values, err_msg=name)
+    for name, values in found.examples().items():
+        np.testing.assert_array_equal(again.examples()[name], values, err_msg=name)
+    assert again.subset_shares() == found.subset_shares()
+    assert again.l0_counts.tolist() == found.l0_counts.tolist()
+    for name in ("n_rows", "fvu", "cosine", "l0"):
+        assert getattr(again.fidelity, name) == getattr(found.fidelity, name)
+
+
+def test_a_damaged_backup_is_named(found, store, tmp_path):
+    path = tmp_path / "pass-backup.npz"
+    path.write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"pass-backup\.npz is damaged .* begins anew"):
+        FeaturePass(found.encoder, store, seed=0).run(
+            range(N_CONTEXTS), 5 * CONTEXT, PassBackup(path, TimeLimit(None))
+        )
 
 
 def test_best_per_group_against_brute_force():

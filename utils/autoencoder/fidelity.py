@@ -55,6 +55,17 @@ class Fidelity:
         sums, lost = (ops.convert_to_numpy(part).astype(float) for part in (self._sums, self._lost))
         return sums + lost
 
+    def state(self) -> dict[str, Tensor]:
+        """All that was summed, to be taken over by `restore`."""
+        n_rows = np.int64(self.n_rows)
+        return {"n_rows": n_rows, "origin": self._origin, "sums": self._sums, "lost": self._lost}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        self.n_rows = int(state["n_rows"])
+        self._origin, self._sums, self._lost = (
+            _tensor(state[name]) for name in ("origin", "sums", "lost")
+        )
+
     @property
     def fvu(self) -> float:
         total = self._total()

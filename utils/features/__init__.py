@@ -2,6 +2,7 @@
 
 feature_pass, examples   one pass over the activations: statistics, examples of every feature
 best                     the best entries of each group of a stream
+pass_backup              an unfinished pass in a file
 catalogue                the tables of features, written, read and searched
 analysis, studies/       an analysis under way; the paper's studies, a file each
 labels, concepts         a feature's meaning without a judge; lists of words of one kind

@@ -4,6 +4,7 @@ Every finished step is kept in the folder, so that an analysis that was killed g
 folder is of one pass over the activations. The studies of it are kept by themselves, each with the
 settings that it depends on, and may be added and left out later:
 
+pass-backup.npz                          an unfinished pass
 pass.json, pass.parquet                  the results of the pass; examples.parquet too
 study-NAME.json, study-NAME.parquet      the findings of a study, its settings; columns of features
 features.parquet, summary.json           both together, of the studies that were asked for last
@@ -35,11 +36,13 @@ from utils.features import catalogue, studies
 from utils.features.catalogue import REMEDY
 from utils.features.feature_pass import FeaturePass
 from utils.features.judge import Answers, JudgeSettings, open_judge
+from utils.features.pass_backup import PassBackup
 from utils.language_model import LanguageModel, load_language_model, token_texts
 from utils.settings import Json, TimeIsUp, TimeLimit, as_dict, require
 from utils.steering.feature_model import FeatureEncoder, FeatureModel
 
 PASS_FILE = "pass.json"  # the results of the pass
+BACKUP_FILE = "pass-backup.npz"  # of an unfinished one
 PAGE = "browser/index.html"  # written last
 
 
@@ -146,7 +149,8 @@ class Analysis:
         if not done.exists():
             self._stop_in_time()
             feature_pass = FeaturePass(self.encoder, self.store, self.settings.seed)
-            feature_pass.run(self.contexts, self.settings.batch_size)
+            backup = PassBackup(self.folder / BACKUP_FILE, self.limit)
+            feature_pass.run(self.contexts, self.settings.batch_size, backup)
             texts = token_texts(self.language_model.tokenizer)
             blocks = feature_pass.example_blocks()
             tables = (catalogue.example_table(block, self.store) for block in blocks)
@@ -157,6 +161,7 @@ class Analysis:
             share = len(self.contexts) / self.store.n_contexts
             summary = summarise(feature_pass, self.store, self.trained)
             write_json(done, summary | {"share_analysed": share})
+        (self.folder / BACKUP_FILE).unlink(missing_ok=True)
         self.summary = read_json(done, REMEDY)
         self.words += missing_in_words(self.summary)
         self.subset_shares = self.summary["subset_shares"]

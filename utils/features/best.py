@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from utils.features.pass_backup import inside, of_part
+
 
 def indices_where(mask: torch.Tensor) -> torch.Tensor:
     """The indices at which a mask of one dimension is true; on a CPU NumPy finds them sooner."""
@@ -84,12 +86,26 @@ class BestPerGroup:
         priority = torch.from_numpy(bits.view(np.float32)).to(device)
         self.threshold[torch.from_numpy(group[last]).to(device)] = priority
 
-    def best(self) -> dict[str, np.ndarray]:
-        """The best entries so far, by group and falling priority, with their ``rank``."""
+    def _settle(self) -> None:
+        """Leave nothing in the columns but the best entries, in their order."""
         self._compare()
         for name in self._columns:  # one at a time, for the largest are most of the memory
             self._columns[name] = self._columns[name][self._rows]
         self._rows, self._free = np.arange(len(self._keys)), np.zeros(0, np.int64)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that it holds, see `utils.features.pass_backup`."""
+        self._settle()
+        return {"keys": self._keys, **inside("column", self._columns)}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        self._keys, self._columns = state["keys"], of_part("column", state)
+        self._rows = np.arange(len(self._keys))
+        self._raise_thresholds()
+
+    def best(self) -> dict[str, np.ndarray]:
+        """The best entries so far, by group and falling priority, with their ``rank``."""
+        self._settle()
         group = self._keys >> np.uint64(32)
         rank = np.arange(len(group)) - np.searchsorted(group, group)
         bits = ~self._keys.astype(np.uint32)

@@ -8,6 +8,8 @@ All that grows with the number of active features stays on the device that encod
 of a batch are the examples that beat those kept so far.
 """
 
+import collections
+import json
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -30,6 +32,7 @@ from utils.features.examples import (
     text_around,
     window_start,
 )
+from utils.features.pass_backup import PassBackup, State, inside, of_part
 from utils.language_model import pick_device
 from utils.steering.feature_model import ActiveFeatures
 
@@ -37,6 +40,8 @@ N_BINS = 32  # of a feature's histogram, at least half of them up to its maximum
 EMPTY_RANGE = 2.0**-16  # where the bins of a histogram without values end
 HEADROOM = 14  # exponent of 2: windows are kept in float16 with their peaks scaled to here
 FEATURES_TOGETHER = 2_048  # whose examples are put together at once
+PARTS = ("fidelity", "histograms", "subset_sums", "top", "sampled")  # of a pass, with a state each
+COUNTS = ("l0_counts", "uses", "sums", "subset_tokens")
 DENSE_SUMS = 2**27  # pairs of a feature and a subset that have a place each: 1 GiB
 
 
@@ -56,6 +61,15 @@ class Histograms:
         self.counts = torch.zeros((n_groups, N_BINS), dtype=torch.int32, device=device)
         self.ranges = torch.full((n_groups,), EMPTY_RANGE, device=device)
         self.maxima = torch.zeros(n_groups, device=device)
+
+    def state(self) -> State:
+        return {"counts": self.counts, "ranges": self.ranges, "maxima": self.maxima}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        self.counts, self.ranges, self.maxima = (
+            torch.from_numpy(state[name]).to(self.counts.device)
+            for name in ("counts", "ranges", "maxima")
+        )
 
     def add(self, group: torch.Tensor, values: torch.Tensor) -> None:
         is_empty = self.maxima == 0
@@ -99,6 +113,16 @@ class SubsetSums:
         self._pending.append((pair, activation.double()))
         if sum(len(pair) for pair, _ in self._pending) > max(2**24, len(self._pairs)):
             self._merge()
+
+    def state(self) -> State:
+        if self._pending:
+            self._merge()
+        return {"pairs": self._pairs, "sums": self._sums}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        self._pairs, self._sums = (
+            torch.from_numpy(state[name]).to(self._sums.device) for name in ("pairs", "sums")
+        )
 
     def _merge(self) -> None:
         pairs, sums = zip((self._pairs, self._sums), *self._pending, strict=True)
@@ -200,7 +224,7 @@ class FeaturePass:
         self.sums = torch.zeros(n, dtype=torch.float64, device=device)
         self.histograms = Histograms(n, device)
         self.subset_sums = SubsetSums(n, n_subsets, device)
-        self.subset_tokens = np.zeros(n_subsets, np.int64)
+        self.subset_tokens = torch.zeros(n_subsets, dtype=torch.int64, device=device)
         self.top = BestPerGroup(n, N_TOP, device)
         self.sampled = BestPerGroup(n * HALF_OCTAVES, PER_HALF_OCTAVE, device)
         self.random = np.random.default_rng(seed)
@@ -211,10 +235,31 @@ class FeaturePass:
         """The largest activation of each feature, float64, shape (n_latents,)."""
         return self.histograms.maxima.cpu().numpy().astype(np.float64)
 
-    def run(self, contexts: Contexts, batch_size: int) -> None:
-        """Stream over ``contexts``, about ``batch_size`` tokens at a time."""
-        for batch, rows in read_ahead(self._read(contexts, batch_size)):
+    def run(self, contexts: Contexts, batch_size: int, backup: PassBackup | None = None) -> None:
+        """Stream over ``contexts``, about ``batch_size`` tokens at a time.
+
+        With a backup it goes on from there, in batches of the same contexts.
+        """
+        n_done = backup.restore(self) if backup else 0
+        for batch, rows in read_ahead(self._read(contexts[n_done:], batch_size)):
             self._add(batch, rows)
+            n_done += len(batch.contexts)
+            if backup:
+                backup.keep(self, n_done)
+
+    def state(self) -> State:
+        """All that it has gathered, to be taken over by `restore`."""
+        parts = (inside(name, getattr(self, name).state()) for name in PARTS)
+        random = np.array(json.dumps([self.random.bit_generator.state, self._unit]))
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return dict(collections.ChainMap(*parts), **counts, random=random)
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        for name in PARTS:
+            getattr(self, name).restore(of_part(name, state))
+        for name in COUNTS:
+            setattr(self, name, torch.from_numpy(state[name]).to(self._device))
+        self.random.bit_generator.state, self._unit = json.loads(str(state["random"]))
 
     def _read(
         self, contexts: Contexts, batch_size: int
@@ -230,7 +275,9 @@ class FeaturePass:
         n_active = torch.bincount(row, minlength=len(rows))
         self.fidelity.add(rows, found.reconstruction, n_active.to(rows.device))
         self.l0_counts.index_add_(0, n_active, torch.ones_like(n_active))
-        self.subset_tokens += np.bincount(batch.subsets.ravel(), minlength=len(self.subset_tokens))
+        n_subsets = len(self.subset_tokens)
+        subset_tokens = np.bincount(batch.subsets.ravel(), minlength=n_subsets)
+        self.subset_tokens += torch.from_numpy(subset_tokens).to(self._device)
 
         row, feature, activation = by_feature(row, feature, activation, len(self.uses))
         context, position = batch.places(np.arange(len(rows)))
@@ -310,7 +357,8 @@ class FeaturePass:
 
     def subset_shares(self) -> dict[str, float]:
         """Share of the analysed tokens by corpus subset."""
-        shares = self.subset_tokens / max(1, self.subset_tokens.sum())
+        tokens = self.subset_tokens.cpu().numpy()
+        shares = tokens / max(1, tokens.sum())
         return dict(zip(self.store.subset_names, shares.tolist(), strict=True))
 
     def statistics(self) -> dict[str, np.ndarray | list]:
