@@ -8,7 +8,11 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
 
 OWN, ORGANISATION = "me", "lab"
 LFS = (".keras", ".safetensors", ".png")
@@ -48,6 +52,11 @@ class Hub:
     def count(self, start: str) -> int:
         return sum(request.startswith(start) for request in self.requests)
 
+    def fetched(self) -> set[str]:
+        """The files, of any repository, whose content was asked for."""
+        asked = (request.split("/resolve/") for request in self.requests)
+        return {path[-1].partition("/")[2] for method, *path in asked if path and "GET" in method}
+
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
@@ -65,6 +74,20 @@ def serving(hub: Hub) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def reach(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the client ask this hub, with its token, instead of the real one."""
+    url_of_files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url_of_files,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,  # put back after a test without a network
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
 
 
 class Answer(BaseHTTPRequestHandler):

@@ -6,11 +6,10 @@ import zipfile
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 from hand_set import array
-from hub_server import Hub, Repository, serving
+from hub_server import Hub, Repository, reach, serving
 
 from utils.activations.store import ActivationStore
 from utils.artifacts import write_json
@@ -35,21 +34,9 @@ def trained(tmp_path_factory, tiny_run) -> SimpleNamespace:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub that the client reaches instead of the real one, with a cache of its own."""
     with serving(Hub(TOKEN)) as hub:
-        reach(monkeypatch, hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        reach(hub, tmp_path / "cache", monkeypatch)
         yield hub
-
-
-def reach(monkeypatch, url: str) -> None:
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # put back after a test without network
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 @pytest.fixture
@@ -209,7 +196,7 @@ def test_a_repository_that_cannot_be_read(push, take, hub, monkeypatch):
     hub.repositories[NAME].gated = True
     gated = take("gated", check=False).message
     assert "If it is gated, accept its licence" in gated
-    reach(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody's
     offline = take("offline", check=False).message
     assert "http://127.0.0.1:9, cannot be reached" in offline
     assert "cannot be reached" in push("--no-dry-run", check=False).message

@@ -100,7 +100,7 @@ class StopOnNaN(keras.callbacks.Callback):
             math.isfinite(logs["loss"]),
             f"The loss is {logs['loss']} in round {epoch + 1} ({', '.join(terms)}). Lower "
             "LEARNING_RATE or GRADIENT_CLIP_NORM, and train anew with --overwrite or into another "
-            "folder.",
+            "folder; what FOLLOW has freed must be saved anew before.",
         )
 
 

@@ -421,7 +421,8 @@ def out_of_memory_told() -> Iterator[None]:
         raise InputError(
             "Memory ran out while training. The last backup stays: once others have left the "
             "device, the same command goes on from it. Or train anew into another folder, with a "
-            "lower BATCH_SIZE or N_LATENTS, or MOMENTS_DTYPE bfloat16 (torch)."
+            "lower BATCH_SIZE or N_LATENTS, or MOMENTS_DTYPE bfloat16 (torch); what FOLLOW has "
+            "freed must be saved anew before."
         ) from error
 
 

@@ -45,7 +45,7 @@ function showWelcome() {
   const figures = index.facts.filter(([name]) => ["Live features", "L0", "Variance explained", "Loss recovered"].includes(name));
   byId("feature").replaceChildren(
     make("h2", {}, "Pick a feature"),
-    make("p", { class: "soft" }, "Each was learnt from what goes through the model, without being told what to look for. Search for a word, wander on the map, or begin here."),
+    make("p", { class: "soft" }, "Each was learnt from what goes through the model, without being told what to look for. Search for a word, " + (mapped.length ? "wander on the map, " : "") + "or begin here."),
     make("dl", { class: "figures" }, ...figures.map(([name, value]) => make("div", {}, make("dd", {}, value.split(";")[0]), make("dt", {}, name)))),
     make("h3", {}, "Features that stand out"),
     links(index.shown.selected),
