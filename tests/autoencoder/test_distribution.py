@@ -19,6 +19,8 @@ from utils.settings import InputError
 pytest.importorskip("jax")
 N_STEPS, BATCH, D_MODEL = 24, 32, 16
 DISTRIBUTIONS = ("data", "model")
+# More devices than cores wait for one another; on a busy machine for more than XLA's 40 seconds.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def trained(tmp_path_factory) -> Path:
 
     def train(name: str) -> None:
         n_devices = 1 if name == "single" else 4
-        flags = f"--xla_force_host_platform_device_count={n_devices} {QUICK_TO_COMPILE}"
+        flags = f"--xla_force_host_platform_device_count={n_devices} {PATIENT} {QUICK_TO_COMPILE}"
         done = subprocess.run(
             [sys.executable, "-m", "tests.on_devices", name, folder], cwd=ROOT,
             env=environment(XLA_FLAGS=flags), capture_output=True, text=True,
