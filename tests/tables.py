@@ -1,4 +1,4 @@
-"""Tables of texts as files, of each type that is read."""
+"""Texts as tables in files, and the texts of a corpus."""
 
 import csv
 from pathlib import Path
@@ -6,6 +6,16 @@ from pathlib import Path
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
+
+from utils.activations.corpus import Corpus
+
+
+def texts_of(dataset: Path) -> list[str]:
+    """The whole text of each document."""
+    texts: dict[int, str] = {}
+    for part in Corpus(str(dataset)).documents():
+        texts[part.index] = texts.get(part.index, "") + part.text
+    return list(texts.values())
 
 
 def write_table(path: Path, texts: list[str], rows_a_piece: int = 7, **columns: list) -> Path:

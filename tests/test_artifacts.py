@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from full_disk import small_disk
 from safetensors.numpy import save_file
 
@@ -238,6 +239,16 @@ def test_overwrite_goes_on_with_the_same_settings(tmp_path):
     make(tmp_path)
     with open_stage(tmp_path, RunRecord(SETTINGS), OUTPUTS, overwrite=True):
         assert names(tmp_path) == {"a.npy", "settings.json"}
+
+
+def test_overwrite_deletes_nothing_that_another_process_uses(tmp_path):
+    """A training follows a folder; the extraction that was killed goes on beside it."""
+    make(tmp_path)
+    with FileLock(tmp_path / ".lock-follow"):
+        make(tmp_path, overwrite=True)
+        with pytest.raises(InputError, match="Another process is writing"):
+            make(tmp_path, SETTINGS | {"layer": 2}, overwrite=True)
+    assert names(tmp_path) == {"a.npy", "settings.json"}
 
 
 def test_the_folder_of_another_script_is_refused(tmp_path):

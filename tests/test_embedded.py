@@ -250,3 +250,18 @@ def test_the_model_speaks(embedded_model):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.parametrize(
+    "name, part, public",
+    [
+        ("embedded", "model_name", "SmolLM2-135M-Instruct"),
+        ("owner/name", "model_name", "owner/name"),
+        ("allenai/c4/en", "dataset", "allenai/c4/en"),
+        ("/gone/pile.jsonl", "dataset", "pile.jsonl"),
+        ("~/models/tiny", "model_name", "tiny"),
+        ("data/of/mine/pile", "dataset", "pile"),
+    ],
+)
+def test_folders_of_this_machine_are_not_told(name, part, public):
+    assert embedded.public_name(name, part) == public

@@ -1,8 +1,10 @@
 """MAX_HOURS: each long script stops between two parts of its work, and goes on to the same end."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -42,6 +44,18 @@ def test_a_part_is_begun_only_if_one_as_long_as_the_longest_ends_in_time(monkeyp
         clock[0] += seconds  # 100, 110, 135, 145, 155: 155 + 25 is in time; 156 + 25 is not
         assert limit.allows_another() == allowed and free.allows_another()
     assert TimeLimit(1e-9).allows_another()  # however little there is, something is done
+
+
+def test_a_wait_is_no_part_of_the_work(monkeypatch):
+    clock = [settings.STARTED + 100.0]
+    monkeypatch.setattr(settings.time, "monotonic", lambda: clock[0])
+    limit = TimeLimit(0.1)  # 360 s
+    assert limit.allows_another()
+    clock[0] += 130  # 230; another part of so many would end at 360
+    limit.leave_out(120)
+    assert limit.allows_another()
+    clock[0] += 110  # 340; those were of work
+    assert not limit.allows_another()
 
 
 def test_a_fault_of_the_disk_is_not_hidden_by_the_time():
@@ -93,15 +107,31 @@ def test_a_sweep(run_here, run_until_done, tiny_model, tiny_text, tmp_path):
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), rtol=1e-4)
 
 
+def test_an_unfinished_pass_is_not_mixed_with_another(tiny_run, run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 0)
+    flags = [*tiny_run.flags.analyze_features, "--studies", "outputs", "--analysis-dir", tmp_path]
+    assert run_here("analyze_features", *flags, *TINY, check=False).returncode == TO_GO_ON
+    assert (tmp_path / "pass-backup.npz").exists()
+    other = [*flags, *TINY, "--seed", 1]
+    refused = run_here("analyze_features", *other, check=False)
+    assert refused.returncode == 1 and "SEED: 0 there, 1 now" in refused.message
+    begun = run_here("analyze_features", *other, "--overwrite", check=False)
+    assert begun.returncode == TO_GO_ON and "The pass goes on" not in begun.stdout
+    assert "The pass goes on" in run_here("analyze_features", *other, check=False).stdout
+
+
 def test_an_analysis_stops_between_its_steps(tiny_run, run_until_done, tmp_path, monkeypatch):
-    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 0.5)
+    ticks = itertools.count()  # one a batch, and one where the pass was saved
+    monkeypatch.setattr(pass_backup, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 10)
     folder, studies = Path(tmp_path), ["specificity", "completeness", "outputs"]
     flags = [*tiny_run.flags.analyze_features, "--studies", *studies, "--analysis-dir", folder]
     n_runs, printed = run_until_done("analyze_features", *flags)
     assert "Stopped for MAX_HOURS: the pass and 0 of " in printed
     n_steps = 1 + len(list(folder.glob("study-*.json")))
     n_parts = printed.count("The pass goes on after")
-    assert n_runs == n_steps + n_parts > n_steps and not (folder / "pass-backup.npz").exists()
+    assert n_runs == n_steps + n_parts > n_steps + 2
+    assert not (folder / "pass-backup.npz").exists()
     assert (folder / "browser/index.html").exists()
     whole = tiny_run.folder / "analysis"
     for name in ("pass.parquet", "examples.parquet"):

@@ -236,12 +236,17 @@ def fingerprint(*paths: Path) -> str:
 
 def chosen_once(folder: Path, name: str, choose: Callable[[], Json]) -> Json:
     """What a run chooses where a setting leaves it to the machine, and keeps when it goes on."""
-    path = folder / CHOSEN_FILE
-    chosen = read_json(path, "Delete it to choose anew.") if path.exists() else {}
+    chosen = choices(folder)
     if name not in chosen:
         chosen[name] = choose()
-        write_json(path, chosen)
+        write_json(folder / CHOSEN_FILE, chosen)
     return chosen[name]
+
+
+def choices(folder: Path) -> dict[str, Json]:
+    """What a run has chosen so far, by `chosen_once`."""
+    path = folder / CHOSEN_FILE
+    return read_json(path, "Delete it to choose anew.") if path.exists() else {}
 
 
 def make_folder(folder: str | Path, flag: str) -> Path:
@@ -288,25 +293,24 @@ def open_stage(
     folder = Path(folder)
     with _hold(folder, lock_name):
         with FileLock(folder / f"{LOCK_FILE}-settings"):  # ranks take turns
-            if overwrite:
+            if overwrite and not _holds_run_of(folder / SETTINGS_FILE, record):
                 _refuse_other_holders(folder, lock_name)
-            _claim(folder, record, outputs, overwrite)
+                _remove_outputs(folder, (*outputs, SETTINGS_FILE, CHECKSUMS_FILE))
+            _claim(folder, record, outputs)
         yield folder
 
 
 def _refuse_other_holders(folder: Path, lock_name: str) -> None:
-    """Refuse to delete outputs while another rank, whose lock has another name, writes them."""
+    """Refuse to delete outputs while another process, whose lock has another name, uses them."""
     for path in folder.glob(f"{LOCK_FILE}*"):
         if path.name not in (lock_name, f"{LOCK_FILE}-settings"):
             with _hold(folder, path.name):
                 pass
 
 
-def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...], overwrite: bool) -> None:
+def _claim(folder: Path, record: RunRecord, outputs: tuple[str, ...]) -> None:
     """Write ``record`` to a folder without outputs, or compare it with that of an earlier run."""
     recorded = folder / SETTINGS_FILE
-    if overwrite and not _holds_run_of(recorded, record):
-        _remove_outputs(folder, (*outputs, SETTINGS_FILE, CHECKSUMS_FILE))
     begun = _matching(folder, outputs)
     if recorded.exists():
         other, script = read_json(recorded).get("script"), record.content.get("script")

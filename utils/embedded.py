@@ -44,7 +44,8 @@ def public_name(name: str, part: str) -> str:
     if name == "embedded":
         return TITLES[part]
     path = Path(name).expanduser()
-    is_path = path.exists() or path.is_absolute() or name.count("/") > 1
+    n_slashes = 2 if part == "dataset" else 1  # owner/name, and of a dataset its configuration
+    is_path = path.exists() or path.is_absolute() or name.count("/") > n_slashes
     return path.name if is_path else name
 
 

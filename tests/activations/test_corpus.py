@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from tests.tables import texts_of
 from utils.activations.corpus import LONGEST, Corpus, Position
 from utils.activations.files import type_of
 from utils.activations.manifest import FURTHER, MOST_SUBSETS, SubsetNumbers
@@ -29,10 +30,6 @@ def plain(corpus: Corpus) -> list[tuple[int, str, str]]:
     """(index, text, subset) of each document."""
     groups = itertools.groupby(corpus.documents(), lambda part: (part.index, part.subset))
     return [(index, "".join(part.text for part in parts), name) for (index, name), parts in groups]
-
-
-def texts_of(dataset: Path) -> list[str]:
-    return [text for _, text, _ in plain(Corpus(str(dataset)))]
 
 
 def compress(content: bytes) -> bytes:

@@ -86,7 +86,7 @@ def first_numbers(batches):
 def test_batches_are_of_one_window_after_another_and_go_on_from_any_step(folder):
     batches, n_steps = followed(folder)
     every = first_numbers(batches.from_step(0))
-    assert len(every) == n_steps == batches.ends[-1]
+    assert len(every) == n_steps == int(N_SHARDS * batches.rows_a_shard) // BATCH
     for window, (begin, end) in enumerate(itertools.pairwise([0, *batches.ends])):
         rows = {row for batch in every[begin:end] for row in batch}
         shards = {int(row - 1) // 32 // A_SHARD for row in rows}
@@ -151,6 +151,20 @@ def test_where_the_corpus_ends_early_the_last_window_is_begun_again(folder):
     assert batches.rolling.freed(folder) == {1, 2, 3}
 
 
+def test_a_training_of_an_earlier_version_goes_on_with_its_steps(folder, tmp_path):
+    values = {"follow": True, "activations_dir": str(folder), "batch_size": BATCH, "n_passes": 1}
+    begun = {"rows_a_shard": 155.0}  # 310 a window
+    for name, chosen, ends in (("new", {}, [19, 38, 58]), ("begun", begun, [19, 38, 57])):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "chosen.json", chosen)
+        settings = settings_of("train_autoencoder", **values, pool_gib=1e-4)
+        store = open_first_window(folder, NO_LIMIT)
+        batches = training.batches_of(settings, store, [], tmp_path / name)
+        batches.n_steps(1)
+        assert batches.ends == ends
+        batches._lock.release()
+
+
 def test_who_follows_nobody_says_what_it_waits_for(folder, monkeypatch, capsys):
     monkeypatch.setattr(following, "POLL", 0.01)
     monkeypatch.setattr(following, "TOLD_AFTER", 0.02)
@@ -194,13 +208,16 @@ def test_a_last_window_of_less_than_a_batch_is_gone_through_often(folder):
     assert [len(batch) for batch in batches.from_step(0)] == [200] * n_steps
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
 def test_what_is_freed_is_not_kept_open(folder):
     batches, _ = followed(folder)
-    next(batches.from_step(0))
-    batches.free(batches.ends[0])
-    if Path("/proc/self/maps").exists():
-        maps = Path("/proc/self/maps").read_text()
-        assert f"{folder}/activations-00001.npy" not in maps
+    first, second, _ = batches.ends
+    coming = batches.from_step(first)
+    every = [next(coming) for _ in range(second - first)]
+    batches.free(second)
+    maps = Path("/proc/self/maps").read_text()
+    assert len(every) == second - first  # and what gave them is still there
+    assert not [number for number in (1, 2, 3) if f"activations-0000{number}.npy" in maps]
 
 
 def test_steps_count_the_rows_that_are_held_out(folder, tmp_path):
@@ -215,6 +232,8 @@ def test_steps_count_the_rows_that_are_held_out(folder, tmp_path):
         settings_of("train_autoencoder", **values, log_every=5), batches
     )
     assert rounds.limit is batches.limit
+    rows = 3 * 2 * A_SHARD * 31  # of three passes over a window; each first token is left out
+    assert batches.ends == [n * rows // BATCH for n in (1, 2, 3)]
     batches._lock.release()
 
 

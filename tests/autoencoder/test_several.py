@@ -38,6 +38,11 @@ def test_each_layer_and_size_is_one(layers):
     sizes = jobs_of(settings_of(layers / "layer-1", "--n-latents", 8, 16))
     assert [job.name for job in sizes] == ["8", "16"]
     assert len(jobs_of(settings_of(layers, "--n-latents", 8, 16))) == 4
+    (layers / "layer-5").mkdir()  # save_activations.py has made it, and not yet begun there
+    (layers / "layer-7.log").write_text("")
+    for flags, names in (([], ["1", "3"]), (["--follow"], ["1", "3", "5"])):
+        jobs = jobs_of(settings_of(layers, *flags))
+        assert [job.activations_dir.name for job in jobs] == [f"layer-{n}" for n in names]
 
 
 @pytest.mark.parametrize(

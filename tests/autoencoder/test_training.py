@@ -22,7 +22,7 @@ from utils.autoencoder.autoencoder import SparseAutoencoder
 from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.kinds import KINDS, L1Autoencoder, kind
 from utils.autoencoder.optimizer import Adam
-from utils.settings import InputError, read_settings
+from utils.settings import InputError, TimeIsUp, read_settings
 
 BATCH, D_MODEL = 32, 4
 ROUNDS = Rounds(10, 2)
@@ -206,3 +206,19 @@ def test_other_moments_need_pytorch(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(InputError, match="MOMENTS_DTYPE bfloat16 needs BACKEND torch; it is jax"):
         Adam(0.1, moments_dtype="bfloat16")
+
+
+def test_what_batches_raise_is_not_wrapped():
+    """TensorFlow raises an error of its own in the place of what a generator raises."""
+
+    def batches():
+        yield 1
+        raise TimeIsUp("all is saved.")
+
+    with pytest.raises(TimeIsUp, match=r"all is saved\.$"), training._as_it_was() as watched:
+        try:
+            list(watched(batches()))
+        except TimeIsUp as error:
+            raise RuntimeError("wrapped") from error
+    with pytest.raises(RuntimeError, match="another"), training._as_it_was():
+        raise RuntimeError("another")

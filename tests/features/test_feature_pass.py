@@ -271,6 +271,14 @@ def test_a_pass_that_was_cut_goes_on_to_the_same_results(
         assert getattr(again.fidelity, name) == getattr(found.fidelity, name)
 
 
+def test_a_backup_of_other_contexts_is_not_taken(found, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(pass_backup, "SAVE_EVERY", 0.0)
+    for contexts in (range(N_CONTEXTS), range(5, N_CONTEXTS)):
+        again = FeaturePass(found.encoder, store, seed=0)
+        again.run(contexts, 5 * CONTEXT, PassBackup(tmp_path / "pass-backup.npz", TimeLimit(None)))
+    assert again.subset_tokens.sum() == (N_CONTEXTS - 5) * CONTEXT
+
+
 def test_a_damaged_backup_is_named(found, store, tmp_path):
     path = tmp_path / "pass-backup.npz"
     path.write_bytes(b"PK")

@@ -21,6 +21,7 @@ from utils import embedded
 from utils.activations import splits
 from utils.activations.chats import Chats
 from utils.activations.files import (
+    BESIDE_OTHERS,
     TABLES,
     Record,
     list_files,
@@ -284,6 +285,8 @@ class Corpus:
         if empty:
             content = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             remedy = f" Choose TEXT_COLUMN among {', '.join(fields)}." if fields else ""
+            if tables := self.passed_over.get(BESIDE_OTHERS):
+                remedy += f" If the texts are in {tables[0]}, move the other files away."
             raise InputError(
                 f"{self.name} must hold documents with a {self.column}; it holds "
                 f"{content or 'no record'}.{remedy}"

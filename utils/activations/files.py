@@ -8,6 +8,7 @@ lines), ``.parquet``, ``.arrow``, ``.csv``, ``.tsv`` and ``.txt`` (a document), 
 import codecs
 import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from utils.settings import InputError, Json, require
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt", *DELIMITERS)
 TABLES = (".parquet", ".arrow", *DELIMITERS)
-BESIDES = (".arrow", *DELIMITERS)  # caches of other files, or tables about them, if there are any
+BESIDES = (".arrow", *DELIMITERS)  # made of other files, or about them, if there are any
 OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CHUNK = 1 << 18  # bytes read at once
 Record = Json | Exception  # a record, or the error that reading it raised
@@ -38,7 +39,9 @@ DECOMPRESSORS = {
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
 }
 ABOUT = re.compile(r"(readme|licen[cs]es?|copying|notice|changelog)(?![a-z0-9])", re.IGNORECASE)
-LONGEST_FIELD = 2**31 - 1  # characters of a field in a .csv
+BESIDE_OTHERS = "tables beside other files"  # the reason why these are not read
+LONGEST_FIELD = 2**28  # characters of a field in a .csv; more are of a quote that is not closed
+TOGETHER = 256  # rows of a table that are taken at once
 N_NAMED = 3  # files whose names are shown
 UTF_8 = codecs.getincrementaldecoder("utf-8")
 ARROW_FILE = b"ARROW1"  # what a file begins with that is no stream
@@ -106,8 +109,8 @@ def _reason_against(file: Path, root: Path) -> str | None:
         return "hidden"
     if type_of(file) is None:
         return "of another type"
-    if file.name in OF_DATASETS:
-        return "about a dataset"
+    if type_of(file) == ".arrow" and file.name.startswith("cache-"):
+        return "caches of datasets"
     if not file.is_file():
         return "a link that leads to no file"
     if type_of(file) == ".txt" and ABOUT.match(file.name):
@@ -117,11 +120,13 @@ def _reason_against(file: Path, root: Path) -> str | None:
 
 def without_tables(files: list[Path]) -> tuple[list[Path], dict[str, list[Path]]]:
     """The files to read of a split, and those `BESIDES` them by the reason why they are not."""
-    others = [file for file in files if type_of(file) in BESIDES]
-    if len(others) == len(files):
-        return files, {}
-    chosen = [file for file in files if type_of(file) not in BESIDES]
-    return chosen, {"tables beside other files": others} if others else {}
+    tables = [file for file in files if type_of(file) in BESIDES]
+    others = [file for file in files if type_of(file) not in BESIDES]
+    if not tables:
+        return others, {}
+    if all(file.name in OF_DATASETS for file in others):
+        return tables, {"about a dataset": others} if others else {}
+    return others, {BESIDE_OTHERS: tables}
 
 
 def listing(root: Path, files: dict[str, list[Path]], verb: str) -> list[str]:
@@ -234,7 +239,7 @@ def read_table(path: Path, start: int = 0, column: str = "text") -> Iterator[tup
                 if number + len(batch) > start:
                     rows = batch.slice(max(0, start - number)).to_pylist()
                     yield from enumerate(rows, max(number, start))
-    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
 
 
@@ -245,6 +250,7 @@ def _columns(path: Path, names: list[str], column: str) -> list[str]:
         f"{path} must have a column {column}; it has {', '.join(names)}. Choose one with "
         "TEXT_COLUMN.",
     )
+    require(names.count(column) == 1, f"{path} must have one column {column}; it has several.")
     return [name for name in dict.fromkeys((column, "meta")) if name in names]
 
 
@@ -260,7 +266,7 @@ def _parquet_batches(path: Path, file: BinaryIO, start: int, column: str) -> Bat
             if number + n_rows <= start:
                 number += n_rows
                 continue
-            for batch in table.iter_batches(256, [group], columns):
+            for batch in table.iter_batches(TOGETHER, [group], columns):
                 yield number, batch
                 number += len(batch)
 
@@ -275,7 +281,8 @@ def _arrow_batches(path: Path, file: BinaryIO, start: int, column: str) -> Batch
         batches = table = pyarrow.ipc.open_stream(file)
     columns, number = _columns(path, table.schema.names, column), 0
     for batch in batches:
-        yield number, batch.select(columns)
+        for first in range(0, len(batch), TOGETHER):
+            yield number + first, batch.select(columns).slice(first, TOGETHER)
         number += len(batch)
 
 
@@ -296,30 +303,39 @@ def _open_whole(path: Path) -> Iterator[BinaryIO]:
 def read_csv(path: Path, start: int = 0, column: str = "text") -> Iterator[tuple[int, dict]]:
     """The rows of a ``.csv`` or ``.tsv`` file, whose first names the columns, and their numbers.
 
-    Those from ``start`` on; all before are read too, for a row may hold line breaks.
+    Those from ``start`` on; all before are read too, for a row may hold line breaks. Bytes that are
+    not UTF-8 become halves of surrogate pairs, which no text has: only their rows are not used.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    try:
-        rows = csv.DictReader(_text_lines(path), delimiter=DELIMITERS[type_of(path)], strict=True)
-        columns = _columns(path, list(rows.fieldnames or ()), column)
-        for number, row in enumerate(rows):
-            if number >= start:
-                yield number, {name: row[name] for name in columns}
-    except csv.Error as error:
-        raise InputError(f"{path} is damaged ({error}). Fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} must be UTF-8 ({error}). Convert it, for example with iconv."
-        ) from error
+    chunks = io.BufferedReader(_Chunks(path), CHUNK)
+    with io.TextIOWrapper(chunks, "utf-8-sig", "surrogateescape", newline="") as text:
+        rows = csv.DictReader(text, delimiter=DELIMITERS[type_of(path)])
+        try:
+            columns = _columns(path, list(rows.fieldnames or ()), column)
+            for number, row in enumerate(rows):
+                if number >= start:
+                    yield number, {name: row[name] for name in columns}
+        except csv.Error as error:
+            raise InputError(
+                f"{path} has a row that cannot be read ({error}), which ends at line "
+                f"{rows.line_num:,}. Look for a quotation mark that is not closed."
+            ) from error
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text, each with its end."""
-    rest = ""
-    for text in codecs.iterdecode(read_chunks(path), "utf-8-sig"):
-        *lines, rest = (rest + text).split("\n")
-        yield from (line + "\n" for line in lines)
-    yield rest
+class _Chunks(io.RawIOBase):
+    """The content of a file, decompressed, as a stream of bytes."""
+
+    def __init__(self, path: Path):
+        self._chunks, self._rest = read_chunks(path), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._rest = self._rest or next(self._chunks, b"")
+        n_bytes = min(len(buffer), len(self._rest))
+        buffer[:n_bytes], self._rest = self._rest[:n_bytes], self._rest[n_bytes:]
+        return n_bytes
 
 
 def read_txt(

@@ -102,10 +102,10 @@ def free_all(folder: str | Path) -> None:
 class FollowedBatches:
     """Batches of one window after another, in an order that only seed, pool and step decide.
 
-    A window gives a fixed number of steps: those that ``n_passes`` over the first one's rows take,
-    by its number of shards. Rows that are left over are not used; where some are missing, as they
-    are held out or a batch has room for them, the window is begun again. Where the corpus ends
-    early, so is the last window.
+    A window gives a number of steps that is known before: as many as ``n_passes`` over the first
+    one's rows take, by its number of shards, counted through all windows. Rows that are left over
+    are not used; where some are missing, as they are held out or a batch has room for them, the
+    window is begun again. Where the corpus ends early, so is the last window.
 
     Attributes:
         store: Of the first window, or what is kept of it.
@@ -114,6 +114,8 @@ class FollowedBatches:
         pool_bytes: Of the activations that are shuffled together, at most.
         shuffled: Makes the batches of a window's training contexts.
         limit: Of the time; it may come while a window is waited for.
+        is_counted_through: Else each window drops a last batch that is not full, as in trainings
+            that an earlier version began.
         ends: The step at which each window ends; after `n_steps`.
         saved: The latest step from which training can go on.
         gone: The windows that were freed since this process began.
@@ -126,6 +128,7 @@ class FollowedBatches:
     pool_bytes: int
     shuffled: ShuffledOf
     limit: TimeLimit
+    is_counted_through: bool = True
     ends: list[int] = dataclasses.field(default_factory=list)
     saved: int = 0
     gone: set[int] = dataclasses.field(default_factory=set)
@@ -153,7 +156,11 @@ class FollowedBatches:
         """The number of steps in ``n_passes`` passes over each window."""
         windows = [self.rolling.shards(window) for window in range(self.rolling.n_windows)]
         rows = n_passes * self.rows_a_shard
-        self.ends = [int(rows * shards.stop) // self.batch_size for shards in windows]
+        if self.is_counted_through:
+            self.ends = [int(rows * shards.stop) // self.batch_size for shards in windows]
+        else:
+            steps = (int(rows * len(shards)) // self.batch_size for shards in windows)
+            self.ends = list(itertools.accumulate(steps))
         require(
             self.ends[0] > 0,
             f"MAX_DISK_GB and N_PASSES must leave a batch of {self.batch_size:,} in a window; it "

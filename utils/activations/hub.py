@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face Hub: their files at one commit, read where they lie.
 
-A file is read by HTTP in blocks of bytes, so that reading begins anywhere in it, and a request that
-fails is made again without those before it.
+A file is read by HTTP in blocks of bytes, so that reading can begin anywhere in it, and a request
+that fails is made again without those before it.
 """
 
 import io

@@ -51,7 +51,10 @@ def jobs_of(settings: SeveralSettings) -> list[Job]:
         InputError: They cannot be trained by one command.
     """
     folder = Path(settings.activations_dir)
-    layers = [] if (folder / SETTINGS_FILE).exists() else sorted(folder.glob("layer-*"))
+    layers = [] if (folder / SETTINGS_FILE).exists() else sorted(
+        path for path in folder.glob("layer-*")
+        if (path / SETTINGS_FILE).exists() or (settings.follow and path.is_dir())
+    )  # fmt: skip
     is_one_size = isinstance(settings.n_latents, int)
     if is_one_size and not layers:
         return []
@@ -92,7 +95,7 @@ def train_several(settings: SeveralSettings, jobs: list[Job]) -> None:
     limit, ended = TimeLimit(settings.max_hours), dict[str, int]()
     with _ending(running):
         while waiting or running:
-            if limit.is_over():
+            if ended and limit.is_over():  # the first is always made
                 waiting.clear()
             while waiting and free:
                 job, place = waiting.pop(0), free.pop(0)

@@ -18,7 +18,14 @@ import numpy as np
 from utils.activations.batches import POOLS, ShuffledBatches
 from utils.activations.following import FollowedBatches, open_first_window
 from utils.activations.store import ActivationStore, Contexts
-from utils.artifacts import BACKUP_FILE, LOG_FILE, chosen_once, reading, require_disk_space
+from utils.artifacts import (
+    BACKUP_FILE,
+    LOG_FILE,
+    choices,
+    chosen_once,
+    reading,
+    require_disk_space,
+)
 from utils.autoencoder.autoencoder import LONGEST_IDLE, SparseAutoencoder
 from utils.autoencoder.callbacks import (
     Backup,
@@ -151,12 +158,14 @@ def followed(settings: TrainingSettings, store: ActivationStore, folder: Path) -
         seed = int(np.random.SeedSequence([settings.seed, window]).generate_state(1)[0])
         return shuffled(dataclasses.replace(settings, seed=seed), store, training)
 
+    is_new = "rows_a_shard" not in choices(folder)
+    is_counted_through = chosen_once(folder, "is_counted_through", lambda: is_new)
     # With those held out, which are all in a few shards, such as the first.
     rows = chosen_once(folder, "rows_a_shard", lambda: store.n_tokens / len(store.shards))
     pool_bytes = POOLS * int(settings.pool_gib * 2**30)
     limit = TimeLimit(settings.max_hours)
     batches = FollowedBatches(
-        store, folder, settings.batch_size, rows, pool_bytes, of_window, limit
+        store, folder, settings.batch_size, rows, pool_bytes, of_window, limit, is_counted_through
     )
     batches.claim()
     return batches

@@ -161,7 +161,8 @@ class Analysis:
             share = len(self.contexts) / self.store.n_contexts
             summary = summarise(feature_pass, self.store, self.trained)
             write_json(done, summary | {"share_analysed": share})
-        (self.folder / BACKUP_FILE).unlink(missing_ok=True)
+        for path in self.folder.glob(f"*{BACKUP_FILE}"):  # and one that was not written whole
+            path.unlink()
         self.summary = read_json(done, REMEDY)
         self.words += missing_in_words(self.summary)
         self.subset_shares = self.summary["subset_shares"]

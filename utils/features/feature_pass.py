@@ -240,12 +240,12 @@ class FeaturePass:
 
         With a backup it goes on from there, in batches of the same contexts.
         """
-        n_done = backup.restore(self) if backup else 0
+        n_done = backup.restore(self, contexts) if backup else 0
         for batch, rows in read_ahead(self._read(contexts[n_done:], batch_size)):
             self._add(batch, rows)
             n_done += len(batch.contexts)
             if backup:
-                backup.keep(self, n_done)
+                backup.keep(self, contexts, n_done)
 
     def state(self) -> State:
         """All that it has gathered, to be taken over by `restore`."""

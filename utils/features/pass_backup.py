@@ -1,6 +1,7 @@
 """An unfinished pass in a file, so that one that was killed or stopped goes on."""
 
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from utils.activations.store import Contexts
 from utils.artifacts import reading, replacing
 from utils.settings import TimeIsUp, TimeLimit
 
@@ -34,8 +36,10 @@ class PassBackup:
         self.path, self.limit = path, limit
         self._saved = time.monotonic()
 
-    def restore(self, unfinished: HasState) -> int:
-        """Take over what was kept; returns the number of contexts it is of, 0 if there is none.
+    def restore(self, unfinished: HasState, contexts: Contexts) -> int:
+        """Take over what was kept; returns how many of the contexts it is of, 0 if there is none.
+
+        In a folder of bounded size there may be others now; the pass then begins anew.
 
         Raises:
             InputError: The file is damaged.
@@ -44,13 +48,14 @@ class PassBackup:
             return 0
         remedy = "Delete it, and run the same command again; the pass then begins anew."
         with reading(self.path, remedy), np.load(self.path) as arrays:
-            state = dict(arrays)
-            n_done = int(state.pop("n_done"))
-            unfinished.restore(state)
+            n_done = int(arrays["n_done"])
+            if int(arrays["contexts"]) != _checksum(contexts):
+                return 0
+            unfinished.restore(dict(arrays))
         print(f"The pass goes on after {n_done:,} contexts.")
         return n_done
 
-    def keep(self, unfinished: HasState, n_done: int) -> None:
+    def keep(self, unfinished: HasState, contexts: Contexts, n_done: int) -> None:
         """Save a pass that has gone through so many contexts, if the last time is long ago.
 
         Raises:
@@ -60,10 +65,14 @@ class PassBackup:
             return
         arrays = {name: as_numpy(values) for name, values in unfinished.state().items()}
         with replacing(self.path) as partial, partial.open("wb") as file:
-            np.savez(file, n_done=np.int64(n_done), **arrays)
+            np.savez(file, n_done=n_done, contexts=_checksum(contexts), **arrays)
         self._saved = time.monotonic()
         if not self.limit.allows_another():
             raise TimeIsUp(f"the pass has gone through {n_done:,} contexts.")
+
+
+def _checksum(contexts: Contexts) -> int:
+    return zlib.crc32(np.asarray(contexts, np.int64).tobytes())
 
 
 def as_numpy(values: np.ndarray | torch.Tensor) -> np.ndarray:
