@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-CASES = ("torch", "million", "extraction", "folder", "measuring", "pass", "loader")
+CASES = ("torch", "million", "extraction", "folder", "measuring", "pass", "steering", "loader")
 
 
 def test_a_small_run_gives_a_table_and_its_json(tmp_path):

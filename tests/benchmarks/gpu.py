@@ -10,7 +10,8 @@ data/benchmarks/gpu.json is written after every case. ``--small``: on a CPU, to 
 - Ours is an autoencoder and a `fit` with a callback as train_autoencoder.py has them; theirs are
   the classes of `tests.benchmarks.peers`, with Adam. No latent is dead for anyone yet. ``million``
   is ours with 1,048,576 latents, moments in bfloat16.
-- ``extraction``, ``folder``, ``measuring`` and ``pass`` are `tests.benchmarks.gpu_pipeline`'s.
+- ``extraction``, ``folder``, ``measuring``, ``pass`` and ``steering`` are those of
+  `tests.benchmarks.gpu_pipeline`.
 - Share of the card's dense bfloat16 peak: of what the method needs, 2·d·n + 8·k·d FLOPs a token
   (the product that encodes; decoding, and the gradients of values, encoder, decoder, by k latents).
 - Memory is the accelerator's, allocated at most, beside what `utils.autoencoder.memory` plans. The
@@ -55,7 +56,13 @@ SMALL = {
     "tokens": 2**13, "folder_batch": 256, "passes": 1.0, "log_every": 10,
 }  # fmt: skip
 SAELENS = {"sae_lens": "TopKTrainingSAEConfig", "sae_lens.config": "SAETrainerConfig"}
-PIPELINE = ("extraction", "folder", "measuring", "pass")  # in this order: each needs the earlier
+PIPELINE = (
+    "extraction",
+    "folder",
+    "measuring",
+    "pass",
+    "steering",
+)  # in this order: each needs the earlier
 CASES = {  # a peer's name, whether it gets autocast, and what in it is to be told the device
     "torch": None,
     "million": None,

@@ -5,8 +5,8 @@ The model has the shape of LLaMA 3.2-3B but for blocks after the layer, and rand
 timed does not depend on their values. The text is the project's own, again and again.
 """
 
+import contextlib
 import csv
-import itertools
 import subprocess
 import sys
 import time
@@ -29,6 +29,7 @@ SMALL_SHAPE = {
 }  # fmt: skip
 LAYER = {True: 1, False: 15}  # small or not
 CONTEXTS_A_BATCH = 16
+N_GENERATED, N_PAIRS = 64, 5  # tokens of a text; texts, untouched and steered
 
 
 def extraction(options) -> dict:
@@ -111,17 +112,14 @@ def folder(options) -> dict:
 
 def measuring(options) -> dict:
     """Tokens/s of measuring on held-out tokens; here on some that are not."""
-    from utils.autoencoder.fidelity import measure_fidelity
+    from utils.autoencoder.training import measure
 
     autoencoder, store = opened(options)
-    batches = (
-        store.kept_rows(batch.contexts).astype(np.float32)
-        for batch in store.batches(range(store.n_contexts), options.sizes["folder_batch"])
-    )
-    measure_fidelity(autoencoder, itertools.islice(batches, 1))
+    size = options.sizes["folder_batch"]
+    measure(autoencoder, store, range(store.n_contexts // 16), size)  # warms up
     begun = time.perf_counter()
-    fidelity = measure_fidelity(autoencoder, batches)
-    fvu = float(fidelity.fvu)  # asked for within the time
+    fidelity = measure(autoencoder, store, range(store.n_contexts), size)
+    fvu = fidelity.fvu  # asked for within the time
     return {"tokens_per_second": fidelity.n_rows / (time.perf_counter() - begun), "fvu": fvu}
 
 
@@ -138,6 +136,37 @@ def feature_pass(options) -> dict:
     found.run(range(middle, store.n_contexts), options.sizes["folder_batch"])
     seconds = time.perf_counter() - begun
     return {"tokens_per_second": (store.n_contexts - middle) * store.context_length / seconds}
+
+
+def steering(options) -> dict:
+    """Tokens/s of steered generation, and the milliseconds a token that it adds; medians."""
+    from utils.language_model import load_language_model
+    from utils.steering.clamps import Clamp, steered
+    from utils.steering.feature_model import FeatureModel
+    from utils.steering.generation import generate_tokens, prompt_tokens
+
+    autoencoder, store = opened(options)
+    language_model = load_language_model(str(Path(options.work) / "model"), store.layer)
+    language_model.model.generation_config.eos_token_id = None
+    model = FeatureModel(language_model, store.layer, autoencoder, float("inf"))
+    prompt = prompt_tokens(language_model, "def main(options):")
+
+    def seconds(changing: contextlib.AbstractContextManager) -> float:
+        begun = time.perf_counter()
+        with changing:
+            generate_tokens(language_model, [prompt], N_GENERATED)
+        return time.perf_counter() - begun
+
+    pairs = [
+        (seconds(contextlib.nullcontext()), seconds(steered(model, [Clamp(0, 1.0, 10.0)])))
+        for _ in range(1 + N_PAIRS)
+    ]
+    untouched, changed = np.median(pairs[1:], axis=0) / N_GENERATED  # the first warms up
+    return {
+        "tokens_per_second": 1 / changed,
+        "untouched_ms": 1e3 * untouched,
+        "steered_ms": 1e3 * changed,
+    }
 
 
 def opened(options) -> tuple:
@@ -159,4 +188,5 @@ def run_script(name: str, *words: object) -> str:
 
 CASES = {
     "extraction": extraction, "folder": folder, "measuring": measuring, "pass": feature_pass,
+    "steering": steering,
 }  # fmt: skip

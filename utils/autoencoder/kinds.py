@@ -13,7 +13,13 @@ import numpy as np
 from keras import ops
 
 from utils.autoencoder.autoencoder import SparseAutoencoder, n_rows, of_some, squared_error
-from utils.autoencoder.sparse import ChosenLatents, constant, top_latents
+from utils.autoencoder.sparse import (
+    ChosenLatents,
+    constant,
+    exact_top_latents,
+    exact_values,
+    top_latents,
+)
 from utils.backend import Tensor
 from utils.settings import InputError
 
@@ -248,13 +254,13 @@ class TopKAutoencoder(SparseAutoencoder):
         self.k, self.auxk_coefficient = k, auxk_coefficient
         self.selection_dtype = selection_dtype
 
-    def top_latents(self, x, k: int, dtype: str = "float32"):
+    def top_latents(self, x):
         """The k largest pre-activations of each row and whose they are, both (batch, k)."""
-        return top_latents(x, self.W_enc, self.b_enc, k, dtype)
+        return exact_top_latents(x, self.W_enc, self.b_enc, self.k)
 
     def encode_chosen(self, activations: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The k latents of each row of raw activations, and their values, not negative."""
-        values, indices = self.top_latents(self.normalise(activations), self.k)
+        values, indices = self.top_latents(self.normalise(activations))
         chosen = ChosenLatents(indices, self.n_latents)
         return chosen, ops.relu(chosen.of(values))
 
@@ -270,7 +276,7 @@ class TopKAutoencoder(SparseAutoencoder):
         )
 
     def _among_largest(self, x, features):
-        values, indices = self.top_latents(x, self.k)
+        values, indices = self.top_latents(x)
         is_chosen = indices[:, None] == ops.cast(features, "int32")[:, None]  # (batch, features, k)
         return ops.sum(ops.where(is_chosen, ops.relu(values)[:, None], 0.0), axis=-1)
 
@@ -293,7 +299,7 @@ class TopKAutoencoder(SparseAutoencoder):
 
     def choose(self, x: Tensor) -> tuple[ChosenLatents, Tensor]:
         """The latents that a batch uses while training, and their pre-activations."""
-        values, indices = self.top_latents(x, self.k, self.selection_dtype)
+        values, indices = top_latents(x, self.W_enc, self.b_enc, self.k, self.selection_dtype)
         chosen = ChosenLatents(indices, self.n_latents)
         return chosen, chosen.of(values)
 
@@ -352,9 +358,9 @@ class BatchTopKAutoencoder(TopKAutoencoder):
 
     def choose(self, x):
         width = min(4 * self.k, self.n_latents)
-        values, indices = self.top_latents(x, width, self.selection_dtype)
+        values, indices = top_latents(x, self.W_enc, self.b_enc, width, self.selection_dtype)
         if self.selection_dtype != "float32":  # too many would be equal at the edge
-            values = self._exactly(x, indices)
+            values = exact_values(x, indices, self.W_enc, self.b_enc)
         smallest = self._smallest_chosen(values)
         # A mean of all steps at first, then of the last twenty or so.
         weight = 1 / ops.minimum(ops.cast(self.step, "float32") + 1, constant(20.0))
@@ -362,13 +368,6 @@ class BatchTopKAutoencoder(TopKAutoencoder):
         n_chosen = ops.shape(indices)[0] * self.k
         chosen = ChosenLatents(indices, self.n_latents, values >= smallest, n_chosen)
         return chosen, chosen.of(values)
-
-    def _exactly(self, x, indices):
-        """Pre-activations of candidates in float32, (batch, width), not differentiated."""
-        candidates = ChosenLatents(indices, self.n_latents)
-        W_enc, b_enc = ops.stop_gradient(self.W_enc), ops.stop_gradient(self.b_enc)
-        values = candidates.dot(ops.stop_gradient(x), W_enc) + candidates.take(b_enc)
-        return ops.reshape(values, ops.shape(indices))
 
     def _smallest_chosen(self, values):
         """The k · batch-th largest of the candidates (batch, width); at least 0."""
