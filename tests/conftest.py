@@ -23,6 +23,8 @@ os.chdir(ROOT)  # where a user runs the scripts
 sys.path.insert(0, str(ROOT))
 # Sums in one order, here and in the processes started; tests side by side on few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+if "TESTED_ON_CARD" not in os.environ:  # see test_card.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from utils.backend import use_backend  # noqa: E402
 

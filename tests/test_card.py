@@ -1,161 +1,23 @@
-"""On a graphics card: what the CPU gives, and no wait within a round. Nothing runs without one."""
+"""What is different on a graphics card; all other tests run as if there were none."""
 
-import itertools
+import os
+import subprocess
+import sys
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-from conftest import SCRIPTS, Flags
-from on_backend import stand_in_for_store
+from conftest import ROOT
 
-import train_autoencoder
-from utils.activations.store import ActivationStore
-from utils.artifacts import read_json
-from utils.autoencoder import training
-from utils.autoencoder.callbacks import Rounds
-from utils.autoencoder.kernels import AdamStep, Trained, plain_step
-from utils.autoencoder.kinds import KINDS
-from utils.settings import read_settings
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
-
-BATCH, D_MODEL, STEPS = 64, 32, 12
-WARM = 2  # steps of a round, at its start, in which libraries may set themselves up
+HIDDEN = ("CUDA_VISIBLE_DEVICES", "PYTEST_XDIST_WORKER")  # from the process that is started
+NONE_RAN = 5  # pytest's exit status
 
 
-@pytest.fixture
-def no_waits():
-    """What makes any wait for the card an error while a round's batches are taken."""
-
-    def watched(rows: torch.Tensor):
-        for step in itertools.count():
-            is_within = WARM <= step % STEPS < STEPS - 1
-            torch.cuda.set_sync_debug_mode("error" if is_within else "default")
-            yield rows
-
-    yield watched
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_step_of_a_round_waits_for_the_card(tmp_path, no_waits, kind, moments):
-    rows = torch.randn(BATCH, D_MODEL, generator=torch.Generator().manual_seed(0))
-    words = f"--kind {kind} --n-latents 256 --k 2 --moments-dtype {moments}"
-    words += f" --dead-after {STEPS * BATCH}"  # so that AuxK is at work in the second round
-    settings = read_settings(train_autoencoder, words.split())
-    rounds = Rounds(2, STEPS)
-    autoencoder = training.build(settings, stand_in_for_store(rows.numpy()), rounds.total_steps)
-    data = training.TrainingData(lambda step: no_waits(rows.cuda()), rows[:8].numpy(), BATCH)
-    training.train(autoencoder, data, rounds, tmp_path, 5)
-    assert int(autoencoder.step) == rounds.total_steps
-
-
-@pytest.mark.parametrize("is_unit", [True, False])
-@pytest.mark.parametrize("is_sparse", [True, False])
-@pytest.mark.parametrize("shape", [(4_096, 3_072), (512, 576), (33, 20)])
-def test_tritons_kernels_are_the_plain_form(is_unit, is_sparse, shape):
-    pytest.importorskip("triton")
-    from utils.autoencoder.triton_kernels import adam_step
-
-    draw = torch.Generator("cuda").manual_seed(0)
-    weight, gradient, momentum = torch.randn(3, *shape, generator=draw, device="cuda")
-    weight = torch.nn.functional.normalize(weight)
-    velocity = torch.rand(shape, generator=draw, device="cuda") / 100
-    if is_sparse:
-        numbers = torch.randint(len(weight), (1, len(weight) // 2), generator=draw, device="cuda")
-        gradient = torch.sparse_coo_tensor(numbers, gradient[: numbers.shape[1]], shape)
-    ends = []
-    for make_step in (plain_step, adam_step):
-        one = Trained(weight.clone(), gradient.clone(), momentum.clone(), velocity.clone(), is_unit)
-        make_step([one], AdamStep(3, 0.01, 0.9, 0.999, 1e-7, 1.0))
-        ends.append((one.weight, one.momentum, one.velocity))
-    for plain, fused in zip(*ends, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, run_script, tiny_model, tiny_text):
-    """The folders of the four scripts run on the card, and on the CPU."""
-    folders = {}
-    for name, visible in (("card", None), ("cpu", "")):
-        folder = tmp_path_factory.mktemp(name)
-        flags, changes = Flags(folder, tiny_model, tiny_text), {}
-        if visible is not None:
-            changes["CUDA_VISIBLE_DEVICES"] = visible
-        flags.train_autoencoder += ["--selection-dtype", "float32", "--pool-gib", 0.5]
-        for script in SCRIPTS:
-            run_script(script, *getattr(flags, script), **changes)
-        folders[name] = folder
-    return folders
-
-
-def test_the_scripts_give_what_they_give_on_a_cpu(runs):
-    card, cpu = (ActivationStore(runs[name] / "activations") for name in ("card", "cpu"))
-    assert card.n_tokens == cpu.n_tokens
-    rows = [store.kept_rows(range(64)).astype(np.float32) for store in (card, cpu)]
-    np.testing.assert_allclose(*rows, rtol=0, atol=1e-2 * np.abs(rows[1]).max())
-    trained = [read_json(runs[name] / "autoencoder" / "metrics.json") for name in runs]
-    fvu = [metrics["fvu"] for metrics in trained]
-    assert fvu[0] == pytest.approx(fvu[1], rel=0.05)
-    tables = [pd.read_parquet(runs[name] / "analysis" / "features.parquet") for name in runs]
-    assert np.corrcoef(*(table["frequency"] for table in tables))[0, 1] > 0.95
-
-
-def test_the_pass_counts_what_it_counts_on_a_cpu(runs, monkeypatch):
-    from utils.autoencoder.saved import open_autoencoder
-    from utils.features import feature_pass
-    from utils.steering.feature_model import ActiveFeatures, FeatureEncoder
-
-    store = ActivationStore(runs["card"] / "activations")
-    autoencoder, _ = open_autoencoder(runs["card"] / "autoencoder", store)
-    encoder, found = FeatureEncoder(autoencoder), []
-
-    class OnCpu:
-        """Encodes on the card, and leaves counting to the CPU."""
-
-        n_latents = encoder.n_latents
-
-        def active_tensors(self, rows):
-            return ActiveFeatures(*(values.cpu() for values in encoder.active_tensors(rows)))
-
-    for counting in (encoder, OnCpu()):
-        if counting is not encoder:
-            monkeypatch.setattr(feature_pass, "pick_device", lambda: torch.device("cpu"))
-        one = feature_pass.FeaturePass(counting, store, seed=0)
-        one.run(range(200), 512)
-        found.append((one.statistics(), one.examples()))
-    for counted, expected in zip(*found, strict=True):
-        for name, values in expected.items():
-            if np.asarray(values).dtype.kind in "iufb":
-                np.testing.assert_allclose(counted[name], values, rtol=1e-5, err_msg=name)
-
-
-def test_extraction_copies_beside_the_model(tmp_path):
-    from utils.activations.capture import HostCopies
-
-    copies = HostCopies(torch.device("cuda"))
-    tensors = {str(n): torch.randn(1_000, 1_000, device="cuda") for n in range(20)}
-    captured = [copies.download({name: tensor}) for name, tensor in tensors.items()]
-    for one, tensor in zip(captured, tensors.values(), strict=True):
-        (array,) = one.arrays().values()
-        assert np.array_equal(array, tensor.cpu().numpy())
-        assert next(iter(one.tensors.values())).is_pinned()
-    tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
-    assert np.array_equal(copies.upload(tokens).cpu().numpy(), tokens)
-
-
-def test_candidates_of_bfloat16_hold_the_largest():
-    from utils.autoencoder.sparse import exact_top_latents, top_latents
-
-    draw = torch.Generator("cuda").manual_seed(0)
-    x, rows = (torch.randn(n, 768, generator=draw, device="cuda") for n in (512, 16_384))
-    biases = 0.1 * torch.randn(16_384, generator=draw, device="cuda")
-    x += 5 * torch.randn(768, generator=draw, device="cuda")  # a mean that all rows share
-    rows = torch.nn.functional.normalize(rows)
-    values, indices = exact_top_latents(x, rows, biases, 64)
-    expected, whose = top_latents(x, rows, biases, 64)
-    torch.testing.assert_close(values.sort(1).values, expected.sort(1).values, rtol=0, atol=1e-3)
-    same = (indices.sort(1).values == whose.sort(1).values).all(1)
-    assert same.float().mean() > 0.99  # the others are ties within rounding
+def test_on_a_card():
+    """The tests of on_card.py, in a process that sees the card."""
+    environment = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_card.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"TESTED_ON_CARD": "1"}, capture_output=True, text=True
+    )
+    if done.returncode == NONE_RAN:
+        pytest.skip("needs a graphics card")
+    assert done.returncode == 0, done.stdout

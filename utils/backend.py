@@ -1,10 +1,12 @@
 """The framework that Keras uses in this process. Import this before anything imports Keras."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,26 @@ def torch_device() -> str | None:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def quick_products() -> Iterator[None]:
+    """While open, PyTorch multiplies float32 matrices on a GPU in TF32, several times as fast.
+
+    It rounds their numbers to 10 bits of mantissa, and sums in float32. JAX and TensorFlow do so
+    always.
+    """
+    if torch_device() != "cuda":
+        yield
+        return
+    import torch
+
+    earlier = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(earlier)
 
 
 def free_memory(device: str | None = None) -> int | None:

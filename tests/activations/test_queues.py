@@ -306,7 +306,6 @@ def test_sums_are_those_of_numpy_in_float64(dtype):
         assert not np.isfinite(sums_of(spoiled, is_bos, counted).numpy()[2:]).all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is pinned memory with a GPU")
 def test_without_pinned_memory_copies_go_on_and_it_is_said_once(capsys):
     copies = HostCopies(torch.device("cpu"))
     rooms = [copies.host_memory(torch.zeros(2, 3)) for _ in range(2)]

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import BOS, ROOT, excluded_of, write_activations
 from keras import ops
 
@@ -500,14 +499,12 @@ def test_the_order_is_the_same_whoever_reads_first(batches, monkeypatch):
 def test_pools_of_pytorch_give_the_same_batches(batches, monkeypatch, pool):
     expected = list(itertools.islice(batches.from_step(3), 60))
     assert all(batch.ctypes.data % 64 == 0 for batch in expected[:2])  # as JAX wants it
-    is_gpu = torch.cuda.is_available() and pool is DevicePool
-    batches.device = "cuda" if is_gpu else "cpu"
-    if pool is DevicePool:  # as on a GPU, on the CPU where there is none
+    batches.device = "cpu"
+    if pool is DevicePool:  # as on a GPU
         monkeypatch.setattr(torch_pools, "torch_pool", DevicePool)
     found = list(itertools.islice(batches.from_step(3), 60))
-    assert all(batch.device.type == batches.device for batch in found)
     assert all(ops.convert_to_tensor(batch) is batch for batch in found)  # no copy of Keras'
-    assert np.array_equal([batch.cpu().numpy() for batch in found], expected)
+    assert np.array_equal([batch.numpy() for batch in found], expected)
 
 
 def test_a_larger_pool_is_read_in_larger_pieces(tmp_path):

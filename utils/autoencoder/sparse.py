@@ -181,14 +181,14 @@ if keras.backend.backend() == "torch":
             """Choices in order of latent, their rows, where each latent's begin; made once.
 
             Where they are few, only of latents that are chosen, whose numbers come last: as many
-            as there are choices, so that the device need not be asked. Latents that fill up have
-            no choices here; their numbers are any.
+            as there may be, so that the device need not be asked. Latents that fill up have no
+            choices here; their numbers are any.
             """
             if self._by_latent is None:
                 latent, order = self.latent.sort()
                 numbers, slot, n_slots = None, latent, self.n_latents
                 if self.is_few:
-                    n_slots = len(latent)
+                    n_slots = min(len(latent), self.n_latents)
                     is_new = torch.ones_like(latent)
                     is_new[1:] = latent[1:] != latent[:-1]
                     slot = is_new.cumsum(0) - 1

@@ -78,9 +78,9 @@ class FeatureEncoder:
         With ``features``, only these are computed, shape (..., len(features)).
         """
         rows = residual.float().reshape(-1, residual.shape[-1])
+        features = None if features is None else features.to(self.norms.device)
         latents = _as_torch(self.autoencoder.encode(rows, features))
-        norms = self.norms if features is None else self.norms[features.to(self.norms.device)]
-        values = latents * norms
+        values = latents * (self.norms if features is None else self.norms[features])
         return values.reshape(*residual.shape[:-1], values.shape[-1]).to(residual.device)
 
     @torch.no_grad()
