@@ -26,6 +26,6 @@ def test_a_small_run_gives_a_table_and_its_json(tmp_path):
     assert all("Memory: 0.0" in case["plan"] for case in (torch, million, cases["folder"]))
     lines = [line.split(" | ") for line in done.stdout.strip().splitlines()[-len(CASES) :]]
     assert tuple(line[1] for line in lines) == CASES
-    assert lines[0][0] == "| 256" and lines[0][6] == "1.00"
-    assert lines[0][4] == f"{torch['tokens_per_second']:,.0f}"
+    assert lines[0][0] == "| 256" and lines[0][7] == "1.00"
+    assert lines[0][5] == f"{torch['tokens_per_second']:,.0f}"
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", ".checksums.jsonl"}

@@ -8,8 +8,9 @@ data/benchmarks/gpu.json is written after every case. ``--small``: on a CPU, to 
 - Steps on made-up float16 activations are timed with batches on the device, and with batches in the
   host's memory, as they come from a disk: in groups, the device waited for after each; medians.
 - Ours is an autoencoder and a `fit` with a callback as train_autoencoder.py has them; theirs are
-  the classes of `tests.benchmarks.peers`, with Adam. No latent is dead for anyone yet. ``million``
-  is ours with 1,048,576 latents, moments in bfloat16.
+  the classes of `tests.benchmarks.peers`, with Adam. No latent is dead for anyone yet, but in a
+  third measurement of ours, "reviving". ``million`` is ours with 1,048,576 latents, moments in
+  bfloat16.
 - ``extraction``, ``folder``, ``measuring``, ``pass`` and ``steering`` are those of
   `tests.benchmarks.gpu_pipeline`.
 - Share of the card's dense bfloat16 peak: of what the method needs, 2·d·n + 8·k·d FLOPs a token
@@ -41,7 +42,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.shards import ShardWriter
 from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, write_json
-from utils.backend import peak_memory, use_backend
+from utils.backend import peak_memory, quick_products, use_backend
 
 SIZES = {  # seconds: of all groups, about; contexts: of the loader's store
     "d_model": 3_072, "n_latents": 65_536, "k": 64, "batch_sizes": [4_096, 8_192, 16_384],
@@ -80,6 +81,7 @@ LIMITS = {"million": 130.0, "extraction": 120.0}  # seconds: weights and a model
 LEAST, MOST = 3, 20  # timed groups
 N_BATCHES, N_DIRECTIONS, ACTIVE = 4, 1_024, 16  # of the data; directions in a row, on average
 STEPS, DEAD_AFTER = 10_000, 10_000_000  # of a schedule; tokens
+SHARE_DEAD = 0.1  # of the latents, while it is timed how long AuxK takes
 
 
 def main() -> None:
@@ -173,11 +175,14 @@ def work(options: argparse.Namespace) -> dict:
     scale, mean = float(np.square(first).mean()) ** -0.5, first.mean(axis=0)
     store = SimpleNamespace(d_model=options.sizes["d_model"], mean=mean, scale=scale)
     run = (our_steps if ours else peer_steps)(options, store, device)
-    seconds = {}
-    for place, put in (("device", device.put), ("host", lambda batch: batch)):
+    seconds, on_device = {}, [device.put(batch) for batch in batches]
+    cases = {"from_device": (on_device,), "from_host": (batches,)}
+    if options.worker == "torch":
+        cases["reviving"] = on_device, SHARE_DEAD
+    for name, given in cases.items():
         clock = Clock(options.sizes, device)
-        run([put(batch) for batch in batches], clock)
-        seconds[f"step_seconds_from_{place}"] = clock.step_seconds()
+        run(clock, *given)
+        seconds[f"step_seconds_{name}"] = clock.step_seconds()
     rate = options.batch_size / seconds["step_seconds_from_device"]
     peaks = [peak for name, peak in PEAKS.items() if name in device.name]
     flops = options.flops
@@ -244,6 +249,7 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
 
     import train_autoencoder
     from utils.autoencoder import training
+    from utils.autoencoder.autoencoder import SparseAutoencoder
     from utils.autoencoder.callbacks import RoundCallbacks
     from utils.autoencoder.memory import require_memory
     from utils.settings import read_settings
@@ -255,18 +261,35 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
     flags += " --moments-dtype bfloat16" if is_million else ""
     settings = read_settings(train_autoencoder, flags.split())
     options.plan = require_memory(settings, store.d_model).strip()
+    if is_million:  # by NumPy it would take a minute
+        SparseAutoencoder.initialize = draw_on_device
     autoencoder = training.build(settings, store, STEPS)
 
-    def run(batches, clock):
+    def run(clock, batches, share_dead=0.0):
+        is_dead = np.arange(n_latents) < share_dead * n_latents
+        autoencoder.idle_tokens.assign(np.where(is_dead, autoencoder.dead_after, 0))
+
         class Stop(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
                 self.model.stop_training = clock.is_over(batch)
 
         endless = ((batch,) for batch in itertools.cycle(batches))
         callbacks = RoundCallbacks([Stop()], add_history=True, model=autoencoder)
-        autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=callbacks)
+        with quick_products():
+            autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=callbacks)
 
     return run
+
+
+def draw_on_device(autoencoder, *_) -> None:
+    """In place of `SparseAutoencoder.initialize`."""
+    rows = torch.randn(tuple(autoencoder.W_enc.shape), device=autoencoder.W_enc.value.device)
+    rows /= rows.norm(dim=1, keepdim=True)
+    autoencoder.W_enc.assign(rows)
+    autoencoder.W_dec.assign(rows)
+    del rows
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peer_steps(options: argparse.Namespace, store: SimpleNamespace, device: Device) -> Callable:
@@ -288,7 +311,7 @@ def peer_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devi
         peer = peers.PEERS[name](asked, store.d_model)
     steps = itertools.count()  # of all runs
 
-    def run(batches, clock):
+    def run(clock, batches):
         for step, batch in enumerate(itertools.cycle(batches)):
             peer.update(next(steps), device.put(batch).float() * store.scale)
             if clock.is_over(step):
@@ -345,16 +368,19 @@ def table(cases: list[dict]) -> str:
     """A line a case; speeds beside those of ours on PyTorch, at the same batch size."""
     devices = {case["device"]: None for case in cases if "device" in case}
     lines = [f"Device: {', '.join(devices) or 'none'}, {os.cpu_count()} cores.\n"]
-    head = "| batch | who | step | step from host | tokens/s | of peak | torch / this | memory |"
-    lines += [head, "|" + "---|" * 8]
+    head = (
+        "| batch | who | step | from host | reviving | tokens/s | of peak | torch / this | memory |"
+    )
+    lines += [head, "|" + "---|" * 9]
     ours = {case["batch_size"]: case for case in cases if case["who"] == "torch"}
     for case in cases:
-        cells = [case.get("failed", ""), *[""] * 5]
+        cells = [case.get("failed", ""), *[""] * 6]
         if "failed" not in case:
             rate, memory = case["tokens_per_second"], case.get("peak_accelerator_memory_gb")
             compared = ours.get(case["batch_size"], {}).get("tokens_per_second", 0)
             ratio = compared / rate if "step_seconds_from_host" in case else 0
-            steps = [case.get(f"step_seconds_from_{place}") for place in ("device", "host")]
+            names = ("from_device", "from_host", "reviving")
+            steps = [case.get(f"step_seconds_{name}") for name in names]
             cells = [f"{1e3 * step:.2f} ms" if step else "" for step in steps] + [f"{rate:,.0f}"]
             share = case.get("share_of_peak")
             cells += [f"{share:.1%}" if share else "", f"{ratio:.2f}" if ratio else ""]
