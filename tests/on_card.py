@@ -1,6 +1,7 @@
 """On a graphics card: what the CPU gives, and no wait within a round; run by test_card.py."""
 
 import itertools
+import time
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from on_backend import stand_in_for_store
 import train_autoencoder
 from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
+from utils.activations.torch_pools import AHEAD, DevicePool
 from utils.artifacts import read_json
 from utils.autoencoder import training
 from utils.autoencoder.callbacks import Rounds
@@ -143,6 +145,18 @@ def test_a_pool_on_the_card_gives_the_batches_of_one_on_the_host(runs):
     for expected, batch in itertools.islice(zip(on_host, on_card, strict=True), 300):
         assert batch.is_cuda
         assert np.array_equal(batch.cpu().numpy(), expected)
+
+
+def test_the_host_is_not_far_ahead_of_the_card():
+    pool = DevicePool((64, 8), np.dtype(np.float16), "cuda")
+    started, events = time.perf_counter(), []
+    for _ in range(6):
+        pool.new_batch(8)
+        torch.cuda._sleep(10**8)  # cycles: about a twentieth of a second
+        events.append(torch.cuda.Event())
+        events[-1].record()
+        assert sum(not event.query() for event in events) <= AHEAD + 1
+    assert time.perf_counter() - started > 0.1
 
 
 def test_extraction_copies_beside_the_model(tmp_path):

@@ -24,6 +24,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.queues import QUEUED, read_ahead
 from utils.activations.shards import Shard, ShardWriter
 from utils.activations.store import ActivationStore
+from utils.activations.torch_pools import DevicePool
 from utils.artifacts import write_json
 from utils.settings import InputError
 
@@ -311,3 +312,27 @@ def test_without_pinned_memory_copies_go_on_and_it_is_said_once(capsys):
     rooms = [copies.host_memory(torch.zeros(2, 3)) for _ in range(2)]
     assert [room.shape for room in rooms] == [(2, 3), (2, 3)]
     assert len(re.findall("No pinned memory .*slower", capsys.readouterr().out)) == 1
+
+
+def test_a_gpu_is_not_given_batches_it_is_far_from(monkeypatch):
+    waited = []
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking
+
+        def record(self, stream):
+            assert stream == "the one that computes"
+
+        def synchronize(self):
+            waited.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the one that computes")
+    pool = DevicePool((8, 3), np.float16, "cpu")
+    pool.stream = "the one that copies"
+    counts = []
+    for _ in range(5):
+        pool.new_batch(2)
+        counts.append(len(waited))
+    assert counts == [0, 0, 1, 2, 3] and len(set(waited)) == 3

@@ -74,6 +74,24 @@ def test_the_papers_smallest_dictionary_fits_on_a_card_of_80_gb(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("batch", "moments", "n_latents", "held_gb"),
+    [
+        (4_096, "float32", 65_536, 7.551504896),
+        (8_192, "float32", 65_536, 7.709899776),
+        (16_384, "float32", 65_536, 8.210758656),
+        (8_192, "bfloat16", 2**20, 71.291829248),  # no latent was dead yet
+    ],
+)
+def test_the_plan_is_what_an_h100_held(monkeypatch, batch, moments, n_latents, held_gb):
+    """Measured by tests.benchmarks.gpu at commit 9d51c65, width 3,072, k 64, without a pool."""
+    monkeypatch.setattr(memory, "torch_device", lambda: "cuda")
+    monkeypatch.setattr(sparse, "chunk_rows", lambda n: max(sparse.LEAST_ROWS, 2**27 // n))
+    flags = ("--n-latents", n_latents, "--batch-size", batch, "--moments-dtype", moments)
+    plan = plan_memory(asked("--k", 64, "--selection-dtype", "bfloat16", *flags), 3_072)
+    assert plan.total / 1e9 == pytest.approx(held_gb, rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("free_gb", "remedies"), [(0.2, ["BATCH_SIZE", "N_LATENTS"]), (0.1, ["N_LATENTS"])]
 )
 def test_what_cannot_fit_is_refused_and_what_is_named_fits(monkeypatch, free_gb, remedies):

@@ -1,5 +1,6 @@
 """Pools for PyTorch: in the host's memory, or a GPU's."""
 
+import collections
 import contextlib
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ import torch
 
 from utils.activations.pools import HostPool
 from utils.settings import InputError
+
+AHEAD = 2  # batches that are in a GPU's queue while the next is taken
 
 
 def torch_pool(shape: tuple[int, int], dtype: np.dtype, device: str) -> HostPool:
@@ -30,6 +33,9 @@ class DevicePool(HostPool):
     """Rows on a device. They are read into pinned memory, of each thread its own, and copied from
     there beside what the device computes: on a GPU, on a stream of the pool's.
 
+    The next batch is given out when a GPU has come to the last but `AHEAD`. With more in its queue
+    the driver's buffer of commands would be full, and the copies of the next pool stand behind.
+
     Raises:
         InputError: The device has too little memory.
     """
@@ -46,6 +52,7 @@ class DevicePool(HostPool):
             ) from error
         self.stream = torch.cuda.Stream(device) if self.rows.is_cuda else None
         self.landing = threading.local()
+        self._given: collections.deque[torch.cuda.Event] = collections.deque()
 
     def begin(self) -> None:
         if self.stream:
@@ -61,7 +68,17 @@ class DevicePool(HostPool):
         return self._copy(torch.from_numpy(order), self.order[: len(order)])
 
     def new_batch(self, n_rows: int) -> torch.Tensor:
+        if self.stream:
+            self._wait_for_earlier()
         return self.rows.new_empty(n_rows, self.rows.shape[1])
+
+    def _wait_for_earlier(self) -> None:
+        """Until the device has come to all batches but the last `AHEAD`."""
+        reached = torch.cuda.Event(blocking=True)
+        reached.record(torch.cuda.current_stream(self.rows.device))
+        self._given.append(reached)
+        if len(self._given) > AHEAD:
+            self._given.popleft().synchronize()
 
     def take(self, order: torch.Tensor, to: torch.Tensor) -> None:
         torch.index_select(self.rows, 0, order, out=to)
