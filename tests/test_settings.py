@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -182,6 +183,36 @@ def test_all_runs_without_tensorflow(tiny_run, tmp_path):
     )  # fmt: skip
     assert " on torch: " in done.stdout and (tmp_path / "autoencoder.keras").exists()
     assert done.stderr.endswith("BACKEND tensorflow is not installed: pip install tensorflow.\n")
+
+
+STEPS = """
+import resource, sys
+from utils.backend import use_backend
+use_backend("torch", is_training=sys.argv[1] == "True")
+import torch
+
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        torch.ones(25_000_000)  # as a gradient, allocated anew in each step
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(2)
+print(faults(10))
+"""
+
+
+@pytest.mark.skipif(
+    os.environ.get("LD_PRELOAD", "") != "" or platform.libc_ver()[0] != "glibc",
+    reason="needs glibc's malloc",
+)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_training_is_not_given_cleared_memory_in_each_step(is_training):
+    command = [sys.executable, "-c", STEPS, str(is_training)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 10) == is_training
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The framework that Keras uses in this process. Import this before anything imports Keras."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -25,19 +26,20 @@ OUT_OF_MEMORY = (  # in the errors of each framework
     "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "RESOURCE_EXHAUSTED",
     "OOM when allocating",
 )  # fmt: skip
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 FASTEST_ON_CPU = ("torch", "tensorflow", "jax")  # first; measured by tests/benchmarks
 
 
-def use_backend(name: str, huge_pages: bool = False) -> str:
+def use_backend(name: str, is_training: bool = False) -> str:
     """Make Keras use a backend, before Keras is imported; returns its name.
 
     Args:
         name: ``"tensorflow"``, ``"jax"``, ``"torch"``, or ``"auto"``: the first installed one that
             sees an accelerator, else the installed one that is fastest on a CPU.
-        huge_pages: Have PyTorch ask Linux for pages of 2 MB. On a CPU a training step of 18,432
-            latents, which allocates its gradients anew, takes a tenth less time; the smaller arrays
-            of a language model get slower.
+        is_training: Steps allocate gradients anew, and on a CPU the kernel would clear their memory
+            anew each time. So on Linux memory is kept when it is freed, and in pages of 2 MB, with
+            PyTorch. The smaller arrays of a language model would get slower.
 
     Raises:
         InputError: The backend is not installed.
@@ -47,12 +49,20 @@ def use_backend(name: str, huge_pages: bool = False) -> str:
     os.environ["KERAS_BACKEND"] = chosen
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    if huge_pages:
+    if is_training:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        _keep_freed_memory()
     if chosen != "tensorflow" and "tensorflow" not in sys.modules:
         # Keras would import TensorFlow only to save a model, which takes seconds and GPU memory.
         sys.modules["tensorflow"] = None
     return chosen
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library give nothing back to the system, where it is glibc."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cpu_computes_bfloat16() -> bool:
