@@ -97,7 +97,8 @@ def main() -> None:
     if settings.search_prompt or (settings.search, settings.search_like) != (None, None):
         print(show_matches(*search(settings), shutil.get_terminal_size().columns))
         return
-    use_backend("torch")  # like the language model, so that weights need not be copied
+    # On PyTorch, like the language model, so that weights need not be copied.
+    use_backend("torch", keep_memory=True)
     from utils.activations.store import ActivationStore
     from utils.autoencoder.saved import open_autoencoder
     from utils.features.analysis import Analysis

@@ -216,7 +216,7 @@ def begin_backend(settings: Settings) -> str:
     if settings.import_from or settings.export or settings.push_to_hub:
         import utils.language_model  # noqa: F401  it crashes if it is imported after TensorFlow
 
-    return use_backend(settings.backend, is_training=True)
+    return use_backend(settings.backend, keep_memory=True, huge_pages=True)
 
 
 def training_data(settings: Settings, store, batches, held_out):

@@ -7,7 +7,7 @@ from on_backend import STEP_KINDS, loss_and_gradients, step_inputs
 
 from utils.autoencoder import sparse
 from utils.autoencoder.kinds import KINDS
-from utils.autoencoder.sparse import ChosenLatents, top_latents
+from utils.autoencoder.sparse import ChosenLatents, exact_top_latents, top_latents
 
 
 def drawn(n_latents: int, n_rows: int = 13, largest: int = 1_000):
@@ -82,6 +82,23 @@ def test_bfloat16_differs_among_near_ties_only():
     assert (chosen.sum(1) == 32).all()
     assert chosen[exact > edge + near].all() and not chosen[exact < edge - near].any()
     assert not torch.equal(chosen, exact >= edge)  # some did change places
+
+
+def test_candidates_of_bfloat16_hold_the_largest(monkeypatch):
+    monkeypatch.setattr(sparse, "fastest_dtype", lambda: "bfloat16")
+    draw = torch.Generator().manual_seed(0)
+    x, rows = (torch.randn(n, 64, generator=draw) for n in (200, 4_096))
+    x += 3 * torch.randn(64, generator=draw)  # a mean that all rows share
+    biases = 0.1 * torch.randn(4_096, generator=draw)
+    values, indices = exact_top_latents(x, rows, biases, 32)
+    assert indices.dtype == torch.int32 and values.shape == indices.shape == (200, 32)
+    exact = x @ rows.T + biases
+    torch.testing.assert_close(values, exact.gather(1, indices.long()), rtol=0, atol=1e-4)
+    expected = exact.topk(32).values
+    torch.testing.assert_close(values.sort(1, True).values, expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr(sparse, "exact_values", None)  # of few latents they are not sought so
+    few, whose = exact_top_latents(x, rows[:4_095], biases[:4_095], 32)
+    assert torch.equal(few, (x @ rows[:4_095].T + biases[:4_095]).gather(1, whose.long()))
 
 
 def test_nothing_is_differentiated_through_the_choice():

@@ -19,7 +19,7 @@ import torch
 from tests.benchmarks.gpu import write_store
 from utils.backend import peak_memory, use_backend
 
-use_backend("torch")
+use_backend("torch", keep_memory=True)  # as analyze_features.py
 
 from utils.autoencoder.kinds import TopKAutoencoder  # noqa: E402
 from utils.features.feature_pass import FeaturePass  # noqa: E402

@@ -32,7 +32,7 @@ CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-
 LEAST_ROWS = 1_024  # or so many, for W_enc is read anew for each chunk
 GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
 GROUP = 8  # latents whose maximum stands for them while the largest are sought
-CANDIDATES = 2  # for each latent sought, where the product that finds them is in bfloat16
+SCARCE, CANDIDATES = 128, 2  # latents, and those that bfloat16 finds, for each that is sought
 FEW = 2  # latents for each choice of a batch, from which on only the chosen rows have a gradient
 
 
@@ -278,10 +278,8 @@ else:
     def fastest_dtype() -> str:
         """The precision in which this machine multiplies matrices fastest, of float32, bfloat16."""
         # XLA and TensorFlow are slower in bfloat16 on CPUs, even those that compute in it.
-        return "float32" if _is_on_cpu() else "bfloat16"
-
-    def _is_on_cpu(tensor=None):
-        return keras.distribution.list_devices()[0].startswith("cpu")
+        on_cpu = keras.distribution.list_devices()[0].startswith("cpu")
+        return "float32" if on_cpu else "bfloat16"
 
     def top_latents(x, rows, biases, k, dtype="float32"):
         """The k largest pre-activations of each row of x, in any order, and whose they are.
@@ -458,12 +456,12 @@ else:
 
 
 def exact_top_latents(x, rows, biases, k):
-    """`top_latents` in float32, by way of bfloat16 on an accelerator, which is far faster in it.
+    """`top_latents` in float32, by way of bfloat16 where that is faster and they are few of many.
 
-    There the latents are sought among `CANDIDATES` times as many that bfloat16 finds. One is missed
-    only if rounding, of a 256th, moves it past all the others.
+    They are then sought among `CANDIDATES` times as many that bfloat16 finds. One is missed only if
+    rounding, of a 256th, moves it past all the others.
     """
-    if fastest_dtype() == "float32" or _is_on_cpu(x) or CANDIDATES * k > ops.shape(biases)[0]:
+    if fastest_dtype() == "float32" or SCARCE * k > ops.shape(biases)[0]:
         return top_latents(x, rows, biases, k)
     _, indices = top_latents(x, rows, biases, CANDIDATES * k, "bfloat16")
     values = exact_values(x, indices, rows, biases)
