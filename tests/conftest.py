@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 # Sums in one order, here and in the processes started; tests side by side on few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 if "TESTED_ON_CARD" not in os.environ:  # see test_card.py
+    os.environ.setdefault("CARDS_OF_USER", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from utils.backend import use_backend  # noqa: E402

@@ -1,7 +1,6 @@
 """On a graphics card: what the CPU gives, and no wait within a round; run by test_card.py."""
 
 import itertools
-import time
 
 import numpy as np
 import pandas as pd
@@ -149,14 +148,14 @@ def test_a_pool_on_the_card_gives_the_batches_of_one_on_the_host(runs):
 
 def test_the_host_is_not_far_ahead_of_the_card():
     pool = DevicePool((64, 8), np.dtype(np.float16), "cuda")
-    started, events = time.perf_counter(), []
+    events = []
     for _ in range(6):
         pool.new_batch(8)
         torch.cuda._sleep(10**8)  # cycles: about a twentieth of a second
         events.append(torch.cuda.Event())
         events[-1].record()
         assert sum(not event.query() for event in events) <= AHEAD + 1
-    assert time.perf_counter() - started > 0.1
+    assert not events[-1].query()  # the card was behind all the time
 
 
 def test_extraction_copies_beside_the_model(tmp_path):
@@ -174,8 +173,9 @@ def test_extraction_copies_beside_the_model(tmp_path):
 
 
 def test_candidates_of_bfloat16_hold_the_largest():
-    from utils.autoencoder.sparse import exact_top_latents, top_latents
+    from utils.autoencoder.sparse import exact_top_latents, fastest_dtype, top_latents
 
+    assert fastest_dtype() == "bfloat16"
     draw = torch.Generator("cuda").manual_seed(0)
     x, rows = (torch.randn(n, 768, generator=draw, device="cuda") for n in (512, 16_384))
     biases = 0.1 * torch.randn(16_384, generator=draw, device="cuda")

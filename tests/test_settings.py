@@ -185,7 +185,7 @@ def test_all_runs_without_tensorflow(tiny_run, tmp_path):
     assert done.stderr.endswith("BACKEND tensorflow is not installed: pip install tensorflow.\n")
 
 
-STEPS = """
+ALLOCATING = """
 import resource, sys
 from utils.backend import use_backend
 use_backend("torch", keep_memory=sys.argv[1] == "True")
@@ -208,11 +208,11 @@ print(faults(10))
 )
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_memory_that_is_kept_is_not_cleared_in_each_step(is_kept):
-    command = [sys.executable, "-c", STEPS, str(is_kept)]
+    command = [sys.executable, "-c", ALLOCATING, str(is_kept)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
     )
-    assert (int(done.stdout) < 10) == is_kept
+    assert (int(done.stdout) < 100) == is_kept
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from utils.settings import require
 Tensor = Any  # a tensor of any Keras backend
 
 # Ask a framework, in a process of its own, whether it sees an accelerator; the fastest first:
-# on an H100, a step of 4,096 tokens at 65,536 latents took 14 ms on PyTorch and 48 ms on JAX.
+# on an H100, a step of 4,096 tokens at 65,536 latents took 14 ms on PyTorch (commit 9d51c65), and
+# 48 ms on JAX (d597169).
 PROBES = {
     "torch": "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())",
     "jax": "import jax; print(jax.default_backend() != 'cpu')",
@@ -37,9 +38,10 @@ def use_backend(name: str, keep_memory: bool = False, huge_pages: bool = False) 
     Args:
         name: ``"tensorflow"``, ``"jax"``, ``"torch"``, or ``"auto"``: the first installed one that
             sees an accelerator, else the installed one that is fastest on a CPU.
-        keep_memory: On Linux, keep what is freed. Where large arrays are made anew in each step, as
-            gradients and pre-activations are on a CPU, the kernel would clear their memory each
-            time: 7% of a training step of 18,432 latents, a third of analysing 65,536.
+        keep_memory: Where PyTorch computes on a CPU, on Linux, keep what is freed. Gradients and
+            pre-activations are large arrays that are made anew in each step, and the kernel would
+            clear their memory each time: 7% of a training step of 18,432 latents, a third of
+            analysing 65,536.
         huge_pages: Have PyTorch ask Linux for pages of 2 MB. On a CPU a training step of 18,432
             latents takes a tenth less time; the smaller arrays of a language model get slower.
 
@@ -51,7 +53,7 @@ def use_backend(name: str, keep_memory: bool = False, huge_pages: bool = False) 
     os.environ["KERAS_BACKEND"] = chosen
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    if keep_memory:
+    if keep_memory and chosen == "torch" and not _may_have_accelerator():
         _keep_freed_memory()
     if huge_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -65,7 +67,7 @@ def _keep_freed_memory() -> None:
     """Have the C library give nothing back to the system, where it is glibc."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def cpu_computes_bfloat16() -> bool:

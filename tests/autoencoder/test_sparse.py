@@ -84,21 +84,60 @@ def test_bfloat16_differs_among_near_ties_only():
     assert not torch.equal(chosen, exact >= edge)  # some did change places
 
 
-def test_candidates_of_bfloat16_hold_the_largest(monkeypatch):
+def with_candidates(monkeypatch, bias: float = 0.0, n_rows: int = 300) -> list[tuple[int, str]]:
+    """Find the 32 largest of 4,096 latents, and return the rows and the precision of each search.
+
+    They are asserted to be the largest.
+    """
     monkeypatch.setattr(sparse, "fastest_dtype", lambda: "bfloat16")
-    draw = torch.Generator().manual_seed(0)
-    x, rows = (torch.randn(n, 64, generator=draw) for n in (200, 4_096))
+    draw, calls, plain = torch.Generator().manual_seed(0), [], sparse.top_latents
+    x, rows = (torch.randn(n, 64, generator=draw) for n in (n_rows, 4_096))
     x += 3 * torch.randn(64, generator=draw)  # a mean that all rows share
-    biases = 0.1 * torch.randn(4_096, generator=draw)
+    biases = bias + 0.1 * torch.randn(4_096, generator=draw)
+
+    def counted(x, rows, biases, k, dtype="float32"):
+        calls.append((len(x), dtype))
+        return plain(x, rows, biases, k, dtype)
+
+    monkeypatch.setattr(sparse, "top_latents", counted)
     values, indices = exact_top_latents(x, rows, biases, 32)
-    assert indices.dtype == torch.int32 and values.shape == indices.shape == (200, 32)
+    assert indices.dtype == torch.int32 and values.shape == indices.shape == (n_rows, 32)
     exact = x @ rows.T + biases
-    torch.testing.assert_close(values, exact.gather(1, indices.long()), rtol=0, atol=1e-4)
+    tolerance = {"rtol": 0, "atol": 2e-6 * exact.abs().max().item()}
+    torch.testing.assert_close(values, exact.gather(1, indices.long()), **tolerance)
     expected = exact.topk(32).values
-    torch.testing.assert_close(values.sort(1, True).values, expected, rtol=0, atol=1e-4)
-    monkeypatch.setattr(sparse, "exact_values", None)  # of few latents they are not sought so
-    few, whose = exact_top_latents(x, rows[:4_095], biases[:4_095], 32)
-    assert torch.equal(few, (x @ rows[:4_095].T + biases[:4_095]).gather(1, whose.long()))
+    torch.testing.assert_close(values.sort(1, True).values, expected, **tolerance)
+    return calls
+
+
+def test_candidates_of_bfloat16_hold_the_largest(monkeypatch):
+    calls = with_candidates(monkeypatch)
+    assert calls[0] == (300, "bfloat16")
+    assert len(calls) == 1 or calls[1][0] < 30  # rows of which it is not sure
+
+
+def test_rows_in_which_bfloat16_may_be_wrong_are_done_again(monkeypatch):
+    """As it is of all beside a bias that is a thousand times as large as they differ."""
+    calls = with_candidates(monkeypatch, bias=1e4)
+    assert [dtype for _, dtype in calls] == ["bfloat16", "float32"]
+    assert calls[1][0] > 250
+
+
+def test_few_rows_are_not_worth_a_copy_of_the_weights(monkeypatch):
+    assert with_candidates(monkeypatch, n_rows=3) == [(3, "float32")]
+
+
+def test_an_autoencoder_gives_the_same_by_way_of_bfloat16(monkeypatch):
+    draw = np.random.default_rng(0)
+    made = KINDS["topk"](d_model=64, n_latents=4_096, k=32)
+    made.initialize(1.0, np.zeros(64), np.ones(64), 1.0, 0)
+    rows = draw.normal(size=(300, 64)).astype(np.float32)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(sparse, "fastest_dtype", lambda dtype=dtype: dtype)
+        found.append((made.encode(rows), made(rows), *made.reconstruct_and_count(rows)))
+    for expected, values in zip(*found, strict=True):
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
 
 
 def test_nothing_is_differentiated_through_the_choice():

@@ -9,12 +9,14 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hand_set import array
 from keras import ops
 from on_backend import stand_in_for_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from utils import backend
 from utils.activations import batches as loading
 from utils.artifacts import RunRecord, open_stage, write_json
 from utils.autoencoder import training
@@ -222,3 +224,27 @@ def test_what_batches_raise_is_not_wrapped():
             raise RuntimeError("wrapped") from error
     with pytest.raises(RuntimeError, match="another"), training._as_it_was():
         raise RuntimeError("another")
+
+
+def test_float32_products_of_a_step_are_quick_on_a_gpu_and_no_others(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    script = importlib.import_module("train_autoencoder")
+    settings = read_settings(script, ["--n-latents", "32", "--k", "2"])
+    autoencoder = training.build(settings, stand_in_for_store(rows), 10)
+    monkeypatch.setattr(backend, "torch_device", lambda: "cuda")
+    precisions = []
+
+    def noted(x):
+        precisions.append(torch.get_float32_matmul_precision())
+        return type(autoencoder).normalise(autoencoder, x)
+
+    monkeypatch.setattr(autoencoder, "normalise", noted)
+    autoencoder.train_on_batch(rows)
+    assert set(precisions) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+    precisions.clear()
+    autoencoder.encode(rows)
+    assert precisions == ["highest"]
+    with pytest.raises(ZeroDivisionError), backend.quick_products():
+        1 / 0  # noqa: B018
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -42,7 +42,7 @@ from utils.activations.manifest import Manifest
 from utils.activations.shards import ShardWriter
 from utils.activations.store import ActivationStore
 from utils.artifacts import read_json, write_json
-from utils.backend import peak_memory, quick_products, use_backend
+from utils.backend import peak_memory, use_backend
 
 SIZES = {  # seconds: of all groups, about; contexts: of the loader's store
     "d_model": 3_072, "n_latents": 65_536, "k": 64, "batch_sizes": [4_096, 8_192, 16_384],
@@ -275,8 +275,7 @@ def our_steps(options: argparse.Namespace, store: SimpleNamespace, device: Devic
 
         endless = ((batch,) for batch in itertools.cycle(batches))
         callbacks = RoundCallbacks([Stop()], add_history=True, model=autoencoder)
-        with quick_products():
-            autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=callbacks)
+        autoencoder.fit(endless, steps_per_epoch=STEPS, verbose=0, callbacks=callbacks)
 
     return run
 

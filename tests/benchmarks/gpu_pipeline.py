@@ -143,7 +143,7 @@ def feature_pass(options) -> dict:
 
 
 def steering(options) -> dict:
-    """Tokens/s of steered generation, and the milliseconds a token that it adds; medians."""
+    """Tokens/s of steered generation, and milliseconds a token, untouched and steered; medians."""
     from utils.language_model import load_language_model
     from utils.steering.clamps import Clamp, steered
     from utils.steering.feature_model import FeatureModel

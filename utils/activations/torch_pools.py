@@ -33,8 +33,8 @@ class DevicePool(HostPool):
     """Rows on a device. They are read into pinned memory, of each thread its own, and copied from
     there beside what the device computes: on a GPU, on a stream of the pool's.
 
-    The next batch is given out when a GPU has come to the last but `AHEAD`. With more in its queue
-    the driver's buffer of commands would be full, and the copies of the next pool stand behind.
+    The next batch is given out when a GPU has come to this pool's last but `AHEAD`. With more in
+    its queue the driver's buffer of commands would be full, and copies to the other pool wait.
 
     Raises:
         InputError: The device has too little memory.

@@ -16,7 +16,7 @@ from keras import ops
 from utils.autoencoder.devices import per_device
 from utils.autoencoder.optimizer import UnitRows
 from utils.autoencoder.sparse import constant, pre_activations, take_rows, values_at
-from utils.backend import Tensor
+from utils.backend import Tensor, quick_products
 from utils.settings import require
 
 LONGEST_IDLE = 2**30  # tokens without firing that are counted; int32 ends at 2**31
@@ -302,8 +302,9 @@ class SparseAutoencoder(keras.Model):
         def train_step(self, data):
             """Keras' step, but that nothing in it waits for the device; gradients go at its end."""
             x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-            loss = self.compute_loss(x=x, y_pred=self(x, training=True))
-            loss.backward()
+            with quick_products():
+                loss = self.compute_loss(x=x, y_pred=self(x, training=True))
+                loss.backward()
             weights = self.trainable_weights
             self.optimizer.apply([weight.value.grad for weight in weights], weights)
             self.zero_grad()

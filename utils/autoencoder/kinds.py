@@ -226,7 +226,8 @@ class TopKAutoencoder(SparseAutoencoder):
         k: Latents active for a row.
         auxk_coefficient: α; 0 turns AuxK off.
         selection_dtype: Precision of that product, and so of pre-activations, in training. All
-            else is float32.
+            else is float32, in TF32 on a GPU (`utils.backend.quick_products`). After training
+            latents are chosen in float32.
 
     Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", 2.3 and A.2.
     """

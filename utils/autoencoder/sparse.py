@@ -32,7 +32,8 @@ CHUNK_VALUES = 2**27  # and on an accelerator: as many rows as have so many pre-
 LEAST_ROWS = 1_024  # or so many, for W_enc is read anew for each chunk
 GATHERED = 2**26  # numbers gathered at once where a backend has no kernel that avoids it
 GROUP = 8  # latents whose maximum stands for them while the largest are sought
-SCARCE, CANDIDATES = 128, 2  # latents, and those that bfloat16 finds, for each that is sought
+CANDIDATES = 2  # that bfloat16 finds for each latent sought; it saves time where there are so many
+SCARCE, MANY_ROWS = 128, 256  # latents for each that is sought, and rows, for which W_enc is cast
 FEW = 2  # latents for each choice of a batch, from which on only the chosen rows have a gradient
 
 
@@ -89,6 +90,28 @@ if keras.backend.backend() == "torch":
         chunks = [_largest(torch.addmm(biases, chunk, columns), k) for chunk in chunks]
         values, indices = zip(*chunks, strict=True)
         return torch.cat(values).float(), torch.cat(indices).int()
+
+    @torch.no_grad()
+    def exact_top_latents(x, rows, biases, k):
+        """`top_latents` in float32; by way of bfloat16 where that is faster.
+
+        That finds `CANDIDATES` times as many, among which float32 chooses. A row is done again in
+        float32 alone where rounding may have left one out: where the least that is chosen is not
+        above all that were not found by twice the most that bfloat16 was wrong among those that
+        were.
+        """
+        is_slower = fastest_dtype() == "float32" or len(x) < MANY_ROWS
+        if is_slower or SCARCE * k > biases.shape[0]:
+            return top_latents(x, rows, biases, k)
+        found, indices = top_latents(x, rows, biases, CANDIDATES * k, "bfloat16")
+        exact = exact_values(x, indices, rows, biases)
+        values, places = exact.topk(k, sorted=False)
+        indices = indices.gather(1, places)
+        wrong = (exact - found).abs().amax(1)
+        unsure = values.amin(1) <= found.amin(1) + 2 * wrong
+        if unsure.any():
+            values[unsure], indices[unsure] = top_latents(x[unsure], rows, biases, k)
+        return values, indices
 
     def _largest(values, k):
         """`torch.topk` along rows, exactly, but looking first at the maxima of groups.
@@ -305,6 +328,8 @@ else:
 
         return per_device(find, ("batch", "latents", "latents"), x, rows, biases)
 
+    exact_top_latents = top_latents
+
     class ChosenLatents:
         """Latents chosen for the rows of a batch; their values have shape (batch, m).
 
@@ -453,20 +478,6 @@ else:
     def values_at(array, places):
         """Entries of an array at places (one index array for each axis, as of `ops.nonzero`)."""
         return array[tuple(places)]
-
-
-def exact_top_latents(x, rows, biases, k):
-    """`top_latents` in float32, by way of bfloat16 where that is faster and they are few of many.
-
-    They are then sought among `CANDIDATES` times as many that bfloat16 finds. One is missed only if
-    rounding, of a 256th, moves it past all the others.
-    """
-    if fastest_dtype() == "float32" or SCARCE * k > ops.shape(biases)[0]:
-        return top_latents(x, rows, biases, k)
-    _, indices = top_latents(x, rows, biases, CANDIDATES * k, "bfloat16")
-    values = exact_values(x, indices, rows, biases)
-    values, places = ops.top_k(values, k, sorted=False)
-    return values, ops.take_along_axis(indices, ops.cast(places, "int32"), axis=1)
 
 
 def exact_values(x, indices, rows, biases):

@@ -41,7 +41,7 @@ from utils.autoencoder.fidelity import Fidelity, measure_fidelity
 from utils.autoencoder.kinds import KINDS, find_kind
 from utils.autoencoder.optimizer import Adam, Schedule
 from utils.autoencoder.sparse import card_lacks_bfloat16, fastest_dtype
-from utils.backend import Tensor, quick_products, ran_out_of_memory, torch_device
+from utils.backend import Tensor, ran_out_of_memory, torch_device
 from utils.settings import InputError, TimeLimit, as_dict, require
 
 LEAST_VARIANCE = 1e-6  # share of E‖x‖² that is no rounding of a mean in float32
@@ -364,12 +364,7 @@ def train(
         Backup(folder, backup_every, rounds, data.followed),
     ]
     batches = data.batches_from(first_round * rounds.steps)
-    with (
-        contextlib.closing(batches),
-        out_of_memory_told(),
-        quick_products(),
-        _as_it_was() as watched,
-    ):
+    with contextlib.closing(batches), out_of_memory_told(), _as_it_was() as watched:
         autoencoder.fit(
             ((batch,) for batch in watched(batches)),
             initial_epoch=first_round,
