@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -389,6 +391,16 @@ def test_disk_space(tmp_path):
     require_disk_space(tmp_path, 1_000)
     with pytest.raises(InputError, match=r"needs 1,000 TB and its disk has [\d,.]+ [A-Z]B free"):
         require_disk_space(tmp_path, 10**15)
+
+
+def test_what_is_written_already_needs_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500))
+    (tmp_path / "page").mkdir()
+    for path in ("backup", "page/part"):
+        (tmp_path / path).write_bytes(bytes(300))
+    require_disk_space(tmp_path, 1_099)
+    with pytest.raises(InputError, match=r"needs 500 bytes .* has 500 bytes free"):
+        require_disk_space(tmp_path, 1_100)
 
 
 def test_a_file_replaced_while_it_is_compared_is_not_damaged(tmp_path, monkeypatch):

@@ -381,10 +381,11 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
-    """Refuse to write ``needed`` bytes to a disk, that of ``folder``, with less free space."""
+    """Refuse to fill ``folder`` with ``needed`` bytes if its disk has less space for the rest."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     require(
-        needed < free,
-        f"{folder} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free. "
+        needed - there < free,
+        f"{folder} needs {in_bytes(needed - there)} and its disk has {in_bytes(free)} free. "
         "Choose a folder on a larger disk, or settings that need less.",
     )
