@@ -64,10 +64,10 @@ def use_backend(name: str, keep_memory: bool = False, huge_pages: bool = False) 
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library give nothing back to the system, where it is glibc."""
+    """Have the C library, where it is glibc, give back only what is beyond 2 GiB at its end."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -49,6 +49,15 @@ def test_a_file_and_a_name_that_cannot_be_are_refused(tmp_path):
         assert f"there is no folder '{name}', and a repository cannot" in refused(name)
 
 
+def test_one_autoencoder_in_two_formats_is_not_chosen_from(tmp_path):
+    folder = tmp_path / "resid_post_layer_3"
+    dl_topk(folder, np.random.default_rng(0), np.zeros((1, D), np.float32))
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (folder / name).write_text("{}")
+    says = refused(tmp_path)
+    assert "resid_post_layer_3 of" in says and "it is in those of dictionary_learning, " in says
+
+
 def test_several_hook_points_must_be_chosen_from(tmp_path):
     draw = np.random.default_rng(0)
     for layer in (3, 11, 27):

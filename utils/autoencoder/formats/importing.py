@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 from utils import embedded
@@ -69,16 +71,18 @@ def find(source: Source, hookpoint: str | None) -> Imported:
 
     Raises:
         InputError: There is no autoencoder of a known format, or not at that hook point; several,
-            and none is chosen; or it cannot be read.
+            and none is chosen; it is there in two formats; or it cannot be read.
     """
     # A repository of ours holds the same for other tools too, less exactly.
     some = (own,) if own.hookpoints(source) else FORMATS
-    held = {name: each for each in some for name in each.hookpoints(source)}
-    formats = ", ".join(each.__name__.rpartition(".")[2] for each in FORMATS)
+    held: dict[str, list[ModuleType]] = {}
+    for each in some:
+        for name in each.hookpoints(source):
+            held.setdefault(name, []).append(each)
     require(
         bool(held),
-        f"IMPORT_FROM must hold an autoencoder in the files of one of {formats}; {source.name} "
-        f"holds {source.listed()}. Name the folder or repository that does.",
+        f"IMPORT_FROM must hold an autoencoder in the files of one of {_names(FORMATS)}; "
+        f"{source.name} holds {source.listed()}. Name the folder or repository that does.",
     )
     names = sorted(held, key=_by_number)
     listed = ", ".join(names[:N_NAMED]) + (" and more" if len(names) > N_NAMED else "")
@@ -94,7 +98,12 @@ def find(source: Source, hookpoint: str | None) -> Imported:
         f"HOOKPOINT must be one that {source.name} holds: {listed}. It is {hookpoint!r}. Did you "
         f"mean {near[0]!r}?",
     )
-    imported = held[hookpoint].read(source, hookpoint)
+    require(
+        len(held[hookpoint]) == 1,
+        f"{hookpoint} of {source.name} must be in the files of one format; it is in those of "
+        f"{_names(held[hookpoint])}. Name a folder that has one of them.",
+    )
+    imported = held[hookpoint][0].read(source, hookpoint)
     k, n_latents = imported.options.get("k", 0), len(imported.weights["W_enc"])
     require(
         k <= n_latents,
@@ -102,6 +111,10 @@ def find(source: Source, hookpoint: str | None) -> Imported:
         f"{n_latents}, and k is {k}.",
     )
     return imported
+
+
+def _names(formats: Iterable[ModuleType]) -> str:
+    return ", ".join(each.__name__.rpartition(".")[2] for each in formats)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
