@@ -120,7 +120,7 @@ def main() -> None:
             catalogue.verify()
             print(f"{folder} is finished.\n{describe(catalogue.summary, folder)}")
         else:
-            require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents)
+            require_disk_space(folder, BYTES_PER_FEATURE * autoencoder.n_latents, OUTPUTS)
             analysis.verify()
 
             # 2. One pass over the activations: statistics and examples of every feature.

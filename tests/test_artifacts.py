@@ -396,11 +396,11 @@ def test_disk_space(tmp_path):
 def test_what_is_written_already_needs_no_more_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500))
     (tmp_path / "page").mkdir()
-    for path in ("backup", "page/part"):
+    for path in ("a.png", "page/part", "the user's"):
         (tmp_path / path).write_bytes(bytes(300))
-    require_disk_space(tmp_path, 1_099)
+    require_disk_space(tmp_path, 1_099, ("*.png", "page"))
     with pytest.raises(InputError, match=r"needs 500 bytes .* has 500 bytes free"):
-        require_disk_space(tmp_path, 1_100)
+        require_disk_space(tmp_path, 1_100, ("*.png", "page"))
 
 
 def test_a_file_replaced_while_it_is_compared_is_not_damaged(tmp_path, monkeypatch):

@@ -380,9 +380,13 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     )
 
 
-def require_disk_space(folder: Path, needed: int) -> None:
-    """Refuse to fill ``folder`` with ``needed`` bytes if its disk has less space for the rest."""
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def require_disk_space(folder: Path, needed: int, outputs: tuple[str, ...] = ()) -> None:
+    """Refuse to write ``needed`` bytes to a folder whose disk has less free space.
+
+    What there is of ``outputs``, patterns as for `open_stage`, needs no more.
+    """
+    own = [file for path in _matching(folder, outputs) for file in (path, *path.rglob("*"))]
+    there = sum(file.stat().st_size for file in own if file.is_file())
     free = shutil.disk_usage(folder).free
     require(
         needed - there < free,

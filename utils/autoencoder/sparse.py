@@ -95,10 +95,9 @@ if keras.backend.backend() == "torch":
     def exact_top_latents(x, rows, biases, k):
         """`top_latents` in float32; by way of bfloat16 where that is faster.
 
-        That finds `CANDIDATES` times as many, among which float32 chooses. A row is done again in
-        float32 alone where rounding may have left one out: where the least that is chosen is not
-        above all that were not found by twice the most that bfloat16 was wrong among those that
-        were.
+        That finds `CANDIDATES` times as many, among which float32 chooses. Those not found were
+        less than all that were, by bfloat16. Where that was wrong by up to e among those found, and
+        the k-th value is not above the least of them by 2 e, the row is done in float32 alone.
         """
         is_slower = fastest_dtype() == "float32" or len(x) < MANY_ROWS
         if is_slower or SCARCE * k > biases.shape[0]:
@@ -108,7 +107,7 @@ if keras.backend.backend() == "torch":
         values, places = exact.topk(k, sorted=False)
         indices = indices.gather(1, places)
         wrong = (exact - found).abs().amax(1)
-        unsure = values.amin(1) <= found.amin(1) + 2 * wrong
+        unsure = ~(values.amin(1) > found.amin(1) + 2 * wrong)  # of NaN too
         if unsure.any():
             values[unsure], indices[unsure] = top_latents(x[unsure], rows, biases, k)
         return values, indices

@@ -158,7 +158,8 @@ class Sweep:
             return
         trunks = {(run.n_latents, run.learning_rate): run for run in left}  # the longest is last
         weights = self.store.d_model * sum(n for n, _ in trunks)
-        require_disk_space(self.folder, 3 * training.BACKUP_BYTES * weights)
+        size = 3 * training.BACKUP_BYTES * weights
+        require_disk_space(self.folder, size, ("sweep-*.keras",))
         self.live = {run: self._restore(run) for run in left if self._backup(run).exists()}
         for trunk in trunks.values():
             if trunk not in self.live:

@@ -313,7 +313,8 @@ def begin(
     Raises:
         InputError: The disk has no room for two backups: the last one goes when the next is whole.
     """
-    require_disk_space(folder, 2 * BACKUP_BYTES * store.d_model * settings.n_latents)
+    size = BACKUP_BYTES * store.d_model * settings.n_latents
+    require_disk_space(folder, 2 * size, (BACKUP_FILE,))
     return restore_backup(folder) or build(settings, store, total_steps)
 
 

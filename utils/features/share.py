@@ -87,7 +87,8 @@ def share(settings: ShareSettings, folder: Path, source: Source | None) -> None:
         record = RunRecord(facts if what == "upload" else {**facts, "analysis": analysis})
         place = _place(settings, what, source)
         with open_stage(place, record, OUTPUTS[what], settings.overwrite):
-            require_disk_space(place, BYTES_PER_FEATURE[what] * len(catalogue.features))
+            n_bytes = BYTES_PER_FEATURE[what] * len(catalogue.features)
+            require_disk_space(place, n_bytes, OUTPUTS[what])
             if what == "neuronpedia":
                 changed = (folder / FEATURES_FILE).stat().st_mtime
                 made = datetime.datetime.fromtimestamp(changed, datetime.UTC)
