@@ -14,7 +14,7 @@ from utils.activations.batches import ShuffledBatches
 from utils.activations.store import ActivationStore
 from utils.activations.torch_pools import AHEAD, DevicePool
 from utils.artifacts import read_json
-from utils.autoencoder import training
+from utils.autoencoder import recorded, training
 from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.kernels import AdamStep, Trained, plain_step
 from utils.autoencoder.kinds import KINDS
@@ -24,7 +24,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a graphics card", allow_module_level=True)
 
 BATCH, D_MODEL, STEPS = 64, 32, 12
-WARM = 2  # steps of a round, at its start, in which libraries may set themselves up
+HAVE_AUXK = {"topk", "batch_topk", "matryoshka"}
+WARM = 4  # steps of a round, at its start, in which libraries may set themselves up
 
 
 @pytest.fixture
@@ -53,6 +54,35 @@ def test_no_step_of_a_round_waits_for_the_card(tmp_path, no_waits, kind, moments
     data = training.TrainingData(lambda step: no_waits(rows.cuda()), rows[:8].numpy(), BATCH)
     training.train(autoencoder, data, rounds, tmp_path, 5)
     assert int(autoencoder.step) == rounds.total_steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_replayed_is_the_step(tmp_path, monkeypatch, kind):
+    rows = torch.randn(BATCH, D_MODEL, generator=torch.Generator().manual_seed(0)).cuda()
+    words = f"--kind {kind} --n-latents 256 --k 2 --dead-after {STEPS * BATCH}"
+    settings = read_settings(train_autoencoder, words.split())
+    replay, replayed, weights = recorded.Recording.replay, [], []
+
+    def counted(recording, batch):
+        replayed.append(recording)
+        return replay(recording, batch)
+
+    monkeypatch.setattr(recorded.Recording, "replay", counted)
+    for warm_up in (10**9, recorded.WARM_UP):
+        monkeypatch.setattr(recorded, "WARM_UP", warm_up)
+        assert not replayed
+        folder, rounds = tmp_path / str(warm_up), Rounds(3, STEPS)
+        folder.mkdir()
+        autoencoder = training.build(settings, stand_in_for_store(rows.cpu().numpy()), 3 * STEPS)
+        batches = (rows[torch.arange(BATCH) - step] * (1 + step % 3) for step in itertools.count())
+        data = training.TrainingData(lambda step: batches, rows[:8].cpu().numpy(), BATCH)
+        training.train(autoencoder, data, rounds, folder, 5)
+        weights.append([weight.numpy() for weight in autoencoder.weights])
+        weights[-1].append(pd.read_csv(folder / "training_log.csv").drop(columns="seconds"))
+    assert len(replayed) >= 2 * STEPS
+    assert len({id(recording) for recording in replayed}) == (2 if kind in HAVE_AUXK else 1)
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_unit", [True, False])

@@ -19,6 +19,11 @@ from utils.autoencoder.sparse import constant, pre_activations, take_rows, value
 from utils.backend import Tensor, quick_products
 from utils.settings import require
 
+if keras.backend.backend() == "torch":
+    import torch
+
+    from utils.autoencoder.recorded import Recorder
+
 LONGEST_IDLE = 2**30  # tokens without firing that are counted; int32 ends at 2**31
 LEAST_STD = 1e-5  # added to the deviation that a token is divided by
 
@@ -52,6 +57,7 @@ class SparseAutoencoder(keras.Model):
 
     loss_names: tuple[str, ...] = ("reconstruction",)  # of `loss_terms`; each is a metric
     training_aids: tuple[str, ...] = ()  # those of them that say nothing of quality
+    auxk_coefficient = 0.0  # of the kinds that have AuxK
     arrays_of_width = 5.0  # (batch, d_model), that a training step holds at once on PyTorch
     arrays_of_latents = 0.0  # (batch, n_latents) likewise
     not_trained = ("standardize_tokens",)  # arguments that only imported autoencoders set
@@ -95,6 +101,8 @@ class SparseAutoencoder(keras.Model):
             name: Mean(name=name) for name in ("loss", *terms, "fvu", "l0", "dead_fraction")
         }
         self.tokens_until_dead = 0
+        if keras.backend.backend() == "torch":
+            self.recorder = Recorder()
         self.built = True
 
     def initialize(
@@ -267,6 +275,11 @@ class SparseAutoencoder(keras.Model):
         if keras.backend.backend() == "torch":
             self.tokens_until_dead = self.dead_after - int(ops.max(self.idle_tokens))
 
+    @property
+    def may_revive(self) -> bool:
+        """Whether AuxK is computed in the next step, on PyTorch: a latent may be dead."""
+        return self.tokens_until_dead <= 0 and self.auxk_coefficient > 0
+
     def auxk_loss(self, x, error):
         """‖e − ê‖² for the error e (batch, d_model): dead latents learn what the others miss.
 
@@ -291,7 +304,9 @@ class SparseAutoencoder(keras.Model):
         values = pre_activations(x, take_rows(self.W_enc, rows), take_rows(self.b_enc, rows))
         values = ops.relu(values) * ops.cast(idle >= self.dead_after, "float32")
         largest = per_device(
-            lambda share: ops.top_k(share, auxk)[0], ("batch",), ops.stop_gradient(values)
+            lambda share: ops.top_k(share, auxk, sorted=False)[0],
+            ("batch",),
+            ops.stop_gradient(values),
         )
         weakest = ops.min(largest, axis=-1, keepdims=True)
         latents = ops.where(values >= weakest, values, ops.zeros_like(values))
@@ -300,16 +315,25 @@ class SparseAutoencoder(keras.Model):
     if keras.backend.backend() == "torch":
 
         def train_step(self, data):
-            """Keras' step, but that nothing in it waits for the device; gradients go at its end."""
+            """Keras' step, but that nothing in it waits for the device."""
             x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-            with quick_products():
-                loss = self.compute_loss(x=x, y_pred=self(x, training=True))
-                loss.backward()
-            weights = self.trainable_weights
-            self.optimizer.apply([weight.value.grad for weight in weights], weights)
-            self.zero_grad()
+            gradients, metrics = (
+                self.recorder.run(self._gradients, x, form=self.may_revive)
+                if self.step.value.is_cuda
+                else self._gradients(x)
+            )
+            self.optimizer.apply(gradients, self.trainable_weights)
             self.tokens_until_dead -= len(x)
-            return self.get_metrics_result()
+            return metrics
+
+        def _gradients(self, activations):
+            """The gradient of each trained weight, and the metrics with this batch."""
+            weights = [weight.value for weight in self.trainable_weights]
+            with quick_products():
+                # What the pass returned is not kept, and goes on the way back.
+                loss = self.compute_loss(x=activations, y_pred=self(activations, training=True))
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            return gradients, self.get_metrics_result()
 
     @property
     def metrics(self):

@@ -379,6 +379,8 @@ def train(
             ),
             verbose=0,
         )
+    if torch_device():
+        autoencoder.recorder.clear()
     return autoencoder
 
 
