@@ -24,7 +24,6 @@ if not torch.cuda.is_available():
     pytest.skip("needs a graphics card", allow_module_level=True)
 
 BATCH, D_MODEL, STEPS = 64, 32, 12
-HAVE_AUXK = {"topk", "batch_topk", "matryoshka"}
 WARM = 4  # steps of a round, at its start, in which libraries may set themselves up
 
 
@@ -56,33 +55,62 @@ def test_no_step_of_a_round_waits_for_the_card(tmp_path, no_waits, kind, moments
     assert int(autoencoder.step) == rounds.total_steps
 
 
+@pytest.mark.parametrize("are_dead", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_that_is_replayed_is_the_step(tmp_path, monkeypatch, kind):
+def test_a_step_that_is_replayed_is_the_step(kind, are_dead):
     rows = torch.randn(BATCH, D_MODEL, generator=torch.Generator().manual_seed(0)).cuda()
-    words = f"--kind {kind} --n-latents 256 --k 2 --dead-after {STEPS * BATCH}"
-    settings = read_settings(train_autoencoder, words.split())
-    replay, replayed, weights = recorded.Recording.replay, [], []
+    settings = read_settings(train_autoencoder, f"--kind {kind} --n-latents 256 --k 2".split())
+    autoencoder = training.build(settings, stand_in_for_store(rows.cpu().numpy()), 100)
+    autoencoder.idle_tokens.assign(np.arange(256) % 2 * are_dead * autoencoder.dead_after)
+    recorder, made = recorded.Recorder(), []
+
+    def replayed(batch):
+        return recorder.run(autoencoder._gradients, batch, are_dead)
+
+    weights = [weight.value for weight in autoencoder.weights]
+    begun = [weight.detach().clone() for weight in weights]
+    for step in range(recorded.WARM_UP + 3):
+        for run in (autoencoder._gradients, replayed):
+            with torch.no_grad():
+                for weight, value in zip(weights, begun, strict=True):
+                    weight.copy_(value + step * 1e-3 if value.is_floating_point() else value)
+            gradients, metrics = run(rows.roll(step, 1) * (1 + step))
+            made.append([*gradients, *metrics.values(), *weights])
+            made[-1] = [one.detach().clone().to_dense() for one in made[-1] if one is not None]
+        for one, other in zip(*made[-2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    (recording,) = recorder._recordings.values()
+    assert isinstance(recording, recorded.Recording)
+    assert not torch.equal(made[-1][0], made[-3][0])
+
+
+def test_what_cannot_be_recorded_is_run_as_it_is(capsys):
+    recorder, stream = recorded.Recorder(), torch.cuda.current_stream()
+    for step in range(recorded.WARM_UP + 3):
+        assert recorder.run(lambda batch: float(batch.sum()), torch.ones(step % 2 + 1), 0) >= 1
+        doubled = recorder.run(lambda batch: 2 * batch, torch.full((3,), step), 0)
+        assert doubled.tolist() == [2 * step] * 3
+    assert torch.cuda.current_stream() == stream
+    assert "Steps cannot be recorded here" in capsys.readouterr().out
+
+
+def test_a_training_replays_its_steps(tmp_path, monkeypatch):
+    rows = torch.randn(BATCH, D_MODEL, generator=torch.Generator().manual_seed(0))
+    settings = read_settings(train_autoencoder, f"--k 2 --dead-after {STEPS * BATCH}".split())
+    replay, replayed = recorded.Recording.replay, []
 
     def counted(recording, batch):
-        replayed.append(recording)
+        replayed.append(id(recording))
         return replay(recording, batch)
 
     monkeypatch.setattr(recorded.Recording, "replay", counted)
-    for warm_up in (10**9, recorded.WARM_UP):
-        monkeypatch.setattr(recorded, "WARM_UP", warm_up)
-        assert not replayed
-        folder, rounds = tmp_path / str(warm_up), Rounds(3, STEPS)
-        folder.mkdir()
-        autoencoder = training.build(settings, stand_in_for_store(rows.cpu().numpy()), 3 * STEPS)
-        batches = (rows[torch.arange(BATCH) - step] * (1 + step % 3) for step in itertools.count())
-        data = training.TrainingData(lambda step: batches, rows[:8].cpu().numpy(), BATCH)
-        training.train(autoencoder, data, rounds, folder, 5)
-        weights.append([weight.numpy() for weight in autoencoder.weights])
-        weights[-1].append(pd.read_csv(folder / "training_log.csv").drop(columns="seconds"))
-    assert len(replayed) >= 2 * STEPS
-    assert len({id(recording) for recording in replayed}) == (2 if kind in HAVE_AUXK else 1)
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    rounds = Rounds(3, STEPS)
+    autoencoder = training.build(settings, stand_in_for_store(rows.numpy()), rounds.total_steps)
+    data = training.TrainingData(lambda step: itertools.repeat(rows.cuda()), rows.numpy(), BATCH)
+    training.train(autoencoder, data, rounds, tmp_path, 5)
+    assert len(replayed) == rounds.total_steps - 2 * recorded.WARM_UP
+    assert len(set(replayed)) == 2  # without AuxK, and with it
+    assert not autoencoder.recorder._recordings
 
 
 @pytest.mark.parametrize("is_unit", [True, False])

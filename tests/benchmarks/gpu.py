@@ -1,6 +1,7 @@
 """The whole pipeline on one accelerator, and training steps beside two other libraries', in 8 min.
 
     python -m tests.benchmarks.gpu [--peers-python PYTHON] [--jax-python PYTHON]
+    python -m tests.benchmarks.gpu --cases torch sparsify --d-model 768 --n-latents 24576 --k 32
 
 Each case has a process and a time limit of its own; one that fails is not tried at larger batches.
 data/benchmarks/gpu.json is written after every case. ``--small``: on a CPU, to see that it works.
@@ -56,6 +57,7 @@ SMALL = {
     "million": 4_096, "million_batch": 64,
     "tokens": 2**13, "folder_batch": 256, "passes": 1.0, "log_every": 10,
 }  # fmt: skip
+GIVEN = ("d_model", "n_latents", "k")  # sizes that may be asked for
 SAELENS = {"sae_lens": "TopKTrainingSAEConfig", "sae_lens.config": "SAETrainerConfig"}
 PIPELINE = (
     "extraction",
@@ -86,7 +88,8 @@ SHARE_DEAD = 0.1  # of the latents, while it is timed how long AuxK takes
 
 def main() -> None:
     options = parse()
-    sizes = options.sizes = SMALL if options.small else SIZES
+    options.given = {name: getattr(options, name) for name in GIVEN if getattr(options, name)}
+    sizes = options.sizes = (SMALL if options.small else SIZES) | options.given
     options.flops = sizes["d_model"] * (2 * sizes["n_latents"] + 8 * sizes["k"])  # needed, a token
     if options.worker:
         measure = {"loader": loader, **dict.fromkeys(PIPELINE, pipeline)}.get(options.worker, work)
@@ -132,6 +135,8 @@ def parse() -> argparse.Namespace:
     for name in ("--worker", "--output", "--work"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
+    for name in GIVEN:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of steps")
     return parser.parse_args()
 
 
@@ -148,6 +153,8 @@ def run_case(options: argparse.Namespace, who: str, batch_size: int, deadline: f
         command += ["--worker", who, "--batch-size", str(batch_size), "--output", str(output)]
         command += ["--folder", folder, "--work", options.work]
         command += ["--small"] if options.small else []
+        for name, size in options.given.items():
+            command += [f"--{name.replace('_', '-')}", str(size)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,8 +15,7 @@ from utils.settings import require
 PIECE = 32  # neighbouring positions, read together; fewer are mixed better, and read more slowly
 POOL_GIB, LARGEST_GIB = 0.5, 4.0  # of the pool where POOL_GIB is None; on a GPU up to the second
 POOLS = 2  # one is filled while batches are taken from the other
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-READERS = min(8, max(4, CORES // 2))  # threads; one reads slower than a disk, four than an H100
+READERS = 4  # threads: one reads slower than a disk; more hold up the one that trains
 
 
 class ShuffledBatches:

@@ -29,7 +29,7 @@ from utils.settings import Json, require
 
 CHECKED = ".checked.jsonl"  # in a stage's folder: the shards that it has checked
 CHECK_THREADS = 4  # one thread reads slower than a disk
-SHARE_BYTES = 2**21  # about what a thread reads before it takes the next: much for a disk
+SHARE_BYTES = 2**23  # about what a thread reads before it takes the next: much for a disk
 MEDIAN_SAMPLE = 2**24  # norms, evenly spaced, that the median is taken of
 ADDED_TOGETHER = 2**13  # tokens
 

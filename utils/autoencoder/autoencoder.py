@@ -315,13 +315,15 @@ class SparseAutoencoder(keras.Model):
     if keras.backend.backend() == "torch":
 
         def train_step(self, data):
-            """Keras' step, but that nothing in it waits for the device."""
+            """Keras' step, but that nothing in it waits for the device.
+
+            On a graphics card its first part is recorded and replayed, but for ``run_eagerly``.
+            """
             x, *_ = keras.utils.unpack_x_y_sample_weight(data)
-            gradients, metrics = (
-                self.recorder.run(self._gradients, x, form=self.may_revive)
-                if self.step.value.is_cuda
-                else self._gradients(x)
-            )
+            if self.step.value.is_cuda and not self.run_eagerly:
+                gradients, metrics = self.recorder.run(self._gradients, x, self.may_revive)
+            else:
+                gradients, metrics = self._gradients(x)
             self.optimizer.apply(gradients, self.trainable_weights)
             self.tokens_until_dead -= len(x)
             return metrics

@@ -3,6 +3,8 @@
 To add one, subclass `SparseAutoencoder` or a kind that is near, say what differs, and decorate it
 with ``@kind("name")``. The arguments of its constructor are its options: each is a constant of
 train_autoencoder.py by the same name. The terms of its loss have names, which the class declares.
+Frameworks compile or record a step: what changes from step to step must be a tensor, as
+``self.step`` is, and no number of Python's.
 """
 
 import difflib
