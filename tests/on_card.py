@@ -67,7 +67,8 @@ def test_a_step_that_is_replayed_is_the_step(kind, are_dead):
     def replayed(batch):
         return recorder.run(autoencoder._gradients, batch, are_dead)
 
-    weights = [weight.value for weight in autoencoder.weights]
+    state = [*autoencoder.weights, *autoencoder.metrics_variables]
+    weights = [variable.value for variable in state]
     begun = [weight.detach().clone() for weight in weights]
     for step in range(recorded.WARM_UP + 3):
         for run in (autoencoder._gradients, replayed):
@@ -106,7 +107,8 @@ def test_a_training_replays_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded.Recording, "replay", counted)
     rounds = Rounds(3, STEPS)
     autoencoder = training.build(settings, stand_in_for_store(rows.numpy()), rounds.total_steps)
-    data = training.TrainingData(lambda step: itertools.repeat(rows.cuda()), rows.numpy(), BATCH)
+    batches = (rows.cuda() for _ in itertools.count())
+    data = training.TrainingData(lambda step: batches, rows.numpy(), BATCH)
     training.train(autoencoder, data, rounds, tmp_path, 5)
     assert len(replayed) == rounds.total_steps - 2 * recorded.WARM_UP
     assert len(set(replayed)) == 2  # without AuxK, and with it
