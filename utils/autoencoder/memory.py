@@ -27,7 +27,9 @@ class MemoryPlan:
     """Bytes of a training: what is there throughout, and of what comes and goes the most.
 
     ``choosing``: a copy of W_enc, and pre-activations of some rows; ``reviving``: AuxK's, of dead
-    latents; ``updating``: gradients. Each with what is there of the batch then.
+    latents; ``updating``: gradients. Each with what is there of the batch then. On a graphics card
+    recordings of steps (`utils.autoencoder.recorded`) keep as much again as comes and goes, once
+    without AuxK and once with it, where that is free.
     """
 
     weights: int
@@ -38,9 +40,13 @@ class MemoryPlan:
     updating: int
 
     @property
+    def passing(self) -> int:
+        """The most of what comes and goes."""
+        return max(self.choosing, self.reviving, self.updating)
+
+    @property
     def total(self) -> int:
-        lasting = self.weights + self.moments + self.pool
-        return lasting + max(self.choosing, self.reviving, self.updating)
+        return self.weights + self.moments + self.pool + self.passing
 
     def __str__(self) -> str:
         sizes = {name: f"{size / 1e9:.2f}" for name, size in dataclasses.asdict(self).items()}
@@ -106,7 +112,8 @@ def require_memory(settings, d_model: int, pool_bytes: int = 0) -> str:
         return ""
     plan, free = plan_memory(settings, d_model, pool_bytes), free_memory(torch_device())
     if free is None or plan.total <= free:
-        return f"\nMemory: {plan}."
+        more = f" Recorded steps keep up to {2 * plan.passing / 1e9:.2f} GB more, if that is free."
+        return f"\nMemory: {plan}.{more if torch_device() == 'cuda' else ''}"
 
     def fits(name: str, value: object) -> bool:
         changed = dataclasses.replace(settings, **{name: value})
