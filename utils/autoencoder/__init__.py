@@ -7,6 +7,7 @@ callbacks            what is logged and backed up on the way; training_curves: d
 sparse, devices      products with the active latents alone; over several devices
 optimizer            Adam, rows of norm 1, the schedule of the learning rate
 kernels              Adam on PyTorch, plain; triton_kernels: the same on a graphics card
+recorded             a step that is recorded on a graphics card and replayed
 memory               what a training will hold, computed before it starts
 fidelity, saved      variance explained, cosine, L0; autoencoders and their metrics as files
 several              of several layers and sizes, one on each graphics card
