@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a graphics card", allow_module_level=True)
 
 BATCH, D_MODEL, STEPS = 64, 32, 12
+HAVE_AUXK = {"topk", "batch_topk", "matryoshka"}
 WARM = 4  # steps of a round, at its start, in which libraries may set themselves up
 
 
@@ -62,10 +63,12 @@ def test_a_step_that_is_replayed_is_the_step(kind, are_dead):
     settings = read_settings(train_autoencoder, f"--kind {kind} --n-latents 256 --k 2".split())
     autoencoder = training.build(settings, stand_in_for_store(rows.cpu().numpy()), 100)
     autoencoder.idle_tokens.assign(np.arange(256) % 2 * are_dead * autoencoder.dead_after)
+    autoencoder.look_for_dead()
+    assert autoencoder.may_revive == (are_dead and kind in HAVE_AUXK)
     recorder, made = recorded.Recorder(), []
 
     def replayed(batch):
-        return recorder.run(autoencoder._gradients, batch, are_dead)
+        return recorder.run(autoencoder._gradients, batch, autoencoder.may_revive)
 
     state = [*autoencoder.weights, *autoencoder.metrics_variables]
     weights = [variable.value for variable in state]
@@ -85,14 +88,30 @@ def test_a_step_that_is_replayed_is_the_step(kind, are_dead):
     assert not torch.equal(made[-1][0], made[-3][0])
 
 
-def test_what_cannot_be_recorded_is_run_as_it_is(capsys):
+def test_what_cannot_be_recorded_is_run_as_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(recorded.Recorder, "can_record", True)
     recorder, stream = recorded.Recorder(), torch.cuda.current_stream()
-    for step in range(recorded.WARM_UP + 3):
-        assert recorder.run(lambda batch: float(batch.sum()), torch.ones(step % 2 + 1), 0) >= 1
-        doubled = recorder.run(lambda batch: 2 * batch, torch.full((3,), step), 0)
-        assert doubled.tolist() == [2 * step] * 3
+    ones = torch.ones(3, device="cuda")
+    for step in range(2 * recorded.WARM_UP):
+        assert recorder.run(lambda batch: 2 * batch, step * ones, "doubled").tolist() == 3 * [
+            2 * step
+        ]
+    for _ in range(2 * recorded.WARM_UP):
+        assert recorder.run(lambda batch: float(batch.sum()), ones, "read") == 3
+    doubled, read = recorder._recordings.values()
+    assert doubled is not None and read is None
     assert torch.cuda.current_stream() == stream
     assert "Steps cannot be recorded here" in capsys.readouterr().out
+
+
+def test_a_step_takes_arrays_of_the_host():
+    rows = np.random.default_rng(0).normal(size=(BATCH, D_MODEL)).astype(np.float32)
+    settings = read_settings(train_autoencoder, "--k 2 --n-latents 256".split())
+    autoencoder = training.build(settings, stand_in_for_store(rows), 100)
+    losses = []
+    for _ in range(2 * recorded.WARM_UP):
+        losses.append(float(autoencoder.train_on_batch(rows, return_dict=True)["loss"]))
+    assert losses[-1] < losses[0]
 
 
 def test_a_training_replays_its_steps(tmp_path, monkeypatch):

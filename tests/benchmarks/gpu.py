@@ -136,7 +136,9 @@ def parse() -> argparse.Namespace:
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, help=argparse.SUPPRESS)
     for name in GIVEN:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of steps")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, help="of all cases but the model's"
+        )
     return parser.parse_args()
 
 

@@ -278,21 +278,21 @@ class SparseAutoencoder(keras.Model):
     @property
     def may_revive(self) -> bool:
         """Whether AuxK is computed in the next step, on PyTorch: a latent may be dead."""
-        return self.tokens_until_dead <= 0 and self.auxk_coefficient > 0
+        return bool(self.auxk_coefficient) and self.tokens_until_dead <= 0
 
     def auxk_loss(self, x, error):
         """‖e − ê‖² for the error e (batch, d_model): dead latents learn what the others miss.
 
         ê is made from dead latents only, without b_dec, for e has no mean left to add. Of the dead,
         the 4 · k_aux that were idle longest are candidates, and the k_aux = d_model / 2 largest of
-        a row are used: that bounds the cost however many are dead.
+        a row are used: that bounds the cost however many are dead. 0 without ``auxk_coefficient``.
 
         Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
         """
         if keras.backend.backend() != "torch":
             any_dead = ops.any(self.dead())
             return ops.cond(any_dead, lambda: self._auxk_loss(x, error), lambda: ops.zeros(()))
-        if self.tokens_until_dead > 0:
+        if not self.may_revive:
             return ops.zeros(())
         return ops.where(ops.any(self.dead()), self._auxk_loss(x, error), ops.zeros(()))
 
@@ -317,9 +317,11 @@ class SparseAutoencoder(keras.Model):
         def train_step(self, data):
             """Keras' step, but that nothing in it waits for the device.
 
-            On a graphics card its first part is recorded and replayed, but for ``run_eagerly``.
+            On a graphics card all but the optimiser's part is recorded and replayed, unless the
+            model was compiled with ``run_eagerly``; the next step then overwrites the metrics.
             """
             x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+            x = ops.convert_to_tensor(x)
             if self.step.value.is_cuda and not self.run_eagerly:
                 gradients, metrics = self.recorder.run(self._gradients, x, self.may_revive)
             else:

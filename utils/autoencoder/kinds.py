@@ -4,7 +4,7 @@ To add one, subclass `SparseAutoencoder` or a kind that is near, say what differ
 with ``@kind("name")``. The arguments of its constructor are its options: each is a constant of
 train_autoencoder.py by the same name. The terms of its loss have names, which the class declares.
 Frameworks compile or record a step: what changes from step to step must be a tensor, as
-``self.step`` is, and no number of Python's.
+``self.step`` is, no number of Python's, and none that is read from a tensor.
 """
 
 import difflib

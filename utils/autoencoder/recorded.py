@@ -34,27 +34,33 @@ class Recorder:
     """Runs a function of a batch on a graphics card; from the third run on by a recording.
 
     What the function reads and writes besides must stay where it is in memory, and what changes
-    from run to run must be a tensor. A recording keeps the memory that it needs until `clear`.
-    Where there is too little, or the function cannot be recorded, it is run as it is.
+    from run to run must be a tensor that the host does not read. A recording keeps the memory that
+    it needs until `clear`. Where there is too little, or the function cannot be recorded, it is run
+    as it is.
     """
+
+    can_record = True  # in this process: where it failed, PyTorch is left with less to reuse
 
     def __init__(self):
         self._runs: collections.Counter[Hashable] = collections.Counter()
-        self._recordings: dict[Hashable, Recording | None] = {}  # None: it cannot be recorded
+        self._recordings: dict[Hashable, Recording | None] = {}  # None: not recorded
 
     def run(self, function: Callable[[torch.Tensor], Any], batch: torch.Tensor, form: Hashable):
         """The function's results for a batch; the next run of that form may overwrite them.
 
         Args:
             function: The same in each call.
-            batch: Its argument.
+            batch: Its argument, on any device.
             form: What besides the batch's shape decides which operations the function consists of.
         """
         form = form, batch.shape, batch.dtype
-        if form not in self._recordings and self._runs[form] >= WARM_UP:
-            self._recordings[form] = _record(function, batch) if _has_room() else None
-        self._runs[form] += 1
-        recording = self._recordings.get(form)
+        if form not in self._recordings:
+            self._runs[form] += 1
+            if self._runs[form] <= WARM_UP:
+                return function(batch)
+            is_possible = Recorder.can_record and _has_room()
+            self._recordings[form] = _record(function, batch) if is_possible else None
+        recording = self._recordings[form]
         return function(batch) if recording is None else recording.replay(batch)
 
     def clear(self) -> None:
@@ -66,13 +72,14 @@ class Recorder:
 def _record(function: Callable[[torch.Tensor], Any], batch: torch.Tensor) -> Recording | None:
     """Record a run, without making it; None where that fails, and why is printed."""
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-    batch = batch.to("cuda", copy=True)
     try:
+        batch = batch.to("cuda", copy=True)
         # Threads that read the next pool go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = function(batch)
     except RuntimeError as error:  # by card, driver and libraries; memory may run out too
         torch.cuda.set_stream(stream)
+        Recorder.can_record = False
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"Steps cannot be recorded here, and are made one operation at a time: {reason}")
         return None
@@ -80,7 +87,7 @@ def _record(function: Callable[[torch.Tensor], Any], batch: torch.Tensor) -> Rec
 
 
 def _has_room() -> bool:
-    """Whether what a run takes, at most as much as was ever held, is free `ROOM` times."""
-    held = torch.cuda.memory_allocated()
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held
-    return ROOM * (torch.cuda.max_memory_allocated() - held) <= free
+    """Whether `ROOM` times what a run takes is free: at most what was held at some time before."""
+    torch.cuda.empty_cache()
+    taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    return ROOM * taken <= torch.cuda.mem_get_info()[0]

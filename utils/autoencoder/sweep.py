@@ -25,6 +25,7 @@ from utils.autoencoder.autoencoder import SparseAutoencoder, metric_name
 from utils.autoencoder.devices import n_shares
 from utils.autoencoder.fidelity import measure_fidelity
 from utils.autoencoder.kinds import find_kind
+from utils.backend import torch_device
 from utils.settings import TimeIsUp, TimeLimit, require
 
 BACKUP_SECONDS = 300
@@ -207,7 +208,8 @@ class Sweep:
         rise = settings.learning_rate_warmup * shortest / run.steps
         settings = dataclasses.replace(settings, learning_rate_warmup=rise)
         optimizer = training.optimizer(settings, type(autoencoder), run.steps)
-        autoencoder.compile(optimizer=optimizer)
+        # Many are live at once: what PyTorch records of each would take the memory of copies.
+        autoencoder.compile(optimizer=optimizer, run_eagerly=torch_device() is not None)
         optimizer.build(autoencoder.trainable_variables)
         return autoencoder
 
@@ -301,7 +303,8 @@ def held_out_loss(autoencoder: SparseAutoencoder, batches: list[np.ndarray]) -> 
     left out. Steps of length 0 are made, for the loss as it is while training; the autoencoder's
     optimiser is lost.
     """
-    autoencoder.compile(optimizer=keras.optimizers.SGD(0.0))
+    sgd = keras.optimizers.SGD(0.0)
+    autoencoder.compile(optimizer=sgd, run_eagerly=autoencoder.run_eagerly)
     names = [name for name in autoencoder.loss_names if name not in autoencoder.training_aids]
     losses = []
     for batch in batches:

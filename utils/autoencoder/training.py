@@ -365,7 +365,8 @@ def train(
         Backup(folder, backup_every, rounds, data.followed),
     ]
     batches = data.batches_from(first_round * rounds.steps)
-    with contextlib.closing(batches), out_of_memory_told(), _as_it_was() as watched:
+    recordings = _recordings(autoencoder, held_out[:size])
+    with contextlib.closing(batches), out_of_memory_told(), recordings, _as_it_was() as watched:
         autoencoder.fit(
             ((batch,) for batch in watched(batches)),
             initial_epoch=first_round,
@@ -379,9 +380,19 @@ def train(
             ),
             verbose=0,
         )
-    if torch_device():
-        autoencoder.recorder.clear()
     return autoencoder
+
+
+@contextlib.contextmanager
+def _recordings(autoencoder: SparseAutoencoder, held_out: np.ndarray) -> Iterator[None]:
+    """While open, steps may be recorded on a card: what measuring takes is seen before."""
+    if torch_device() == "cuda":
+        autoencoder.evaluate(held_out, batch_size=len(held_out), verbose=0)
+    try:
+        yield
+    finally:
+        if torch_device():
+            autoencoder.recorder.clear()
 
 
 @contextlib.contextmanager
