@@ -10,12 +10,12 @@ CASES = ("torch", "million", "extraction", "folder", "measuring", "pass", "steer
 
 
 def test_a_small_run_gives_a_table_and_its_json(tmp_path):
-    words = ["--small", "--cases", *CASES[:-1], "--folder", str(tmp_path)]
+    words = ["--small", "--k", "4", "--cases", *CASES[:-1], "--folder", str(tmp_path)]
     command = [sys.executable, "-m", "tests.benchmarks.gpu", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["flops_per_token"] == 2 * 64 * 512 + 8 * 8 * 64
+    assert results["flops_per_token"] == 2 * 64 * 512 + 8 * 4 * 64
     cases = {case["who"]: case for case in results["cases"]}
     assert tuple(cases) == CASES
     failed = {who: case for who, case in cases.items() if "failed" in case}

@@ -116,6 +116,17 @@ def test_what_cannot_fit_is_refused_and_what_is_named_fits(monkeypatch, free_gb,
         assert require_memory(asked(*flags), 1_024).startswith("\nMemory: ")
 
 
+def test_a_card_keeps_more_for_what_it_records(monkeypatch):
+    size, settings = 2**40, asked("--k", 64, "--n-latents", 65_536)
+    monkeypatch.setattr(memory, "free_memory", lambda device: size)
+    assert "Recorded" not in require_memory(settings, 3_072)
+    monkeypatch.setattr(memory, "torch_device", lambda: "cuda")
+    plan = plan_memory(settings, 3_072)
+    assert plan.total == plan.weights + plan.moments + plan.passing
+    expected = f"Recorded steps keep up to {2 * plan.passing / 1e9:.2f} GB more"
+    assert expected in require_memory(settings, 3_072)
+
+
 def test_the_largest_batch_that_fits_is_named(monkeypatch):
     settings = asked("--kind", "l1", "--n-latents", 16_384, "--batch-size", 4_096)
     most = plan_memory(asked("--kind", "l1", "--n-latents", 16_384, "--batch-size", 640), 64).total
