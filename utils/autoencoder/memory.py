@@ -71,10 +71,9 @@ def plan_memory(settings, d_model: int, pool_bytes: int = 0) -> MemoryPlan:
     chooses = issubclass(cls, TopKAutoencoder)
     n_choices = batch * settings.k if chooses else 0
     is_few = chooses and sparse.FEW * n_choices <= n
-    # Sparse gradients of W_enc and W_dec, and copies of them while those of AuxK are added. Of
-    # dense ones a card has a third: the zeros that its product of sparse matrices begins with.
-    n_dense = 3 if chooses and torch_device() == "cuda" else 2
-    n_rows, n_copies = (min(n_choices, n), 3) if is_few else (n, n_dense)
+    # Gradients of W_enc and W_dec, and a third: a sum with AuxK's, which are sparse, or on a card
+    # the zeros that its product of sparse matrices begins with.
+    n_rows, n_copies = min(n_choices, n) if is_few else n, 3 if chooses else 2
     # What plain PyTorch's own kernel does not take is worked on in blocks.
     per_number = BLOCK_BYTES if settings.moments_dtype != "float32" else 4 * is_few
     gradients = n_copies * 4 * n_rows * d_model + per_number * min(n * d_model, BLOCK_NUMBERS)
