@@ -21,7 +21,7 @@ def made(monkeypatch):
         return SimpleNamespace(replay=lambda batch: ("replayed", function(batch)))
 
     monkeypatch.setattr(recorded, "_record", record)
-    monkeypatch.setattr(recorded, "_has_room", lambda: True)
+    monkeypatch.setattr(recorded, "_has_room", lambda besides: True)
     return batches
 
 
@@ -41,7 +41,9 @@ def test_the_third_run_of_a_form_is_recorded(made):
     assert recorder.run(double, ONES, "a") == 6.0
 
 
-@pytest.mark.parametrize(("name", "value"), [("_has_room", lambda: False), ("_record", None)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("_has_room", lambda besides: False), ("_record", None)]
+)
 def test_what_is_not_recorded_is_run(made, monkeypatch, name, value):
     monkeypatch.setattr(recorded, name, value or (lambda function, batch: None))
     recorder = Recorder()
@@ -49,19 +51,38 @@ def test_what_is_not_recorded_is_run(made, monkeypatch, name, value):
     assert not made
 
 
-def test_a_failure_is_told_once_and_nothing_is_tried_again(monkeypatch, capsys):
-    def fails(*_, **__):
-        raise RuntimeError("no such operation\nwhile recording")
+def test_a_failure_is_told_once_and_nothing_is_tried_again(made, monkeypatch, capsys):
+    recorder = Recorder()
+    for _ in range(WARM_UP + 1):
+        last = recorder.run(double, ONES, "recorded")
+    assert last == ("replayed", 6.0)
 
-    batch = SimpleNamespace(shape=(3,), dtype=torch.float32, sum=lambda: 3.0, to=fails)
-    monkeypatch.setattr(recorded, "_has_room", lambda: True)
+    def fails(*_, **__):
+        try:
+            raise RuntimeError("no such operation\nwhile recording")
+        finally:
+            raise RuntimeError("the recording has ended")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(recorded, "_has_room", lambda besides: True)
     monkeypatch.setattr(Recorder, "can_record", True)
     for name in ("CUDAGraph", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    for _ in range(2):
-        recorder = Recorder()
-        runs = [recorder.run(double, batch, "a") for _ in range(2 * WARM_UP)]
+    batch = SimpleNamespace(shape=(3,), dtype=torch.float32, sum=lambda: 3.0, to=fails)
+    for one in (recorder, Recorder()):
+        runs = [one.run(double, batch, "a") for _ in range(2 * WARM_UP)]
         assert runs == 2 * WARM_UP * [6.0]
+    assert recorder.run(double, ONES, "recorded") == 6.0
     printed = capsys.readouterr().out
     assert printed.count("Steps cannot be recorded here") == 1
     assert printed.strip().endswith("no such operation")
+
+
+@pytest.mark.parametrize(("free", "has_room"), [(19, False), (20, True)])
+@pytest.mark.parametrize("besides", [0, 10])
+def test_a_recording_leaves_room(monkeypatch, free, has_room, besides):
+    held = {"max_memory_allocated": 110, "memory_allocated": 100, "empty_cache": None}
+    for name, value in (held | {"mem_get_info": (free, 1_000)}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert recorded._has_room(besides) == has_room
+    assert not recorded._has_room(free)

@@ -285,7 +285,8 @@ class SparseAutoencoder(keras.Model):
 
         ê is made from dead latents only, without b_dec, for e has no mean left to add. Of the dead,
         the 4 · k_aux that were idle longest are candidates, and the k_aux = d_model / 2 largest of
-        a row are used: that bounds the cost however many are dead. 0 without ``auxk_coefficient``.
+        a row are used: that bounds the cost however many are dead. On PyTorch it is 0 without an
+        ``auxk_coefficient``.
 
         Reference: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
         """

@@ -14,7 +14,6 @@ import torch
 
 Results = TypeVar("Results")
 WARM_UP = 2  # runs before one is recorded: libraries set themselves up in the first
-ROOM = 2  # times what a run takes must be free: for the recorded one, and for others after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +37,15 @@ class Recorder:
     from run to run must be a tensor that the host does not read. A recording keeps the memory that
     it needs until `clear`. Where there is too little, or the function cannot be recorded, it is run
     as it is.
+
+    Attributes:
+        besides: Bytes that something else takes meanwhile, from time to time, and must find free.
     """
 
     can_record = True  # in this process: where it failed, PyTorch is left with less to reuse
 
     def __init__(self):
+        self.besides = 0
         self._runs: collections.Counter[Hashable] = collections.Counter()
         self._recordings: dict[Hashable, Recording | None] = {}  # None: not recorded
 
@@ -61,8 +64,10 @@ class Recorder:
             self._runs[form] += 1
             if self._runs[form] <= WARM_UP:
                 return function(batch)
-            is_possible = Recorder.can_record and _has_room()
+            is_possible = Recorder.can_record and _has_room(self.besides)
             self._recordings[form] = _record(function, batch) if is_possible else None
+            if not Recorder.can_record:  # nor can PyTorch be trusted to replay
+                self._recordings = dict.fromkeys(self._recordings)
         recording = self._recordings[form]
         return function(batch) if recording is None else recording.replay(batch)
 
@@ -82,17 +87,25 @@ def _record(
         # Threads that read the next pool go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = function(batch)
-    except RuntimeError as error:  # by card, driver and libraries; memory may run out too
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:  # by card, driver and libraries
         torch.cuda.set_stream(stream)
         Recorder.can_record = False
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = error.__context__ or error  # the first that failed, not the end of the recording
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         print(f"Steps cannot be recorded here, and are made one operation at a time: {reason}")
         return None
     return Recording(graph, batch, results)
 
 
-def _has_room() -> bool:
-    """Whether `ROOM` times what a run takes is free: at most what was held at some time before."""
+def most_taken() -> int:
+    """Bytes of the card's memory that were held besides what is now, at most, at some time."""
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+
+def _has_room(besides: int) -> bool:
+    """Whether there is room for what a run takes, and afterwards for a run or what is besides."""
     torch.cuda.empty_cache()
-    taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    return ROOM * taken <= torch.cuda.mem_get_info()[0]
+    taken = most_taken()
+    return taken + max(taken, besides) <= torch.cuda.mem_get_info()[0]

@@ -208,10 +208,9 @@ class Sweep:
         rise = settings.learning_rate_warmup * shortest / run.steps
         settings = dataclasses.replace(settings, learning_rate_warmup=rise)
         optimizer = training.optimizer(settings, type(autoencoder), run.steps)
-        # Many are live at once: what PyTorch records of each would take the memory of copies.
-        autoencoder.compile(optimizer=optimizer, run_eagerly=torch_device() is not None)
+        autoencoder.compile(optimizer=optimizer)
         optimizer.build(autoencoder.trainable_variables)
-        return autoencoder
+        return _not_recorded(autoencoder)
 
     def _branch(self, trunk: Run, run: Run) -> None:
         """Make a run live as a copy of its trunk, unless a backup has it."""
@@ -282,8 +281,14 @@ class Sweep:
 
     def _restore(self, run: Run) -> Live:
         with reading(self._backup(run), "Delete it to train this run from the start.") as path:
-            autoencoder = keras.saving.load_model(path)
+            autoencoder = _not_recorded(keras.saving.load_model(path))
         return Live(autoencoder, int(autoencoder.step))
+
+
+def _not_recorded(autoencoder: SparseAutoencoder) -> SparseAutoencoder:
+    """One of many that are live at once: recordings of each would take the memory of copies."""
+    autoencoder.run_eagerly = torch_device() is not None
+    return autoencoder
 
 
 def _run_of(row: dict) -> Run:

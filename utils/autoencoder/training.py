@@ -385,9 +385,12 @@ def train(
 
 @contextlib.contextmanager
 def _recordings(autoencoder: SparseAutoencoder, held_out: np.ndarray) -> Iterator[None]:
-    """While open, steps may be recorded on a card: what measuring takes is seen before."""
+    """While open, steps may be recorded on a card that has room for measuring too."""
     if torch_device() == "cuda":
+        from utils.autoencoder.recorded import most_taken
+
         autoencoder.evaluate(held_out, batch_size=len(held_out), verbose=0)
+        autoencoder.recorder.besides = most_taken()
     try:
         yield
     finally:
