@@ -1,12 +1,19 @@
 """When a step is recorded and what is replayed; that a replay is the step is tested on a card."""
 
+import itertools
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from on_backend import stand_in_for_store
 
-from utils.autoencoder import recorded
+import train_autoencoder
+from utils.autoencoder import recorded, training
+from utils.autoencoder.callbacks import Rounds
 from utils.autoencoder.recorded import WARM_UP, Recorder
+from utils.settings import read_settings
 
 ONES = torch.ones(3)
 
@@ -86,3 +93,23 @@ def test_a_recording_leaves_room(monkeypatch, free, has_room, besides):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert recorded._has_room(besides) == has_room
     assert not recorded._has_room(free)
+
+
+def test_measuring_before_the_first_step_changes_nothing(tmp_path, monkeypatch):
+    """As a training on a card does, to know how much memory that takes."""
+    rows = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    settings = read_settings(train_autoencoder, "--n-latents 64 --k 2 --dead-after 64".split())
+    ends, rounds = [], Rounds(2, 5)
+    monkeypatch.setattr(recorded, "most_taken", lambda: 7)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(training, "torch_device", lambda device=device: device)
+        autoencoder = training.build(settings, stand_in_for_store(rows.numpy()), 10)
+        batches = (rows.roll(step, 1) for step in itertools.count())
+        data = training.TrainingData(lambda step, batches=batches: batches, rows.numpy(), 32)
+        (tmp_path / device).mkdir()
+        training.train(autoencoder, data, rounds, tmp_path / device, 5)
+        log = pd.read_csv(tmp_path / device / "training_log.csv").drop(columns="seconds")
+        ends.append([log.to_numpy(), *(weight.numpy() for weight in autoencoder.weights)])
+    assert autoencoder.recorder.besides == 7
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_array_equal(one, other)
