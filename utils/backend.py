@@ -148,6 +148,11 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a framework's error says, which may be many; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _accelerator_peak() -> int:
     backend = os.environ["KERAS_BACKEND"]
     if backend == "torch":

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from utils.backend import first_line
 from utils.settings import require
 
 if keras.backend.backend() == "torch":
@@ -31,7 +32,7 @@ if keras.backend.backend() == "torch":
             reason = "they give other numbers"
         except Exception as error:  # by card, driver and compiler these are of any class
             is_right = False
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
         if not is_right:
             print(f"Triton's kernels do not run here, and plain ones take their place: {reason}")
         return triton_kernels.adam_step if is_right else plain_step

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from utils.backend import first_line, free_memory
+
 Results = TypeVar("Results")
 WARM_UP = 2  # runs before one is recorded: libraries set themselves up in the first
 
@@ -92,8 +94,7 @@ def _record(
     except RuntimeError as error:  # by card, driver and libraries
         torch.cuda.set_stream(stream)
         Recorder.can_record = False
-        cause = error.__context__ or error  # the first that failed, not the end of the recording
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = first_line(error.__context__ or error)  # what failed, not the recording's end
         print(f"Steps cannot be recorded here, and are made one operation at a time: {reason}")
         return None
     return Recording(graph, batch, results)
@@ -108,4 +109,4 @@ def _has_room(besides: int) -> bool:
     """Whether there is room for what a run takes, and afterwards for a run or what is besides."""
     torch.cuda.empty_cache()
     taken = most_taken()
-    return taken + max(taken, besides) <= torch.cuda.mem_get_info()[0]
+    return taken + max(taken, besides) <= free_memory("cuda")
